@@ -1,0 +1,451 @@
+"""The public ops: tensors in, tensors out, channel first.
+
+They check what they are given, choose an implementation, and handle what all implementations
+share: direction, the empty sequence, chunk operators made from a system.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Complex, Float, Integer
+from torch import Tensor
+
+from h3lm.flashconv import chunked, fft, reference
+from h3lm.flashconv.dispatch import announce, choose
+from h3lm.flashconv.state import H3State, diagonal_shape
+from h3lm.ssm.operators import ChunkOperators, DiagonalSystem
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def h3_core(
+    q: Float[Tensor, "B D L"],
+    k: Float[Tensor, "B D L"],
+    v: Float[Tensor, "B D L"],
+    taps: Float[Tensor, "D n_taps"],
+    system: DiagonalSystem | ChunkOperators,
+    *,
+    head_dim: int = 1,
+    initial_state: H3State | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "B D L"], H3State | None]:
+    """Run everything of an H3 layer between its projections.
+
+        s_t = sum_j taps_j k_{t-j};        w_t[i, j] = s_t[i] v_t[j]          (within a head)
+        x_t[i, j] = a x_{t-1}[i, j] + b w_t[i, j];   y_t = 2 Re(sum_n c_n x_t) + skip w_t
+        o_t[j] = sum_i q_t[i] y_t[i, j]
+
+    For `head_dim` 1: o = q * diagonal_ssm(shift_ssm(k) * v). Channel c is member c % head_dim of
+    head c // head_dim, in q, k, v and o alike.
+    Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 1.
+
+    Forward and backward, any device. State and accumulation are float32 for half inputs.
+    L may be 0, 1, odd, prime or millions; memory grows linearly with it.
+
+    Args:
+        q, k, v: (B, D, L), float32, bfloat16, float16 or float64, one dtype; L contiguous is
+            fastest, B and D may have any stride.
+        taps: Short filter on k, skip included, (D, n_taps), float32 (`ShiftSSM.taps()`).
+        system: The diagonal SSM of each head, H = D / head_dim, or its chunk operators made with
+            these taps.
+        head_dim: Channels of a head.
+        initial_state: State before position 0; zero if None. With `cu_seqlens`, one per sequence.
+        return_final_state: Whether to return the state after the last position.
+        cu_seqlens: Boundaries 0 = c_0 < c_1 < ... < c_S = L of sequences packed in one row
+            (B = 1), integers. None of them sees another.
+        reverse: Run from right to left; the initial state then stands behind position L - 1.
+        backend: "auto", "reference" or "torch".
+
+    Returns:
+        `o`, (B, D, L) in the dtype of q, and the final state or None. Differentiable in every
+        tensor argument, both states included.
+
+    Raises:
+        ValueError: if shapes or dtypes do not belong together, `cu_seqlens` does not increase
+            from 0 to L, operators were made without these taps, or no backend can do it.
+
+    Example:
+        >>> import torch
+        >>> from h3lm.ssm import DiagonalSSM, ShiftSSM
+        >>> q, k, v = torch.randn(3, 2, 8, 100).unbind()
+        >>> o, state = h3_core(q, k, v, ShiftSSM(8).taps(), DiagonalSSM(8).system(),
+        ...                    return_final_state=True)
+        >>> o.shape, state.shift.shape, state.diagonal.shape
+        (torch.Size([2, 8, 100]), torch.Size([2, 8, 63]), torch.Size([2, 8, 32]))
+    """
+    _check_like("q", q, k=k, v=v)
+    _check_heads(k, taps, system, head_dim)
+    sequences = _check_sequences(q, cu_seqlens)
+    _check_h3_state(initial_state, sequences, k, taps, system, head_dim)
+    choice = choose("h3_core", q.device, q.dtype, backend)
+    announce("h3_core", choice)
+    if q.shape[-1] == 0:
+        state = initial_state or zero_state(sequences, k, taps, system, head_dim)
+        return torch.zeros_like(q), state if return_final_state else None
+    if reverse:
+        q, k, v, initial_state, cu_seqlens = _reversed(q, k, v, initial_state, cu_seqlens)
+    if choice.backend == "reference":
+        o, state = _reference_h3_core(
+            q, k, v, taps, _system(system), head_dim, initial_state, cu_seqlens
+        )
+    else:
+        operators = _operators(system, taps)
+        o, state = chunked.h3_core(
+            q, k, v, operators,
+            head_dim=head_dim, initial_state=initial_state, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    if reverse:
+        o, state = o.flip(-1), _reversed_state(state, cu_seqlens)
+    return o, state if return_final_state else None
+
+
+def h3_end_state(
+    k: Float[Tensor, "B D L"],
+    v: Float[Tensor, "B D L"],
+    taps: Float[Tensor, "D n_taps"],
+    system: DiagonalSystem | ChunkOperators,
+    *,
+    head_dim: int = 1,
+    initial_state: H3State | None = None,
+    cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
+    backend: str = "auto",
+) -> H3State:
+    """The state that `h3_core` leaves behind, without its outputs.
+
+    It needs no q and about half of the work. Arguments, errors and differentiability as there.
+
+    Returns:
+        The state after the last position of each row, or of each sequence of `cu_seqlens`.
+    """
+    _check_like("k", k, v=v)
+    _check_heads(k, taps, system, head_dim)
+    sequences = _check_sequences(k, cu_seqlens)
+    _check_h3_state(initial_state, sequences, k, taps, system, head_dim)
+    choice = choose("h3_end_state", k.device, k.dtype, backend)
+    announce("h3_end_state", choice)
+    if k.shape[-1] == 0:
+        return initial_state or zero_state(sequences, k, taps, system, head_dim)
+    if choice.backend == "reference":
+        return _reference_h3_core(
+            torch.zeros_like(k), k, v, taps, _system(system), head_dim, initial_state, cu_seqlens
+        )[1]
+    return chunked.h3_end_state(
+        k, v, _operators(system, taps),
+        head_dim=head_dim, initial_state=initial_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+def ssm_conv(
+    u: Float[Tensor, "B H L"],
+    system: DiagonalSystem | ChunkOperators,
+    *,
+    pre_gate: Float[Tensor, "B H L"] | None = None,
+    post_gate: Float[Tensor, "B H L"] | None = None,
+    initial_state: Complex[Tensor, "S H half"] | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
+    reverse: bool = False,
+    method: Literal["auto", "chunks"] = "auto",
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "B H L"], Complex[Tensor, "S H half"] | None]:
+    """Run one diagonal SSM for each channel, with optional gates before and after.
+
+        w = pre_gate * u;   x_t = a x_{t-1} + b w_t;   y_t = post_gate (2 Re(c x_t) + skip w_t)
+
+    Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 2. Forward and backward, any device;
+    state and accumulation are float32 for half inputs. Any L.
+
+    Args:
+        u: Input, (B, H, L), float32, bfloat16, float16 or float64.
+        system: The SSM of each channel, or its chunk operators.
+        pre_gate, post_gate: As `u`.
+        initial_state: State before position 0, (B, H, N/2) complex; (S, ...) with `cu_seqlens`.
+        return_final_state: Whether to return the state after the last position.
+        cu_seqlens: Boundaries of packed sequences, as in `h3_core`.
+        reverse: Run from right to left.
+        method: "chunks" is state passing; "auto" chooses.
+        backend: "auto", "reference" or "torch".
+
+    Returns:
+        `y`, (B, H, L) in the dtype of u, and the final state or None. Differentiable in every
+        tensor argument.
+
+    Raises:
+        ValueError: if shapes or dtypes do not belong together or no backend can do it.
+    """
+    gates = {"pre_gate": pre_gate, "post_gate": post_gate}
+    _check_like("u", u, **{name: gate for name, gate in gates.items() if gate is not None})
+    if _system(system).num_systems != u.shape[1]:
+        raise ValueError(
+            f"system has {_system(system).num_systems} systems, u has {u.shape[1]} channels"
+        )
+    if method not in ("auto", "chunks"):
+        raise ValueError(f"method={method!r} is not one of auto, chunks")
+    sequences = _check_sequences(u, cu_seqlens)
+    shape = (sequences, u.shape[1], _system(system).num_modes)
+    if initial_state is not None and initial_state.shape != shape:
+        raise ValueError(f"initial_state is {tuple(initial_state.shape)}, this call needs {shape}")
+    choice = choose("ssm_conv", u.device, u.dtype, backend)
+    announce("ssm_conv", choice)
+    if u.shape[-1] == 0:
+        state = initial_state if initial_state is not None else _system(system).a.new_zeros(shape)
+        return torch.zeros_like(u), state if return_final_state else None
+    if reverse:
+        u, pre_gate, post_gate = (None if x is None else x.flip(-1) for x in (u, pre_gate, post_gate))
+        initial_state, cu_seqlens = _reversed_sequences(initial_state, cu_seqlens, u.shape[-1])
+    if choice.backend == "reference":
+        y, state = _reference_ssm_conv(
+            u, _system(system), pre_gate, post_gate, initial_state, cu_seqlens
+        )
+    else:
+        y, state = chunked.ssm_conv(
+            u, _operators(system, None), pre_gate=pre_gate, post_gate=post_gate,
+            initial_state=initial_state, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    if reverse:
+        y = y.flip(-1)
+        state = state if cu_seqlens is None else state.flip(0)
+    return y, state if return_final_state else None
+
+
+def fft_conv(
+    u: Float[Tensor, "B D L"],
+    f: Float[Tensor, "D Lf"],
+    *,
+    skip: Float[Tensor, " D"] | None = None,
+    pre_gate: Float[Tensor, "B D L"] | None = None,
+    post_gate: Float[Tensor, "B D L"] | None = None,
+    f_reverse: Float[Tensor, "D Lr"] | None = None,
+    mode: Literal["causal", "circular"] = "causal",
+    backend: str = "auto",
+) -> Float[Tensor, "B D L"]:
+    """Convolve each channel with a filter of its own, with optional gates and skip.
+
+        x = pre_gate * u
+        y_t = post_gate_t (sum_{s>=0} f_s x_{t-s} + sum_{s>=0} f_reverse_s x_{t+s} + skip x_t)
+
+    Positions outside of the row are zero ("causal") or wrap around ("circular"). Tap 0 of
+    `f_reverse` acts on the present, as in the release: pass 0 there where the backward filter
+    starts at the next position.
+    Source: Fu et al. 2023 (arXiv 2212.14052v3), section 4.1.
+
+    Forward and backward, any device; computed in float32 for half inputs, whatever the autocast.
+
+    Args:
+        u: Input, (B, D, L), float32, bfloat16, float16 or float64.
+        f: Filter, (D, Lf), float32, 1 <= Lf <= L.
+        skip: Direct term, (D,).
+        pre_gate, post_gate: As `u`.
+        f_reverse: Anti-causal filter, (D, Lr), 1 <= Lr <= L.
+        mode: "causal" or "circular".
+        backend: "auto", "reference" or "torch".
+
+    Returns:
+        (B, D, L), dtype of `u`. Differentiable in every tensor argument.
+
+    Raises:
+        ValueError: if a filter is longer than the row, shapes or dtypes do not belong together,
+            the mode is unknown, or no backend can do it.
+    """
+    gates = {"pre_gate": pre_gate, "post_gate": post_gate}
+    _check_like("u", u, **{name: gate for name, gate in gates.items() if gate is not None})
+    _, D, L = u.shape
+    for name, taps in (("f", f), ("f_reverse", f_reverse)):
+        if taps is None:
+            continue
+        if taps.dim() != 2 or taps.shape[0] != D:
+            raise ValueError(f"{name} is {tuple(taps.shape)}, u needs ({D}, length)")
+        if L and not 1 <= taps.shape[1] <= L:
+            raise ValueError(
+                f"{name} has {taps.shape[1]} taps for rows of length {L}: cut it to 1..{L}"
+            )
+    if skip is not None and skip.shape != (D,):
+        raise ValueError(f"skip is {tuple(skip.shape)}, u needs ({D},)")
+    if mode not in ("causal", "circular"):
+        raise ValueError(f"mode={mode!r} is not one of causal, circular")
+    choice = choose("fft_conv", u.device, u.dtype, backend)
+    announce("fft_conv", choice)
+    if L == 0:
+        return torch.zeros_like(u)
+    run = reference.fft_conv if choice.backend == "reference" else fft.fft_conv
+    return run(
+        u, f, skip=skip, pre_gate=pre_gate, post_gate=post_gate, f_reverse=f_reverse, mode=mode
+    )
+
+
+def zero_state(
+    rows: int,
+    k: Tensor,
+    taps: Tensor,
+    system: DiagonalSystem | ChunkOperators,
+    head_dim: int = 1,
+) -> H3State:
+    """The state before anything was seen, for inputs like `k`."""
+    diagonal = _system(system)
+    shape = diagonal_shape(rows, k.shape[1] // head_dim, head_dim, diagonal.num_modes)
+    return H3State(k.new_zeros(rows, k.shape[1], taps.shape[1] - 1), diagonal.a.new_zeros(shape))
+
+
+def _system(system: DiagonalSystem | ChunkOperators) -> DiagonalSystem:
+    return system.system if isinstance(system, ChunkOperators) else system
+
+
+def _operators(
+    system: DiagonalSystem | ChunkOperators, taps: Tensor | None
+) -> ChunkOperators:
+    if isinstance(system, DiagonalSystem):
+        return system.chunk_operators(taps)
+    if taps is not None and (system.taps is None or system.taps.shape != taps.shape):
+        made = "no taps" if system.taps is None else f"taps {tuple(system.taps.shape)}"
+        raise ValueError(
+            f"the operators were made with {made}, the call has taps {tuple(taps.shape)}: "
+            "make them by system.chunk_operators(taps)"
+        )
+    return system
+
+
+def _reference_h3_core(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    taps: Tensor,
+    system: DiagonalSystem,
+    head_dim: int,
+    initial_state: H3State | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, H3State]:
+    def run(at: slice, state: H3State | None) -> tuple[Tensor, H3State]:
+        return reference.h3_core(
+            q[..., at], k[..., at], v[..., at], taps, system,
+            head_dim=head_dim, initial_state=state,
+        )  # fmt: skip
+
+    if cu_seqlens is None:
+        return run(slice(None), initial_state)
+    done = [
+        run(at, initial_state and H3State(*(x[s : s + 1] for x in initial_state)))
+        for s, at in enumerate(_slices(cu_seqlens))
+    ]
+    states = H3State(*(torch.cat(parts) for parts in zip(*(s for _, s in done), strict=True)))
+    return torch.cat([o for o, _ in done], -1), states
+
+
+def _reference_ssm_conv(
+    u: Tensor,
+    system: DiagonalSystem,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    def run(at: slice, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        pre, post = (None if gate is None else gate[..., at] for gate in (pre_gate, post_gate))
+        return reference.ssm_conv(
+            u[..., at], system, pre_gate=pre, post_gate=post, initial_state=state
+        )
+
+    if cu_seqlens is None:
+        return run(slice(None), initial_state)
+    done = [
+        run(at, None if initial_state is None else initial_state[s : s + 1])
+        for s, at in enumerate(_slices(cu_seqlens))
+    ]
+    return torch.cat([y for y, _ in done], -1), torch.cat([state for _, state in done])
+
+
+def _slices(cu_seqlens: Tensor) -> list[slice]:
+    bounds = cu_seqlens.tolist()
+    return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def _reversed(
+    q: Tensor, k: Tensor, v: Tensor, state: H3State | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, H3State | None, Tensor | None]:
+    if state is not None and cu_seqlens is not None:
+        state = H3State(*(x.flip(0) for x in state))
+    if cu_seqlens is not None:
+        cu_seqlens = q.shape[-1] - cu_seqlens.flip(0)
+    return q.flip(-1), k.flip(-1), v.flip(-1), state, cu_seqlens
+
+
+def _reversed_sequences(
+    state: Tensor | None, cu_seqlens: Tensor | None, length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    if cu_seqlens is None:
+        return state, None
+    return None if state is None else state.flip(0), length - cu_seqlens.flip(0)
+
+
+def _reversed_state(state: H3State, cu_seqlens: Tensor | None) -> H3State:
+    return state if cu_seqlens is None else H3State(*(x.flip(0) for x in state))
+
+
+def _check_like(name: str, x: Tensor, **others: Tensor) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"{name} must be (B, D, L), got {tuple(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise ValueError(
+            f"{name} is {x.dtype}; use float32, bfloat16, float16 or float64"
+        )
+    for other, y in others.items():
+        if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
+            raise ValueError(
+                f"{other} is {tuple(y.shape)} {y.dtype} on {y.device}, "
+                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}: they must agree"
+            )
+
+
+def _check_heads(
+    k: Tensor, taps: Tensor, system: DiagonalSystem | ChunkOperators, head_dim: int
+) -> None:
+    D, H = k.shape[1], _system(system).num_systems
+    if taps.dim() != 2 or taps.shape[0] != D or taps.shape[1] < 1:
+        raise ValueError(f"taps is {tuple(taps.shape)}, k has {D} channels: need ({D}, n_taps)")
+    if head_dim < 1 or head_dim * H != D:
+        raise ValueError(
+            f"head_dim={head_dim} times {H} systems must be the {D} channels of q, k, v"
+        )
+
+
+def _check_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Number of sequences with a state of their own."""
+    if cu_seqlens is None:
+        return x.shape[0]
+    if x.shape[0] != 1:
+        raise ValueError(f"cu_seqlens packs sequences in one row, the batch has {x.shape[0]}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype.is_floating_point:
+        raise ValueError(
+            f"cu_seqlens must be at least two integers, got {tuple(cu_seqlens.shape)} "
+            f"{cu_seqlens.dtype}"
+        )
+    capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not (torch.compiler.is_compiling() or capturing):
+        bounds = cu_seqlens.tolist()
+        increasing = all(b > a for a, b in zip(bounds, bounds[1:], strict=False))
+        if bounds[0] != 0 or bounds[-1] != x.shape[-1] or not increasing:
+            raise ValueError(
+                f"cu_seqlens must increase from 0 to the length {x.shape[-1]}, got {bounds}"
+            )
+    return len(cu_seqlens) - 1
+
+
+def _check_h3_state(
+    state: H3State | None,
+    rows: int,
+    k: Tensor,
+    taps: Tensor,
+    system: DiagonalSystem | ChunkOperators,
+    head_dim: int,
+) -> None:
+    if state is None:
+        return
+    shift = (rows, k.shape[1], taps.shape[1] - 1)
+    diagonal = diagonal_shape(rows, k.shape[1] // head_dim, head_dim, _system(system).num_modes)
+    if state.shift.shape != shift or state.diagonal.shape != diagonal:
+        raise ValueError(
+            f"initial_state has shift {tuple(state.shift.shape)} and diagonal "
+            f"{tuple(state.diagonal.shape)}; this call needs {shift} and {diagonal}"
+        )
