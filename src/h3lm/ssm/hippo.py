@@ -41,7 +41,7 @@ def legs_matrices(d_state: int) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N
     Returns:
         `A` (N, N) and `B` (N,), float64.
     """
-    n = torch.arange(d_state, dtype=torch.float64)
+    n = torch.arange(d_state, dtype=torch.float64, device="cpu")
     root = torch.sqrt(2 * n + 1)
     A = -torch.tril(root[:, None] * root[None, :], diagonal=-1) - torch.diag(n + 1)
     return A, root
@@ -63,8 +63,8 @@ def legs_normal_plus_low_rank(d_state: int) -> NormalPlusLowRank:
     """
     _check_even(d_state)
     A, B = legs_matrices(d_state)
-    P = torch.sqrt(torch.arange(d_state, dtype=torch.float64) + 0.5)
-    skew = A + torch.outer(P, P) + 0.5 * torch.eye(d_state, dtype=torch.float64)
+    P = torch.sqrt(torch.arange(d_state, dtype=torch.float64, device="cpu") + 0.5)
+    skew = A + torch.outer(P, P) + 0.5 * torch.eye(d_state, dtype=torch.float64, device="cpu")
     skew = (skew - skew.T) / 2
     frequency, V = torch.linalg.eigh(-1j * skew)  # ascending; the upper half is positive
     frequency, V = frequency[d_state // 2 :], V[:, d_state // 2 :]
@@ -100,7 +100,7 @@ def diagonal_eigenvalues(init: DiagonalInit, d_state: int) -> Complex[Tensor, " 
         ValueError: if `init` is unknown or `d_state` is odd.
     """
     _check_even(d_state)
-    n = torch.arange(d_state // 2, dtype=torch.float64)
+    n = torch.arange(d_state // 2, dtype=torch.float64, device="cpu")
     if init == "lin":
         imaginary = torch.pi * n
     elif init == "inv":

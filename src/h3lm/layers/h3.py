@@ -1,0 +1,222 @@
+"""The H3 layer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor, nn
+
+from h3lm import flashconv
+from h3lm.flashconv import H3State
+from h3lm.flashconv.state import as_real_pairs, from_real_pairs
+from h3lm.layers.prepared import Prepared
+from h3lm.layers.projection import project_channel_first, project_channel_last
+from h3lm.layers.unpad import Unpadded
+from h3lm.ssm import ChunkOperators, DiagonalSSM, ShiftSSM
+from h3lm.ssm.diagonal import Discretization
+from h3lm.ssm.hippo import DiagonalInit
+
+
+class H3(nn.Module):
+    """Hungry Hungry Hippos: two state space models with gates between them.
+
+        q, k, v = u W_q, u W_k, u W_v
+        y = (q * diagonal_ssm(shift_ssm(k) v)) W_o
+
+    With head_dim > 1 the product shift_ssm(k) v is an outer product within each head, and q
+    contracts the index that came from k. Channel c is member c % head_dim of head c // head_dim,
+    before and behind the core.
+    Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 1.
+
+    Args:
+        d_model: Width D.
+        d_state: State size of both SSMs: taps of the shift SSM, 2 * modes of the diagonal SSM.
+        head_dim: Channels of a head; divides d_model.
+        bias: Whether the projections have a bias.
+        init: Start of the diagonal SSM's A: "lin", "inv" or "legs".
+        discretization: "bilinear" or "zoh".
+        dt_min, dt_max: Range of the step sizes at the start.
+        backend: Implementation of the core, see `flashconv.h3_core`.
+        device: Where the parameters are made.
+        dtype: Dtype of the projections; the SSMs are float32 always.
+
+    Raises:
+        ValueError: if head_dim does not divide d_model, or d_state is odd.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        head_dim: int = 1,
+        *,
+        bias: bool = True,
+        init: DiagonalInit = "lin",
+        discretization: Discretization = "bilinear",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if head_dim < 1 or d_model % head_dim:
+            raise ValueError(f"head_dim={head_dim} must divide d_model={d_model}")
+        self.d_model, self.d_state, self.head_dim = d_model, d_state, head_dim
+        self.backend = backend
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=bias, device=device, dtype=dtype)
+        self.shift_ssm = ShiftSSM(d_model, d_state, device=device)
+        self.diagonal_ssm = DiagonalSSM(
+            d_model // head_dim,
+            d_state,
+            init=init,
+            discretization=discretization,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            device=device,
+        )
+        self.output_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
+        self._prepared: Prepared[tuple[Tensor, ChunkOperators]] = Prepared()
+
+    def forward(
+        self,
+        u: Float[Tensor, "B L D"],
+        state: H3State | None = None,
+        *,
+        mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
+        cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
+    ) -> tuple[Float[Tensor, "B L D"], H3State]:
+        """Mix positions.
+
+        Args:
+            u: Input, (B, L, D).
+            state: State before position 0, as an earlier call returned it; None for zero.
+            mask: 0 or False at positions that are as if they were not there: they move no state
+                and no other output. Their own output means nothing.
+            cu_seqlens: Boundaries of sequences packed in one row (B = 1).
+
+        Returns:
+            The output, (B, L, D), and the state after the last position.
+        """
+        q, k, v = project_channel_first(self.qkv_proj, u).chunk(3, dim=1)
+        if u.shape[1] == 1 and cu_seqlens is None:
+            o, state = self.step(q, k, v, state, mask=mask)
+        else:
+            o, state = self.core(q, k, v, state, mask=mask, cu_seqlens=cu_seqlens)
+        return project_channel_last(self.output_proj, o), state
+
+    def core(
+        self,
+        q: Float[Tensor, "B D L"],
+        k: Float[Tensor, "B D L"],
+        v: Float[Tensor, "B D L"],
+        state: H3State | None = None,
+        *,
+        mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
+        cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
+    ) -> tuple[Float[Tensor, "B D L"], H3State]:
+        """Everything between the projections, channel first; arguments as in `forward`.
+
+        Raises:
+            ValueError: if both `mask` and `cu_seqlens` are given.
+        """
+        taps, operators = self.operators()
+        if mask is not None:
+            if cu_seqlens is not None:
+                raise ValueError("give mask or cu_seqlens, not both")
+            rows = Unpadded(mask)
+            if state is None:
+                state = flashconv.zero_state(q.shape[0], k, taps, operators, self.head_dim)
+            return rows.run(
+                lambda state, cu_seqlens, q, k, v: self._h3_core(
+                    q, k, v, taps, operators, state, cu_seqlens
+                ),
+                state,
+                (q, k, v),
+            )
+        return self._h3_core(q, k, v, taps, operators, state, cu_seqlens)
+
+    def _h3_core(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        taps: Tensor,
+        operators: ChunkOperators,
+        state: H3State | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, H3State]:
+        o, final = flashconv.h3_core(
+            q, k, v, taps, operators,
+            head_dim=self.head_dim, initial_state=state, return_final_state=True,
+            cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+        assert final is not None
+        return o, final
+
+    def step(
+        self,
+        q: Float[Tensor, "B D 1"],
+        k: Float[Tensor, "B D 1"],
+        v: Float[Tensor, "B D 1"],
+        state: H3State | None = None,
+        *,
+        mask: Bool[Tensor, "B 1"] | Integer[Tensor, "B 1"] | None = None,
+    ) -> tuple[Float[Tensor, "B D 1"], H3State]:
+        """`core` for a single position, by the recurrence: no chunk, no synchronisation."""
+        taps, operators = self.operators()
+        if state is None:
+            state = flashconv.zero_state(q.shape[0], k, taps, operators, self.head_dim)
+        o, new = flashconv.h3_step(
+            q[..., 0], k[..., 0], v[..., 0], taps, operators.system, state, head_dim=self.head_dim
+        )
+        if mask is not None:
+            here = mask.bool()[:, 0]
+            new = H3State(*(_where_row(here, n, s) for n, s in zip(new, state, strict=True)))
+        return o[..., None], new
+
+    def operators(self) -> tuple[Float[Tensor, "D n_taps"], ChunkOperators]:
+        """Taps of the shift SSM and chunk operators of both SSMs, float32.
+
+        Made anew where gradients or training may need them; reused in eval mode.
+        """
+        return self._prepared.get(self, self._make_operators)
+
+    def _make_operators(self) -> tuple[Tensor, ChunkOperators]:
+        with torch.autocast(self.shift_ssm.B.device.type, enabled=False):
+            taps = self.shift_ssm.taps()
+            return taps, self.diagonal_ssm.system().chunk_operators(taps)
+
+    @staticmethod
+    def pack_state(state: H3State) -> tuple[Tensor, Tensor]:
+        """State as the two tensors that a cache stores, rows first: real pairs for complex."""
+        return state.shift, as_real_pairs(state.diagonal)
+
+    @staticmethod
+    def unpack_state(conv: Tensor, recurrent: Tensor) -> H3State:
+        """Inverse of `pack_state`."""
+        return H3State(conv, from_real_pairs(recurrent))
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch mode; drops the operators, since an optimiser may have run in between."""
+        self._prepared.drop()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._prepared.drop()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self._prepared.drop()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print."""
+        return f"d_model={self.d_model}, d_state={self.d_state}, head_dim={self.head_dim}"
+
+
+def _where_row(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(rows.view(-1, *([1] * (new.dim() - 1))), new, old)
