@@ -1,0 +1,421 @@
+"""H3 language models for transformers."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from h3lm.layers import Block, CausalAttention
+from h3lm.layers.attention import Rotation
+from h3lm.models.cache import prepare_cache
+from h3lm.models.configuration_h3 import H3Config
+from h3lm.ssm import SSMModule
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which positions the layers of one call see, made once for all of them.
+
+    Attributes:
+        padding: (B, L), zero at padding; for mixers with a state of constant size.
+        cu_seqlens: Boundaries of packed documents in the rows laid end to end.
+        bias: Attention mask (B, 1, L, S), or None for plain causal attention.
+        rotation: Rotary embedding of the positions.
+    """
+
+    padding: Tensor | None
+    cu_seqlens: Tensor | None
+    bias: Tensor | None
+    rotation: Rotation | None
+
+
+class H3DecoderLayer(GradientCheckpointingLayer, Block):
+    """A block whose mixer keeps its state in a generation cache."""
+
+    def __init__(self, config: H3Config, layer_idx: int) -> None:
+        super().__init__(
+            config.mixers[layer_idx],
+            config.mixer_sizes,
+            config.intermediate_size,
+            dropout=config.residual_dropout,
+            norm_eps=config.layer_norm_eps,
+        )
+        self.layer_idx = layer_idx
+
+    def forward(self, r: Tensor, where: Where, cache: Cache | None = None) -> Tensor:
+        """Advance the residual stream (B, L, D)."""
+        u = self.norm1(r)
+        if isinstance(self.mixer, CausalAttention):
+            q, k, v = self.mixer.project(u, where.rotation)
+            if cache is not None:
+                k, v = cache.update(k, v, self.layer_idx)
+            mixed = self.mixer.attend(q, k, v, where.bias)
+        elif where.cu_seqlens is not None:
+            mixed, _ = self.mixer(u.reshape(1, -1, u.shape[2]), cu_seqlens=where.cu_seqlens)
+            mixed = mixed.view_as(u)
+        else:
+            mixed = self._mix_with_state(u, where, cache)
+        return self.finish(r, mixed)
+
+    def _mix_with_state(self, u: Tensor, where: Where, cache: Cache | None) -> Tensor:
+        if cache is None:
+            return self.mixer(u, mask=where.padding)[0]
+        stored = cache.layers[self.layer_idx]
+        packed = stored.read()
+        state = None if packed is None else self.mixer.unpack_state(*packed)
+        mixed, state = self.mixer(u, state, mask=where.padding)
+        stored.write(self.mixer.pack_state(state), u.shape[1])
+        return mixed
+
+
+class H3PreTrainedModel(PreTrainedModel):
+    """Weights, initialisation and what the library should know of the family."""
+
+    config_class = H3Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["H3DecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True
+    _is_stateful = True  # a recurrent state can't be rolled back: no assisted generation
+    _can_compile_fullgraph = True
+    # A decay in bfloat16 is another model (see `ssm.SSMModule`)
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["shift_ssm", "diagonal_ssm"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, SSMModule):
+            self._init_ssm(module)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, Block):
+            # What is added to the residual stream, as in the release
+            scaled = std / math.sqrt(2 * self.config.num_hidden_layers)
+            nn.init.normal_(module.mlp.down_proj.weight, std=scaled)
+            output = getattr(module.mixer, "output_proj", None)
+            is_attention = isinstance(module.mixer, CausalAttention)
+            if output is not None and (is_attention or self.config.scale_h3_output):
+                nn.init.normal_(output.weight, std=scaled)
+
+    @staticmethod
+    def _init_ssm(module: SSMModule) -> None:
+        parameters = dict(module.named_parameters(recurse=False))
+        loaded = {
+            name: parameter.detach().clone()
+            for name, parameter in parameters.items()
+            if getattr(parameter, "_is_hf_initialized", False)
+        }
+        if len(loaded) < len(parameters):
+            module.reset_parameters()
+            with torch.no_grad():
+                for name, value in loaded.items():
+                    parameters[name].copy_(value)
+
+
+class H3Model(H3PreTrainedModel):
+    """Embedding, blocks and final norm: token ids to hidden states."""
+
+    def __init__(self, config: H3Config) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.num_learned_positions:
+            self.embed_positions = nn.Embedding(config.num_learned_positions, config.hidden_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(
+            H3DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Hidden states of every position.
+
+        Args:
+            input_ids: (B, L) token ids; or give `inputs_embeds`.
+            attention_mask: (B, S) with zeros at padding, S counting what the cache has seen.
+            position_ids: (B, L). Where they restart within a row (and no attention mask or
+                filled cache is given), documents are packed: none sees another's state or keys.
+            past_key_values: Cache to continue; filled in place.
+            inputs_embeds: (B, L, D) in place of `input_ids`.
+            use_cache: Whether to return a cache; by default as configured, but not in training.
+            output_hidden_states: Whether to return what each layer saw.
+            cu_seq_lens_q: Boundaries of packed documents in one row (B = 1), as the library's
+                flattening collator gives them; needed under `torch.compile`, where positions
+                can't be looked at.
+            return_dict: False for a plain tuple.
+            kwargs: Ignored, as the library passes more than a model needs.
+
+        Raises:
+            ValueError: if both or neither of ids and embeddings are given, an id is out of range
+                (on the CPU), or a position exceeds the learned table.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, exactly one of them")
+        if inputs_embeds is None:
+            self._check_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training
+        if past_key_values is not None or use_cache:
+            past_key_values = prepare_cache(past_key_values, self.config)
+        where, position_ids = self._where(
+            inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q
+        )
+        r = inputs_embeds
+        if self.config.num_learned_positions:
+            r = r + self.embed_positions(self._check_positions(position_ids))
+        r = self.embedding_dropout(r)
+        seen = (r,) if output_hidden_states else ()
+        for layer in self.layers:
+            r = layer(r, where, past_key_values)
+            if output_hidden_states:
+                seen = (*seen, r)
+        r = self.norm(r)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=r,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*seen[:-1], r) if output_hidden_states else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _where(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Where, Tensor]:
+        """Resolve masks, positions and packing into what the layers need."""
+        B, L, _ = embeds.shape
+        two_dimensional = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+        seen = 0 if cache is None else cache.get_seq_length()
+        if cu_seqlens is not None:
+            position_ids = _positions_in(cu_seqlens, L)
+        elif position_ids is None:
+            if two_dimensional:
+                position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -L:]
+            else:
+                position_ids = (torch.arange(L, device=embeds.device) + seen)[None]
+        elif attention_mask is None and isinstance(seen, int) and seen == 0:
+            cu_seqlens = _packed_boundaries(position_ids, B)
+
+        if isinstance(attention_mask, dict):  # made by `generate` for a compilable cache
+            bias = attention_mask.get("full_attention")
+            padding = attention_mask.get("linear_attention")
+        else:
+            padding = _padding(attention_mask, L) if two_dimensional else None
+            bias = self._bias(embeds, attention_mask, position_ids, cache, cu_seqlens)
+        return Where(padding, cu_seqlens, bias, self._rotation(position_ids)), position_ids
+
+    def _bias(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor | None:
+        if "full_attention" not in self.config.layer_types:
+            return None
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            past_key_values=None if cu_seqlens is not None else cache,
+            position_ids=position_ids if cu_seqlens is not None else None,
+        )
+
+    def _rotation(self, position_ids: Tensor) -> Rotation | None:
+        for layer in self.layers:
+            if isinstance(layer.mixer, CausalAttention):
+                return layer.mixer.rotation(position_ids)
+        return None
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        # On a GPU the look would stall it, and the embedding asserts on the device by itself
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not len(input_ids):
+            return
+        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < (
+            rows := self.embed_tokens.num_embeddings
+        ):
+            raise ValueError(
+                f"input_ids go from {int(input_ids.min())} to {int(input_ids.max())}, the model "
+                f"has ids 0 to {rows - 1}: is this its tokenizer?"
+            )
+
+    def _check_positions(self, position_ids: Tensor) -> Tensor:
+        limit = self.config.num_learned_positions
+        if position_ids.device.type == "cpu" and int(position_ids.max()) >= limit:
+            raise ValueError(
+                f"position {int(position_ids.max())} exceeds the model's "
+                f"{limit} learned positions"
+            )
+        return position_ids
+
+
+class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
+    """H3, hybrid or Transformer language model, by `H3Config.mixers`."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
+
+    def __init__(self, config: H3Config) -> None:
+        super().__init__(config)
+        self.model = H3Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The language model head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the head."""
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits of the next token at every position; arguments as in `H3Model.forward`.
+
+        Args:
+            input_ids: (B, L) token ids.
+            attention_mask: (B, S), zeros at padding.
+            position_ids: (B, L); restarts mark packed documents.
+            past_key_values: Cache to continue.
+            inputs_embeds: (B, L, D) in place of ids.
+            labels: (B, L) token ids, -100 where there is no target; shifted inside.
+            use_cache: Whether to return a cache.
+            output_hidden_states: Whether to return what each layer saw.
+            logits_to_keep: Compute the last so many logits only (0: all), or those at positions.
+            return_dict: False for a plain tuple.
+            kwargs: `cu_seq_lens_q` for packed rows, `num_items_in_batch` for the loss.
+        """
+        hidden = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        # slice(-0, None) is everything
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=hidden.past_key_values,
+            hidden_states=hidden.hidden_states,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Embedding:
+        """Resize embedding and head; ids below `new_num_tokens` count as the tokenizer's."""
+        embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None and self.config.tokenizer_vocab_size is not None:
+            self.config.tokenizer_vocab_size = new_num_tokens
+        return embedding
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        # The library makes the cache; its layers for constant states are exchanged for ours
+        result = super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
+        if isinstance(model_kwargs.get("past_key_values"), Cache):
+            prepare_cache(model_kwargs["past_key_values"], self.config)
+        return result
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        known = self.config.tokenizer_vocab_size
+        if known is not None and known < self.config.vocab_size:
+            padding = list(range(known, self.config.vocab_size))
+            processors.insert(0, SuppressTokensLogitsProcessor(padding, device=self.device))
+        return processors
+
+
+def _padding(attention_mask: Tensor, length: int) -> Tensor | None:
+    """The mask of this call's positions, or None where it hides nothing."""
+    mask = attention_mask[:, -length:]
+    if length == 1 and attention_mask.shape[1] > 1:
+        return None  # a generated token is never padding, and a look would stall the GPU
+    if not torch.compiler.is_compiling() and bool(mask.all()):
+        return None
+    return mask
+
+
+def _packed_boundaries(position_ids: Tensor, batch: int) -> Tensor | None:
+    """Boundaries of documents in the rows laid end to end, or None if each row is one."""
+    if torch.compiler.is_compiling() or position_ids.shape[1] == 1:
+        return None
+    position_ids = position_ids.expand(batch, -1)
+    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True).flatten().nonzero()[:, 0]
+    if len(starts) == batch:
+        return None
+    return F.pad(starts, (0, 1), value=position_ids.numel())
+
+
+def _positions_in(cu_seqlens: Tensor, length: int) -> Tensor:
+    token = torch.arange(length, device=cu_seqlens.device)
+    owner = torch.searchsorted(cu_seqlens.to(token.dtype)[1:], token, right=True)
+    return (token - cu_seqlens[owner])[None]
+
