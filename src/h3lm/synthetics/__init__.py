@@ -1,0 +1,1 @@
+"""The expressivity lab: small tasks that tell the mixers apart."""
