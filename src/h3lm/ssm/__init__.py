@@ -2,6 +2,8 @@
 
 from h3lm.ssm.diagonal import DiagonalSSM as DiagonalSSM
 from h3lm.ssm.diagonal import discretize as discretize
+from h3lm.ssm.dplr import DPLRSSM as DPLRSSM
+from h3lm.ssm.dplr import DPLRSystem as DPLRSystem
 from h3lm.ssm.hints import ParameterHint as ParameterHint
 from h3lm.ssm.hints import SSMModule as SSMModule
 from h3lm.ssm.hippo import diagonal_eigenvalues as diagonal_eigenvalues
