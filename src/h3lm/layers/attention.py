@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 ROTARY_BASE = 10000.0
 Rotation = tuple[Tensor, Tensor]  # cosine and sine, (B, 1, L, rotary_dim / 2)
@@ -136,6 +135,9 @@ class CausalAttention(nn.Module):
         elif L == S:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         else:  # is_causal would align the query with the first keys
+            # imported here: it brings the compiler, which takes longer to load than torch
+            from torch.nn.attention.bias import causal_lower_right
+
             lower_right = causal_lower_right(L, S)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=lower_right, dropout_p=dropout)
         return self.output_proj(y.transpose(1, 2).flatten(2))

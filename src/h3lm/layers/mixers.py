@@ -7,7 +7,11 @@ from difflib import get_close_matches
 from torch import nn
 
 from h3lm.layers.attention import CausalAttention
+from h3lm.layers.gss import GSS
 from h3lm.layers.h3 import H3
+from h3lm.layers.linear_attention import LinearAttention
+from h3lm.layers.s4 import S4
+from h3lm.layers.s4d import S4D
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ MIXERS: dict[str, Mixer] = {
         ),
         constant_state=False,
     ),
+    "s4d": Mixer(lambda s: S4D(s.d_model, s.d_state, tied=True)),
+    "s4": Mixer(lambda s: S4(s.d_model, s.d_state)),
+    "gss": Mixer(lambda s: GSS(s.d_model, num_modes=s.d_state)),
+    "linear_attention": Mixer(lambda s: LinearAttention(s.d_model, s.num_heads)),
 }
 
 

@@ -7,7 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -419,3 +426,7 @@ def _positions_in(cu_seqlens: Tensor, length: int) -> Tensor:
     owner = torch.searchsorted(cu_seqlens.to(token.dtype)[1:], token, right=True)
     return (token - cu_seqlens[owner])[None]
 
+
+AutoConfig.register(H3Config.model_type, H3Config, exist_ok=True)
+AutoModel.register(H3Config, H3Model, exist_ok=True)
+AutoModelForCausalLM.register(H3Config, H3ForCausalLM, exist_ok=True)

@@ -1,0 +1,173 @@
+"""What mixers around a linear time-invariant system share: state, masks, packing, single steps."""
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from h3lm import flashconv
+from h3lm.flashconv.state import as_real_pairs, from_real_pairs
+from h3lm.layers.prepared import Prepared
+from h3lm.layers.unpad import Unpadded
+from h3lm.ssm import ChunkOperators
+from h3lm.ssm.dplr import DPLRSystem
+from h3lm.ssm.hints import SSMModule
+
+System = ChunkOperators | DPLRSystem
+
+
+class RecurrentState(NamedTuple):
+    """What a system remembers of everything before a position.
+
+    Attributes:
+        modes: (B, H, modes), complex64 (complex128 in float64); (S, ...) with `cu_seqlens`.
+    """
+
+    modes: Tensor
+
+
+class Recurrence(nn.Module):
+    """Base of mixers that run one state space model for each channel.
+
+    A subclass has its projections and calls `mix` between them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._prepared: Prepared[System] = Prepared()
+
+    def system(self) -> System:
+        """What `mix` runs; a subclass makes it from its parameters, in float32."""
+        raise NotImplementedError
+
+    def mix(
+        self,
+        u: Tensor,
+        state: RecurrentState | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, RecurrentState]:
+        """Run the system over (B, H, L); arguments as in `H3.forward`.
+
+        Raises:
+            ValueError: if both `mask` and `cu_seqlens` are given.
+        """
+        system = self._prepared.get(self, self._make_system)
+        if mask is not None and cu_seqlens is not None:
+            raise ValueError("give mask or cu_seqlens, not both")
+        if u.shape[-1] == 1 and cu_seqlens is None:
+            return _step(u, system, state, mask)
+        if mask is None:
+            return convolve(u, system, state, cu_seqlens)
+        if state is None:
+            state = zero_state(u, system)
+        rows = Unpadded(mask)
+        return rows.run(lambda s, cu, packed: convolve(packed, system, s, cu), state, (u,))
+
+    def _make_system(self) -> System:
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return self.system()
+
+    @staticmethod
+    def pack_state(state: RecurrentState) -> tuple[None, Tensor]:
+        """State as the two tensors that a cache stores; there is no shift part."""
+        return None, as_real_pairs(state.modes)
+
+    @staticmethod
+    def unpack_state(conv: Tensor | None, recurrent: Tensor) -> RecurrentState:
+        """Inverse of `pack_state`."""
+        return RecurrentState(from_real_pairs(recurrent))
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch mode; drops what was prepared, since an optimiser may have run in between."""
+        self._prepared.drop()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._prepared.drop()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self._prepared.drop()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def convolve(
+    u: Tensor, system: System, state: RecurrentState | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, RecurrentState]:
+    """All positions of (B, H, L) at once, left to right, and the state behind them."""
+    start = None if state is None else state.modes
+    if isinstance(system, DPLRSystem):
+        return _convolve_dplr(u, system, start, cu_seqlens)
+    y, end = flashconv.ssm_conv(
+        u, system, initial_state=start, return_final_state=True, cu_seqlens=cu_seqlens
+    )
+    assert end is not None
+    return y, RecurrentState(end)
+
+
+def zero_state(u: Tensor, system: System) -> RecurrentState:
+    """The state before anything was seen, for inputs like `u`."""
+    modes = system.eigenvalues if isinstance(system, DPLRSystem) else system.system.a
+    return RecurrentState(modes.new_zeros(u.shape[0], *modes.shape))
+
+
+def spans_of(cu_seqlens: Tensor | None, length: int) -> list[slice]:
+    """The positions of each packed sequence; the whole row if there are none."""
+    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+    return [slice(start, end) for start, end in pairwise(bounds)]
+
+
+class BackwardReadout(SSMModule):
+    """The second C of a bidirectional system, (H, N/2, 2); complex normal, E|C|^2 = 1."""
+
+    def __init__(self, num_systems: int, num_modes: int) -> None:
+        super().__init__()
+        self.C = nn.Parameter(torch.empty(num_systems, num_modes, 2))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw anew, from torch's generator."""
+        nn.init.normal_(self.C, std=0.5**0.5)
+
+
+def _step(
+    u: Tensor, system: System, state: RecurrentState | None, mask: Tensor | None
+) -> tuple[Tensor, RecurrentState]:
+    if state is None:
+        state = zero_state(u, system)
+    step = system.step if isinstance(system, DPLRSystem) else system.system.step
+    with torch.autocast(u.device.type, enabled=False):
+        y, new = step(u[..., 0], state.modes)
+    if mask is not None:
+        new = torch.where(mask.bool()[:, :, None], new, state.modes)
+    return y[..., None], RecurrentState(new)
+
+
+def _convolve_dplr(
+    u: Tensor, system: DPLRSystem, state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, RecurrentState]:
+    """One filter for all sequences; each is convolved by itself."""
+    L = u.shape[-1]
+    if L == 0:
+        rest = zero_state(u, system) if state is None else RecurrentState(state)
+        return torch.zeros_like(u), rest
+    spans = spans_of(cu_seqlens, L)
+    with torch.autocast(u.device.type, enabled=False):
+        taps = system.filter(max(span.stop - span.start for span in spans))
+        outputs, ends = [], []
+        for i, span in enumerate(spans):
+            part = u[..., span]
+            y = flashconv.fft_conv(part, taps[:, : part.shape[-1]], skip=system.skip)
+            x = None
+            if state is not None:
+                x = state if cu_seqlens is None else state[i : i + 1]
+                y = (y + system.initial_response(x, part.shape[-1])).to(u.dtype)
+            outputs.append(y)
+            ends.append(system.final_state(part, x))
+    return torch.cat(outputs, -1), RecurrentState(torch.cat(ends))

@@ -1,0 +1,105 @@
+"""The S4 layer."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from h3lm import flashconv
+from h3lm.layers.recurrence import BackwardReadout, Recurrence, RecurrentState, spans_of, zero_state
+from h3lm.layers.s4d import Output, check_output, finish, refuse_state
+from h3lm.layers.unpad import Unpadded
+from h3lm.ssm.dplr import DPLRSSM, DPLRSystem
+
+
+class S4(Recurrence):
+    """One diagonal-plus-low-rank SSM for each channel, GELU, and a gated or linear map.
+
+    As `S4D`, with a system that starts at HiPPO-LegS itself instead of its diagonal part.
+    Whole rows are convolved with a filter of their length by FFT; single positions take the
+    structured step.
+    Source: Gu et al. 2022 (S4). GELU in its exact form.
+
+    Args:
+        d_model: Width D.
+        d_state: State size N, even.
+        output: "glu" (the published block) or "linear".
+        bidirectional: Whether a position sees what comes after it, by a second C; see `S4D`.
+        dt_min, dt_max: Range of the step sizes at the start.
+        bias: Whether the output map has a bias.
+
+    Raises:
+        ValueError: if `output` is unknown or d_state is odd.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        *,
+        output: Output = "glu",
+        bidirectional: bool = False,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        check_output(output)
+        self.d_model, self.d_state = d_model, d_state
+        self.output: Output = output
+        self.dplr_ssm = DPLRSSM(d_model, d_state, dt_min=dt_min, dt_max=dt_max)
+        self.backward_readout = BackwardReadout(d_model, d_state // 2) if bidirectional else None
+        self.output_proj = nn.Linear(d_model, d_model * (1 + (output == "glu")), bias=bias)
+
+    def system(self) -> DPLRSystem:
+        """The system that the parameters stand for."""
+        return self.dplr_ssm.system()
+
+    def forward(
+        self,
+        u: Float[Tensor, "B L D"],
+        state: RecurrentState | None = None,
+        *,
+        mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
+        cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
+    ) -> tuple[Float[Tensor, "B L D"], RecurrentState | None]:
+        """Mix positions; arguments as in `H3.forward`.
+
+        Raises:
+            ValueError: if a bidirectional layer is given a state.
+        """
+        x = u.transpose(1, 2)
+        if self.backward_readout is None:
+            y, end = self.mix(x, state, mask, cu_seqlens)
+            return finish(self.output_proj, y, self.output), end
+        refuse_state(state)
+        return finish(self.output_proj, self._both_ways(x, mask, cu_seqlens), self.output), None
+
+    def _both_ways(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        if mask is None:
+            return self._run_both(x, cu_seqlens)
+        state = zero_state(x, self.system())
+        run = Unpadded(mask).run
+        return run(lambda s, cu, p: (self._run_both(p, cu), s), state, (x,))[0]
+
+    def _run_both(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        assert self.backward_readout is not None
+        system = self.system()
+        C = torch.view_as_complex(self.backward_readout.C.contiguous())
+        spans = spans_of(cu_seqlens, x.shape[-1])
+        longest = max(span.stop - span.start for span in spans)
+        ahead = system.filter(longest)
+        # lag 0 belongs to the forward filter
+        behind = F.pad(replace(system, c=C).filter(longest - 1), (1, 0))
+        outputs = []
+        for span in spans:
+            part = x[..., span]
+            reach = part.shape[-1]
+            outputs.append(
+                flashconv.fft_conv(
+                    part, ahead[:, :reach], skip=system.skip, f_reverse=behind[:, :reach]
+                )
+            )
+        return torch.cat(outputs, -1)
