@@ -11,4 +11,6 @@ from h3lm.ssm.hippo import legs_matrices as legs_matrices
 from h3lm.ssm.hippo import legs_normal_plus_low_rank as legs_normal_plus_low_rank
 from h3lm.ssm.operators import ChunkOperators as ChunkOperators
 from h3lm.ssm.operators import DiagonalSystem as DiagonalSystem
+from h3lm.ssm.shared_modes import SharedModesSSM as SharedModesSSM
+from h3lm.ssm.shared_modes import TiedDiagonalSSM as TiedDiagonalSSM
 from h3lm.ssm.shift import ShiftSSM as ShiftSSM
