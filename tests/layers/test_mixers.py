@@ -7,12 +7,17 @@ import torch
 from torch import nn
 
 from h3lm.layers import MIXERS, MixerSizes, mixer
+from h3lm.layers.s4 import S4
 
 SIZES = MixerSizes(d_model=8, d_state=16, h3_head_dim=1, num_heads=2, rotary_dim=2)
 CASES = {
     "h3": ("h3", SIZES),
     "h3-head_dim-4": ("h3", MixerSizes(d_model=8, d_state=16, h3_head_dim=4)),
     "attention": ("attention", SIZES),
+    "s4d": ("s4d", SIZES),
+    "s4": ("s4", SIZES),
+    "gss": ("gss", SIZES),
+    "linear_attention": ("linear_attention", SIZES),
 }
 LENGTH = 37
 
@@ -39,10 +44,11 @@ def test_every_mixer_is_a_case():
 
 def test_causal_by_gradient(layer, u):
     u.requires_grad_()
+    leak = 1e-14 if isinstance(layer, S4) else 0.0  # an FFT spreads its rounding over the row
     for t in (0, 5, LENGTH - 1):
         y, _ = layer(u)
         (grad,) = torch.autograd.grad(y[:, t].sum(), u)
-        assert not grad[:, t + 1 :].any()
+        assert not (grad[:, t + 1 :].abs() > leak * grad.abs().max()).any()
         assert grad[:, t].abs().max() > 0
 
 
