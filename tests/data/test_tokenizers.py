@@ -86,6 +86,7 @@ def test_encoder_equals_the_tokenizer(kind, tokenizers, parts):
 @settings(max_examples=100, deadline=None)
 @given(text=st.text())
 def test_bytes_are_utf8_and_round_trip(text):
+    text = text.replace("<|endoftext|>", "")  # has an id of its own
     tokenizer = byte_tokenizer()
     ids = encode(tokenizer, text)
     assert bytes(ids.astype(np.uint8)) == text.encode()
