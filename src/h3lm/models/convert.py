@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from h3lm.data.tokenizers import load_tokenizer
 from h3lm.errors import UserError
 from h3lm.models.configuration_h3 import H3Config
+from h3lm.models.folders import save_model
 from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.models.presets import GPT2_END_OF_TEXT, GPT2_VOCAB_SIZE, PADDED_GPT2_VOCAB_SIZE
 
@@ -293,3 +295,36 @@ def _check_shapes(weights: Tensors, expected: dict[str, tuple[int, ...]]) -> Non
     ]
     if complaints:
         raise UserError(f"the checkpoint does not fit the model: {'; '.join(complaints)}")
+
+
+def convert_checkpoint(
+    path: str | Path,
+    out_dir: str | Path,
+    *,
+    tokenizer: str | None = None,
+    num_attention_heads: int | None = None,
+    rotary_dim: int | None = None,
+    h3_head_dim: int | None = None,
+    channel_order: str = "plain",
+) -> H3ForCausalLM:
+    """`convert_official`, and a folder that `from_pretrained` loads.
+
+    Args:
+        path: The release's checkpoint.
+        out_dir: Folder to write.
+        tokenizer: Folder or name of the tokenizer to put beside the model; it must fit.
+        num_attention_heads, rotary_dim, h3_head_dim, channel_order: As in `convert_official`.
+
+    Raises:
+        UserError: as there, and if the tokenizer does not fit or the folder cannot be written.
+    """
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    model = convert_official(
+        path,
+        num_attention_heads=num_attention_heads,
+        rotary_dim=rotary_dim,
+        h3_head_dim=h3_head_dim,
+        channel_order=channel_order,
+    )
+    save_model(model, out_dir, loaded)
+    return model

@@ -1,0 +1,1 @@
+"""Measured speed, and the health of the fast paths on this machine."""

@@ -1,0 +1,153 @@
+"""Is every fast path right on this machine? Compared with the definition, here and now."""
+
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from h3lm import flashconv
+from h3lm.flashconv.dispatch import BACKENDS
+from h3lm.models.generation import pick_device
+from h3lm.ssm import DiagonalSSM, DiagonalSystem, ShiftSSM
+
+PACKAGES = ("h3lm", "torch", "triton", "transformers", "accelerate", "safetensors", "datasets")
+# A fast path may be twice as wrong as plain PyTorch in the same dtype, plus rounding of the result
+MAX_RATIO = 2.0
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison with the float64 definition.
+
+    Attributes:
+        name: What was run.
+        error: Largest relative error of the output and all gradients.
+        allowed: What it may be.
+    """
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the path may be trusted; a NaN never passes."""
+        return self.error <= self.allowed
+
+
+def examine(device: str, say: Callable[[str], None]) -> bool:
+    """Print what is here and check it; returns whether everything passed."""
+    where = pick_device(device)
+    say(f"python {platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        say(f"{package} {_version_of(package)}")
+    say(_describe(where))
+    good = True
+    for op, dtype, backend in _paths():
+        try:
+            check = run_check(op, dtype, backend, where)
+        except ValueError as reason:  # the backend's own word that it does not do this
+            say(f"  --    {op} {backend} {_short(dtype)}: not here ({reason})")
+            continue
+        good &= check.passed
+        mark = "ok  " if check.passed else "FAIL"
+        say(f"  {mark}  {check.name}: error {check.error:.1e}, allowed {check.allowed:.1e}")
+    choice = flashconv.choose("h3_core", where, torch.bfloat16)
+    say(f"h3_core in bfloat16 on {where} runs by {choice.backend}: {choice.reason}")
+    say("all paths agree with their definition" if good else "a path is wrong: do not use it")
+    return good
+
+
+def run_check(op: str, dtype: torch.dtype, backend: str, device: torch.device) -> Check:
+    """Compare one path of one op with the definition in float64, forward and gradients.
+
+    Raises:
+        ValueError: if the backend is not here or does not take this.
+    """
+    exact = _run(op, torch.float64, "reference", torch.device("cpu"))
+    fast = _run(op, dtype, backend, device)
+    plain = fast if backend == "torch" else _run(op, dtype, "torch", device)
+    errors, allowed = [], []
+    for a, b, c in zip(fast, plain, exact, strict=True):
+        errors.append(_relative(a, c))
+        allowed.append(MAX_RATIO * max(FLOOR[dtype], _relative(b, c) if b is not a else 0.0))
+    worst = max(range(len(errors)), key=lambda i: _excess(errors[i], allowed[i]))
+    return Check(f"{op} {backend} {_short(dtype)}", errors[worst], allowed[worst])
+
+
+def _excess(error: float, allowed: float) -> float:
+    return float("inf") if error != error else error / allowed
+
+
+def _paths() -> Iterator[tuple[str, torch.dtype, str]]:
+    for op in ("h3_core", "ssm_conv", "fft_conv"):
+        for backend in BACKENDS:
+            if backend not in ("auto", "reference"):
+                for dtype in FLOOR:
+                    yield op, dtype, backend
+
+
+def _run(op: str, dtype: torch.dtype, backend: str, device: torch.device) -> list[Tensor]:
+    """Output and gradients of one op on inputs that are the same for every call."""
+    B, D, L = 2, 8, 300
+    torch.manual_seed(0)
+    with torch.no_grad():
+        taps, made = ShiftSSM(D).taps(), DiagonalSSM(D).system()
+        f = made.filter(L)
+    # drawn in bfloat16, so that every dtype is given the same numbers
+    q, k, v, grad = (x.to(device, dtype) for x in torch.randn(4, B, D, L).to(torch.bfloat16))
+    wide = dtype == torch.float64
+
+    def leaf(x: Tensor) -> Tensor:
+        x = x.to(device)
+        return x.to(torch.complex128 if x.is_complex() else torch.float64) if wide else x
+
+    taps, f, a, b, c, skip = map(leaf, (taps, f, made.a, made.b, made.c, made.skip))
+    system = DiagonalSystem(a, b, c, skip)
+    used = {"h3_core": [taps, a, b, c, skip], "ssm_conv": [a, b, c, skip], "fft_conv": [f, skip]}
+    inputs = [q, k, v, *used[op]]
+    for x in inputs:
+        x.requires_grad_()
+    if op == "h3_core":
+        y, _ = flashconv.h3_core(q, k, v, taps, system, backend=backend)
+    elif op == "ssm_conv":
+        y, _ = flashconv.ssm_conv(k, system, pre_gate=v, post_gate=q, backend=backend)
+    else:
+        y = flashconv.fft_conv(k, f, skip=skip, pre_gate=v, post_gate=q, backend=backend)
+    results = [y, *torch.autograd.grad(y, inputs, grad)]
+    return [torch.view_as_real(x) if x.is_complex() else x for x in _detached(results)]
+
+
+def _detached(tensors: list[Tensor]) -> Iterator[Tensor]:
+    for x in tensors:
+        yield x.detach().cpu().to(torch.complex128 if x.is_complex() else torch.float64)
+
+
+def _relative(x: Tensor, exact: Tensor) -> float:
+    return float((x - exact).norm() / exact.norm())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "is not installed"
+
+
+def _describe(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"device {device}, {torch.get_num_threads()} threads"
+    properties = torch.cuda.get_device_properties(device)
+    return (
+        f"device {properties.name}, sm_{properties.major}{properties.minor}, "
+        f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    )
+

@@ -1,0 +1,61 @@
+"""The command line. Each command has a file; none of them holds logic."""
+
+import os
+import sys
+
+import click
+import typer
+
+from h3lm import __version__
+from h3lm.cli.convert import convert
+from h3lm.cli.doctor import doctor
+from h3lm.cli.generate import generate
+from h3lm.cli.prepare import prepare
+from h3lm.cli.train import train
+from h3lm.errors import UserError
+
+app = typer.Typer(
+    name="h3lm",
+    help="State space language models that people use: H3, its hybrids, and FlashConv.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (prepare, train, generate, convert, doctor):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version."),
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> None:
+    """Run the command line; mistakes of the user end in one line and a non-zero status."""
+    try:
+        status = app(standalone_mode=False)
+    except click.ClickException as error:
+        _fail(error.format_message().replace("\n", " "), error.exit_code)
+    except UserError as error:
+        if os.environ.get("H3LM_TRACEBACK"):
+            raise
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # `h3lm recipes | head`
+        sys.stdout = None  # type: ignore[assignment]
+        status = 0
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,38 @@
+"""`h3lm generate`."""
+
+from typing import Annotated
+
+from typer import Argument, Option
+
+
+def generate(
+    model: Annotated[str, Argument(help="Model folder, or a name on the Hugging Face hub.")],
+    prompt: Annotated[str, Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, Option(min=1, help="Tokens to generate at most.")] = 200,
+    temperature: Annotated[
+        float, Option(min=0.0, help="Of the sampling distribution; 0 is greedy.")
+    ] = 1.0,
+    top_p: Annotated[
+        float, Option(min=0.0, max=1.0, help="Sample within this probability mass.")
+    ] = 1.0,
+    top_k: Annotated[
+        int, Option(min=0, help="Sample among so many likeliest tokens; 0: all.")
+    ] = 0,
+    seed: Annotated[int | None, Option(help="Seed of the sampling.")] = None,
+    device: Annotated[str, Option(help="auto, cpu, cuda or mps.")] = "auto",
+) -> None:
+    """Continue a text, streaming it as it is made."""
+    from h3lm.models.generation import stream_text
+
+    for piece in stream_text(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        device=device,
+    ):
+        print(piece, end="", flush=True)
+    print()

@@ -1,0 +1,30 @@
+"""`h3lm train`."""
+
+from typing import Annotated
+
+from typer import Argument, Option
+
+
+def train(
+    recipe: Annotated[
+        str | None, Argument(help="A recipe file, or the name of a shipped recipe.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Values over the recipe's.")
+    ] = None,
+    explain: Annotated[
+        str | None, Option(help="Explain a recipe key, or 'all' of them, and stop.")
+    ] = None,
+) -> None:
+    """Train a model by a recipe."""
+    from h3lm.errors import UserError
+    from h3lm.train import recipe as recipes
+
+    if explain is not None:
+        print(recipes.explain(None if explain == "all" else explain))
+        return
+    if recipe is None:
+        raise UserError("name a recipe file or a shipped recipe; `h3lm recipes` lists them")
+    from h3lm.train.trainer import train as run
+
+    run(recipes.load_recipe(recipe, overrides or []))

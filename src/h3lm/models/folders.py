@@ -1,0 +1,75 @@
+"""Model folders: weights, configuration and tokenizer together."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+
+from h3lm.errors import UserError
+from h3lm.models.modeling_h3 import H3ForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def save_model(
+    model: H3ForCausalLM, out_dir: str | Path, tokenizer: "PreTrainedTokenizerFast | None" = None
+) -> None:
+    """Write a folder that `from_pretrained` loads, tokenizer included.
+
+    The configuration learns how many ids the tokenizer has, so that `generate` emits no others.
+
+    Raises:
+        UserError: if the tokenizer has more ids than the model, or the folder cannot be written.
+    """
+    if tokenizer is not None:
+        fit_tokenizer(model, tokenizer)
+    try:
+        model.save_pretrained(out_dir)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out_dir)
+    except (OSError, SafetensorError, AssertionError) as error:
+        # transformers asserts that the path is no file
+        raise UserError(f"{out_dir}: cannot write the model there: {error}") from None
+
+
+def fit_tokenizer(model: H3ForCausalLM, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Tell the model which ids and special tokens its tokenizer has.
+
+    Raises:
+        UserError: if the tokenizer has ids that the model lacks.
+    """
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} ids, the model only {model.config.vocab_size}"
+        )
+    model.config.tokenizer_vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(tokenizer, name)
+        if value is not None:
+            setattr(model.config, name, value)
+            setattr(model.generation_config, name, value)
+
+
+def load_model(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> H3ForCausalLM:
+    """Load a model folder, or a model of the hub by its name, for inference.
+
+    Raises:
+        UserError: if there is no model, or it is damaged.
+    """
+    path = Path(folder)
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(f"{folder}: not a model folder, it has no config.json")
+    if not path.exists() and (path.is_absolute() or str(folder).startswith(".")):
+        raise UserError(f"{folder}: no such model folder")
+    try:
+        model = H3ForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
+    except SafetensorError as error:
+        raise UserError(f"{folder}: model.safetensors is damaged: {error}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{folder}: cannot load this model: {first}") from None
+    return model.to(device).eval()

@@ -1,0 +1,1 @@
+"""Training people can leave alone."""

@@ -1,0 +1,122 @@
+"""The training data of a recipe, as torch sees them."""
+
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from h3lm.data.blocks import Block, Blocks, TokenStream
+from h3lm.data.prepare import prepare
+from h3lm.data.tokenizers import encode
+from h3lm.errors import UserError
+from h3lm.evals.perplexity import Tokens
+from h3lm.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TINY_SHAKESPEARE = "tinyshakespeare"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text to validate on.
+
+    Attributes:
+        tokens: The text.
+        first: First position to predict; what stands before it is context only.
+        characters: Whether a token is a character.
+    """
+
+    tokens: Tokens
+    first: int = 1
+    characters: bool = False
+
+
+def prepared_folder(recipe: Recipe) -> Path:
+    """The folder of a recipe's blocks; the text that we ship is prepared on the way."""
+    if recipe.data != TINY_SHAKESPEARE:
+        if not recipe.data:
+            raise UserError("the recipe has no data: give data=FOLDER, made by `h3lm prepare`")
+        return Path(recipe.data)
+    folder = recipe.folder / "data"
+    with as_file(_shipped_text()) as path:
+        prepare(
+            path, folder, tokenizer="characters", valid_fraction=0.1,
+            block_length=recipe.block_length, progress=False,
+        )  # fmt: skip
+    return folder
+
+
+def held_out(
+    recipe: Recipe, blocks: Blocks, tokenizer: "PreTrainedTokenizerFast"
+) -> HeldOut | None:
+    """What a recipe validates on: the data's validation text, if there is any.
+
+    Of the text that we ship it is the last tenth, each of its characters predicted once, the
+    first ones with the end of the training text in front of them.
+    """
+    if recipe.data == TINY_SHAKESPEARE:
+        ids = encode(tokenizer, _shipped_text().read_text(encoding="utf-8")).astype(np.int64)
+        valid = TokenStream(blocks.stream.folder, "valid")
+        length = len(valid) - int(valid[len(valid) - 1] == tokenizer.eos_token_id)
+        return HeldOut(ids, len(ids) - length, characters=True)
+    if "valid" not in blocks.stream.index.splits:
+        return None
+    return HeldOut(TokenStream(blocks.stream.folder, "valid"))
+
+
+def _shipped_text() -> Traversable:
+    return files("h3lm.data") / "texts" / "tinyshakespeare.txt"
+
+
+def tokenizer_of(blocks: Blocks) -> "PreTrainedTokenizerFast":
+    """The tokenizer that the blocks were made with."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(blocks.stream.tokenizer_folder)
+
+
+class BlockDataset(Dataset[Block]):
+    """Blocks for a data loader."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, i: int) -> Block:
+        return self.blocks[i]
+
+
+class BlockCollator:
+    """Blocks to a batch for `H3ForCausalLM`.
+
+    Args:
+        reset_state_at_documents: Whether documents in a block are kept apart, by positions that
+            start anew.
+    """
+
+    def __init__(self, reset_state_at_documents: bool = False) -> None:
+        self.reset_state_at_documents = reset_state_at_documents
+
+    def __call__(self, blocks: list[Block]) -> dict[str, Any]:
+        """Inputs and already shifted labels, (B, L) each."""
+        tokens = torch.stack([torch.from_numpy(block.tokens) for block in blocks])
+        targets = tokens[:, 1:].contiguous()
+        batch: dict[str, Tensor] = {
+            "input_ids": tokens[:, :-1].contiguous(),
+            "labels": targets,  # counted by the trainer
+            "shift_labels": targets,
+        }
+        if self.reset_state_at_documents:
+            positions = [torch.from_numpy(block.position_ids()) for block in blocks]
+            batch["position_ids"] = torch.stack(positions)
+        return batch

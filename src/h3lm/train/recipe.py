@@ -1,0 +1,234 @@
+"""A recipe: everything that decides a training run, as one typed model."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from h3lm.errors import UserError
+
+SHIPPED = files("h3lm.train") / "recipes"
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+def key(default: Any, meaning: str, unit: str = "") -> Any:
+    """A recipe key with its meaning and unit."""
+    metadata = {"meaning": meaning, "unit": unit}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training run; `explain` gives each key's meaning."""
+
+    name: str = key("", "what the run is called")
+    description: str = key("", "one line for `h3lm recipes`")
+    data: str = key("", "folder of prepared blocks, or `tinyshakespeare` for the text we ship")
+    output_dir: str = key("", "where checkpoints and results go; runs/NAME if empty")
+    seed: int = key(0, "seed of the weights, the order of blocks, and dropout")
+
+    preset: str | None = key(None, "size of the model: 125m, 355m, 1.3b, 2.7b")
+    mixers: str | list[str] = key("hybrid", "mixer of each layer, or one word for all")
+    model: dict[str, Any] = key({}, "fields of H3Config, over those of the preset")
+    init_from: str | None = key(None, "model folder whose weights to start from")
+
+    steps: int | None = key(None, "optimiser steps in all", "steps")
+    epochs: float | None = key(None, "passes over the training blocks", "epochs")
+    time_limit_s: float | None = key(
+        None, "train for so long; the schedule then follows the clock", "s"
+    )
+    block_length: int = key(1024, "length of a training example", "tokens")
+    batch_size: int = key(32, "blocks of one optimiser step, over all processes", "blocks")
+    micro_batch_size: int | None = key(
+        None, "blocks that a process takes through the model at once; all if null", "blocks"
+    )
+
+    learning_rate: float = key(6e-4, "peak learning rate")
+    ssm_max_learning_rate: float = key(1e-3, "upper bound of it for shift B, diagonal B, A and dt")
+    weight_decay: float = key(0.1, "weight decay; 0 for shift B, diagonal B, A and dt")
+    beta1: float = key(0.9, "AdamW's first decay rate")
+    beta2: float = key(0.999, "AdamW's second decay rate")
+    adam_epsilon: float = key(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = key(1.0, "norm at which gradients are clipped; 0 for never")
+    schedule: str = key("cosine", "cosine, linear or constant, after the warm-up")
+    warmup_fraction: float = key(0.01, "part of the run in which the rate rises linearly")
+    warmup_start: float = key(1e-6, "learning rate at step 0")
+    decay_fraction: float = key(1.0, "part of the run after which the rate stays at its floor")
+    floor_fraction: float = key(0.1, "the floor, as a part of the peak")
+
+    precision: str = key("auto", "bf16 (autocast, fp32 weights), fp32, or auto: what is fast here")
+    gradient_checkpointing: bool = key(False, "recompute blocks in the backward pass")
+    compile: bool = key(False, "compile the model with torch.compile")
+    reset_state_at_documents: bool = key(
+        False, "start every document of a block from an empty state; the paper does not"
+    )
+
+    log_every: int = key(10, "how often the loss is logged", "steps")
+    eval_every: int | None = key(None, "how often the validation loss is taken", "steps")
+    eval_stride: int | None = key(
+        None, "new tokens of each evaluation window of block_length; all if null", "tokens"
+    )
+    save_every: int | None = key(None, "how often a checkpoint is written", "steps")
+    keep_checkpoints: int = key(2, "how many of them are kept", "checkpoints")
+    sample: str = key("", "prompt to continue when the run is done; no sample if empty")
+    sample_tokens: int = key(300, "length of that sample", "tokens")
+
+    def __post_init__(self) -> None:
+        """Check what contradicts itself."""
+        given = [n for n in ("steps", "epochs", "time_limit_s") if getattr(self, n) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none of them"
+            raise UserError(
+                f"a recipe says how long in one way, steps, epochs or time_limit_s: it has {found}"
+            )
+        for name in (*given, "block_length", "batch_size", "learning_rate", "log_every"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be positive")
+        micro = self.micro_batch_size
+        if micro is not None and (micro < 1 or self.batch_size % micro):
+            raise UserError(
+                f"micro_batch_size={micro} must divide batch_size={self.batch_size}"
+            )
+        for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
+                )
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps everything."""
+        return Path(self.output_dir or f"runs/{self.name or 'unnamed'}")
+
+    def to_yaml(self) -> str:
+        """The whole recipe, resolved."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or one that is shipped, by its name.
+
+    Args:
+        source: Path of a YAML file, or the name of a shipped recipe.
+        overrides: `key=value` each; `model.FIELD=value` for a field of the model.
+
+    Raises:
+        UserError: if there is no such recipe, a key is unknown (names the nearest), a value has
+            the wrong type, or values contradict each other.
+    """
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"{source}: no such recipe file")
+        text, name = path.read_text(encoding="utf-8"), path.stem
+    else:
+        shipped = SHIPPED / f"{source}.yaml"
+        if not shipped.is_file():
+            near = _nearest(source, shipped_recipes())
+            raise UserError(f"there is no recipe {source!r}{near}; `h3lm recipes` lists them")
+        text, name = shipped.read_text(encoding="utf-8"), source
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: a recipe is a list of `key: value`, not {type(values).__name__}")
+    values = {"name": name} | values
+    for override in overrides:
+        _apply(values, override)
+    return make_recipe(values)
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """Check keys and types, and build the recipe."""
+    known = {f.name for f in fields(Recipe)}
+    for name in values:
+        if name not in known:
+            raise UserError(f"unknown recipe key {name!r}{_nearest(name, known)}")
+    return Recipe(**{name: _convert(name, value) for name, value in values.items()})
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Names and descriptions of the recipes in the package."""
+    found = {}
+    for entry in SHIPPED.iterdir():
+        if entry.name.endswith(".yaml"):
+            text = yaml.safe_load(entry.read_text(encoding="utf-8"))
+            found[entry.name.removesuffix(".yaml")] = str(text.get("description", ""))
+    return dict(sorted(found.items()))
+
+
+def explain(name: str | None = None) -> str:
+    """One key's type, default, unit and meaning in a line; all keys if None.
+
+    Raises:
+        UserError: if there is no such key.
+    """
+    by_name = {f.name: f for f in fields(Recipe)}
+    if name is None:
+        return "\n".join(_explain_field(f) for f in by_name.values())
+    if name not in by_name:
+        raise UserError(f"unknown recipe key {name!r}{_nearest(name, by_name)}")
+    return _explain_field(by_name[name])
+
+
+def with_values(recipe: Recipe, **changes: Any) -> Recipe:
+    """A copy with other values."""
+    return replace(recipe, **changes)
+
+
+def _explain_field(f: Field) -> str:
+    default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+    shown = "null" if default is None else repr(default)
+    kind = str(get_type_hints(Recipe)[f.name]).replace("<class '", "").replace("'>", "")
+    unit = f" {f.metadata['unit']}" if f.metadata["unit"] else ""
+    return f"{f.name} ({kind}, default {shown}{unit}): {f.metadata['meaning']}"
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"{override!r}: write an override as key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: cannot read the value") from None
+    if name.startswith("model."):
+        values["model"] = {**(values.get("model") or {}), name.removeprefix("model."): value}
+        return
+    values[name] = value
+    if name in ("steps", "epochs", "time_limit_s") and value is not None:
+        for other in ("steps", "epochs", "time_limit_s"):
+            if other != name:
+                values.pop(other, None)
+
+
+def _convert(name: str, value: Any) -> Any:
+    hint = get_type_hints(Recipe)[name]
+    allowed = get_args(hint) if type(None) in get_args(hint) or name == "mixers" else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    if isinstance(value, str) and float in allowed:  # YAML reads 6e-4 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
+        return float(value)
+    plain = tuple(t if isinstance(t, type) else t.__origin__ for t in allowed)
+    if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
+        kinds = " or ".join(t.__name__ for t in plain if t is not type(None))
+        raise UserError(f"{name}={value!r} must be {kinds}")
+    return value
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
