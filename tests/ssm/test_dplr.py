@@ -100,6 +100,25 @@ def test_outputs_and_state_are_the_golden_ones_by_filter_and_by_step():
         assert (x - golden("state_final")).abs().max() < 1e-13
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.3], ids=["legs", "perturbed"])
+def test_dense_view_solves_the_bilinear_equations(noise):
+    ssm = perturbed(3, 16, noise=noise)
+    system = ssm.system()
+    lam, P, B = system.eigenvalues, system.P, system.B
+    full = [torch.cat([x, x.conj()], -1) for x in (lam, P, B)]
+    A = torch.diag_embed(full[0]) - full[1][..., :, None] * full[1].conj()[..., None, :]
+    identity = torch.eye(16, dtype=A.dtype)
+    half_step = system.dt[:, None, None] / 2
+    Abar = torch.linalg.solve(identity - half_step * A, identity + half_step * A)
+    Bbar = torch.linalg.solve(identity - half_step * A, 2 * half_step * full[2][..., None])[..., 0]
+    dense, into, _ = system.dense()
+    x = torch.randn(3, 8, dtype=torch.complex128)
+    moved = (Abar @ torch.cat([x, x.conj()], -1)[..., None])[:, :8, 0]
+    real = (dense @ torch.cat([x.real, x.imag], -1)[..., None])[..., 0]
+    assert (torch.complex(*real.chunk(2, -1)) - moved).abs().max() < 1e-12
+    assert (torch.complex(*into.chunk(2, -1)) - Bbar[:, :8]).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("noise", [0.0, 0.3], ids=["legs", "perturbed"])
 def test_parallel_equals_recurrent_equals_dense_at_every_length(length, noise):

@@ -10,7 +10,7 @@ Source: Gu et al. 2022 (S4), sections 3.2 and 3.3 and Appendix C.3.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -67,21 +67,29 @@ class DPLRSystem:
     def dense(
         self,
     ) -> tuple[Float[Tensor, "H N N"], Float[Tensor, "H N"], Float[Tensor, "H N"]]:
-        """The discrete system on real states (Re x, Im x).
+        """The discrete system on real states (Re x, Im x): the step on each unit vector.
 
         Returns:
             Abar (H, N, N), Bbar (H, N) and the read-out row (H, N), float64. y = row x + skip u.
         """
-        eigenvalues, P, B, c = (_widen(x) for x in (self.eigenvalues, self.P, self.B, self.c))
-        p = _as_real(P)
-        re, im = (torch.diag_embed(x) for x in (eigenvalues.real, eigenvalues.imag))
-        A = torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
-        A = A - 2 * p[..., :, None] * p[..., None, :]
-        identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        g = 2 / self.dt.to(A.dtype)[:, None, None] * identity
-        right = torch.cat([g + A, 2 * _as_real(B)[..., None]], -1)
-        discrete = torch.linalg.solve(g - A, right)
-        return discrete[..., :-1], discrete[..., -1], _as_row(c)
+        P, B, c = (_widen(x) for x in (self.P, self.B, self.c))
+        wide = replace(
+            self,
+            eigenvalues=_widen(self.eigenvalues),
+            P=P,
+            B=B,
+            c=c,
+            dt=self.dt.to(P.real.dtype),
+            skip=self.skip.to(P.real.dtype),
+        )
+        N = 2 * self.num_modes
+        unit = _as_complex(torch.eye(N, dtype=wide.dt.dtype, device=P.device))[:, None]
+        none, one = (
+            wide.skip.new_full((rows, self.num_systems), x) for rows, x in ((N, 0), (1, 1))
+        )
+        _, columns = wide.step(none, unit)  # [N, H, N/2], one column of Abar in each row
+        _, into = wide.step(one)
+        return _as_real(columns).permute(1, 2, 0), _as_real(into)[0], _as_row(c)
 
     def filter(self, length: int) -> Float[Tensor, "H L"]:
         """The impulse response without the skip term: K_l = 2 Re(c Abar^l Bbar).
