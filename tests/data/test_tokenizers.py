@@ -23,7 +23,6 @@ AWKWARD = (
     "First Citizen:\r\n\n  Before we proceed any further , hear me speak .\t n't \x00 "
     "né e\u0301 ☃ \U0001f600 \u2028 ▁ Ġ <unk> \ufeff\u200b  \n"
 )
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def write_small_gpt2(folder: Path, names: tuple[str, str]) -> Path:
@@ -150,12 +149,11 @@ def test_gpt2_loads_from_its_two_files(names, tmp_path):
     assert len(encode(tokenizer, "the")) < 3
 
 
-@pytest.mark.skipif(not (SHARED / "gpt2-bpe").is_dir(), reason="needs ../shared/data/gpt2-bpe")
-def test_gpt2_is_the_published_one():
-    tokenizer = gpt2_tokenizer(SHARED / "gpt2-bpe")
+def test_gpt2_is_the_published_one(shared):
+    tokenizer = gpt2_tokenizer(shared / "data" / "gpt2-bpe")
     assert (len(tokenizer), tokenizer.eos_token_id) == (50257, 50256)
     assert encode(tokenizer, "Hello world").tolist() == [15496, 995]
-    text = (SHARED / "tinyshakespeare" / "input.txt").read_text()
+    text = (shared / "data" / "tinyshakespeare" / "input.txt").read_text()
     ids = encode(tokenizer, text)
     assert len(ids) == 338_025
     assert tokenizer.decode(ids) == text

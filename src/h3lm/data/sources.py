@@ -137,8 +137,7 @@ class FileSource:
             yield from readers.get(_form(path), self._text)(path)
 
     def _text(self, path: Path) -> Iterator[Document]:
-        with _open(path) as stream:
-            yield Document(str(path), _decoded(path, stream))
+        yield Document(str(path), _decoded(path))
 
     def _json_lines(self, path: Path) -> Iterator[Document]:
         offset = 0
@@ -287,30 +286,33 @@ def _safe_cut(text: str, start: int) -> int:
     limit = start + PIECE_CHARACTERS
     for pattern in (_AFTER_LETTER, _BEFORE_SPACE):
         for back in (512, PIECE_CHARACTERS // 2):  # nearly always the first holds one
-            cuts = [found.end() for found in pattern.finditer(text, limit - back, limit)]
+            cuts = [
+                found.end() for found in pattern.finditer(text, max(start, limit - back), limit)
+            ]
             if cuts:
                 return cuts[-1]
     return limit
 
 
-def _decoded(path: Path, stream: IO[bytes]) -> Iterator[str]:
+def _decoded(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     first = True
-    while True:
-        data = stream.read(_READ_BYTES)
-        waiting = len(decoder.getstate()[0])
-        try:
-            text = decoder.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            raise _undecodable(path, offset - waiting + error.start, error) from None
-        offset += len(data)
-        if first and text:
-            text = text.removeprefix("\ufeff")
-            first = False
-        yield text
-        if not data:
-            return
+    with _open(path) as stream:
+        while True:
+            data = stream.read(_READ_BYTES)
+            waiting = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise _undecodable(path, offset - waiting + error.start, error) from None
+            offset += len(data)
+            if first and text:
+                text = text.removeprefix("\ufeff")
+                first = False
+            yield text
+            if not data:
+                return
 
 
 def _undecodable(path: Path, offset: int, error: UnicodeDecodeError) -> UserError:
