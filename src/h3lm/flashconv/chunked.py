@@ -237,7 +237,7 @@ def _decay(operators: ChunkOperators, stride: int) -> Pair:
     if stride == 1:
         decay = operators.decay
     else:
-        count = torch.full((1,), stride, device=operators.powers.device)
+        count = torch.full((1,), stride, device=operators.decay.device)
         decay = operators.decay_powers(count)[..., 0]
     return decay.real, decay.imag
 
@@ -256,7 +256,7 @@ def _final_state(w: Tensor, before: Pair, operators: ChunkOperators, cut: Cut) -
         source >= 0, last.gather(-1, source.clamp(min=0).expand_as(last)), last.new_zeros(())
     )
     into_re, into_im = _per_head(aligned, operators.K).chunk(2, -1)
-    left = operators.powers[..., lengths].movedim(-1, 1)[:, None]  # [H, 1, sequences, N/2]
+    left = operators.powers(lengths).movedim(-1, 1)[:, None]  # [H, 1, sequences, N/2]
     re, im = (cut.last(x) for x in before)
     return (
         left.real * re - left.imag * im + into_re,
@@ -266,9 +266,9 @@ def _final_state(w: Tensor, before: Pair, operators: ChunkOperators, cut: Cut) -
 
 def _to_pair(state: Tensor, operators: ChunkOperators, cut: Cut) -> Pair:
     """(sequences, H, [i, j,] N/2) complex -> (H, pairs, sequences, N/2) real and imaginary."""
-    heads, modes = operators.K.shape[0], operators.powers.shape[1]
+    heads, modes = operators.K.shape[0], operators.num_modes
     flat = state.reshape(cut.sequences, heads, -1, modes).permute(1, 2, 0, 3)
-    flat = flat.to(operators.powers.dtype)
+    flat = flat.to(operators.decay.dtype)
     return flat.real, flat.imag
 
 

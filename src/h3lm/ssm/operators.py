@@ -134,30 +134,35 @@ class DiagonalSystem:
         """
         if chunk_length < 1:
             raise ValueError(f"chunk_length={chunk_length} must be positive")
-        T, real = chunk_length, self.skip.dtype
-        powers = self._power_table(T)
-        b, c = _widen(self.b)[..., None], _widen(self.c)[..., None]
-        response = 2 * (c * b * powers[..., :T]).real.sum(1)
+        T = chunk_length
+        response = self.filter(T)
         response = torch.cat([response[:, :1] + self.skip[:, None], response[:, 1:]], 1)
-        into = b * powers[..., :T].flip(-1)
-        out = 2 * (c * powers[..., 1:]).mT
+        into, out = self._power_tables(T)
         return ChunkOperators(
-            M=_lower_toeplitz(response.to(real), 1, T)[:, 0],
-            K=torch.cat([into.real, into.imag], 1).to(real),
-            P=torch.cat([out.real, -out.imag], 2).to(real),
+            M=_lower_toeplitz(response, 1, T)[:, 0],
+            K=torch.cat([into.real, into.imag], 1),
+            P=torch.cat([out.real, -out.imag], 1).mT,
             F=None if taps is None else _lower_toeplitz(taps, 1 + -(-(taps.shape[1] - 1) // T), T),
-            powers=powers.to(self.a.dtype),
+            decay=self.powers(torch.full((1,), T, device=self.a.device))[..., 0].to(self.a.dtype),
             system=self,
             taps=taps,
         )
 
-    def _power_table(self, last: int) -> Complex[Tensor, "H half J"]:
-        """Powers 0..last as products of two short tables: exp is most of the cost otherwise."""
-        inner = 1 << ((last + 1).bit_length() + 1) // 2
+    def _power_tables(self, T: int) -> tuple[Complex[Tensor, "H half T"], ...]:
+        """b a^{T-1} .. b a^0 and 2 c a^1 .. 2 c a^T, as products of two short tables.
+
+        The short tables are made in float64 and rounded before the product: one rounding more,
+        for an eighth of the exponentials and half of the memory.
+        """
+        inner = 1 << ((T - 1).bit_length() + 1) // 2
         fine = torch.arange(inner, device=self.a.device)
-        coarse = torch.arange(last // inner + 1, device=self.a.device) * inner
-        table = self.powers(coarse)[..., :, None] * self.powers(fine)[..., None, :]
-        return table.flatten(-2)[..., : last + 1]
+        coarse = torch.arange(-(-T // inner), device=self.a.device) * inner
+        low, high, after = (
+            self.powers(exponents).to(self.a.dtype) for exponents in (fine, coarse, coarse + 1)
+        )
+        into = (self.b[..., None] * high).flip(-1)[..., None] * low.flip(-1)[..., None, :]
+        out = (2 * self.c[..., None] * after)[..., None] * low[..., None, :]
+        return into.flatten(-2)[..., -T:], out.flatten(-2)[..., :T]
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,8 @@ class ChunkOperators:
         K: (H, N, T).
         P: (H, T, N).
         F: (D, 1 + ceil((n_taps - 1) / T), T, T), or None without taps.
-        powers: a^0 .. a^T, (H, N/2, T + 1), complex; made in float64, then rounded.
+        decay: a^T, what a chunk leaves of the state before it, (H, N/2), complex; made in float64,
+            then rounded.
         system: The system that the operators were made from.
         taps: The taps that `F` was made from, (D, n_taps), or None.
     """
@@ -191,7 +197,7 @@ class ChunkOperators:
     K: Tensor
     P: Tensor
     F: Tensor | None
-    powers: Tensor
+    decay: Tensor
     system: DiagonalSystem
     taps: Tensor | None
 
@@ -206,13 +212,17 @@ class ChunkOperators:
         return 0 if self.taps is None else self.taps.shape[1]
 
     @property
-    def decay(self) -> Complex[Tensor, "H half"]:
-        """a^T: what a chunk leaves of the state before it."""
-        return self.powers[..., -1]
+    def num_modes(self) -> int:
+        """N/2, the number of stored complex modes."""
+        return self.decay.shape[1]
+
+    def powers(self, exponents: Integer[Tensor, " J"]) -> Complex[Tensor, "H half J"]:
+        """a to small powers, made in float64 and rounded: decay over a part of a chunk."""
+        return self.system.powers(exponents).to(self.decay.dtype)
 
     def decay_powers(self, counts: Integer[Tensor, " J"]) -> Complex[Tensor, "H half J"]:
         """Decay over several chunks, a^(T j), made in float64 and rounded."""
-        return self.system.powers(counts * self.chunk_length).to(self.powers.dtype)
+        return self.powers(counts * self.chunk_length)
 
 
 def _lower_toeplitz(first: Tensor, blocks: int, T: int) -> Tensor:
