@@ -14,6 +14,7 @@ from h3lm.layers.unpad import Unpadded
 from h3lm.ssm import ChunkOperators
 from h3lm.ssm.dplr import DPLRSystem
 from h3lm.ssm.hints import SSMModule
+from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH
 
 System = ChunkOperators | DPLRSystem
 
@@ -32,7 +33,13 @@ class Recurrence(nn.Module):
     """Base of mixers that run one state space model for each channel.
 
     A subclass has its projections and calls `mix` between them.
+
+    Attributes:
+        chunk_length: Inputs of a chunk of state passing; rows that are always shorter run faster
+            with a shorter one.
     """
+
+    chunk_length: int = DEFAULT_CHUNK_LENGTH
 
     def __init__(self) -> None:
         super().__init__()

@@ -82,7 +82,7 @@ class S4D(Recurrence):
 
     def system(self) -> ChunkOperators:
         """The discrete system and its chunk operators."""
-        return self.diagonal_ssm.system().chunk_operators()
+        return self.diagonal_ssm.system().chunk_operators(chunk_length=self.chunk_length)
 
     def forward(
         self,
