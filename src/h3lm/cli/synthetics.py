@@ -1,0 +1,53 @@
+"""`h3lm synthetics`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+SHORT = "recall, H3 and S4D, one seed, 10,000 steps at rate 2e-3: minutes on a CPU"
+
+
+def synthetics(
+    task: Annotated[
+        list[str] | None,
+        Option(help="induction, recall, recall-v20, mqar-4, mqar-8, mqar-16, mqar-64; repeatable."),
+    ] = None,
+    mixer: Annotated[
+        list[str] | None,
+        Option(help="h3, h3:2, s4d, gss, attention, linear_attention, s4, hybrid; repeatable."),
+    ] = None,
+    seeds: Annotated[int, Option(help="Models of each kind, with seeds 0, 1, ...")] = 5,
+    search: Annotated[
+        bool, Option("--search", help="Also four learning rates, at twice the steps.")
+    ] = False,
+    learning_rate: Annotated[float | None, Option(help="In place of the recipe's.")] = None,
+    max_steps: Annotated[int | None, Option(help="In place of the recipe's.")] = None,
+    vocab_size: Annotated[int | None, Option(help="Of the task, in place of its own.")] = None,
+    length: Annotated[int | None, Option(help="Of the task, in place of its own.")] = None,
+    num_pairs: Annotated[int | None, Option(help="Of mqar, in place of its own.")] = None,
+    short: Annotated[bool, Option("--short", help=f"The short version: {SHORT}.")] = False,
+    out: Annotated[
+        Path, Option(help="Folder of the report; what it holds is not run again.")
+    ] = Path("runs/synthetics"),
+    device: Annotated[str, Option(help="auto, cpu, cuda or mps.")] = "auto",
+) -> None:
+    """Train mixers on tasks that tell them apart, and report what they can recall."""
+    from h3lm.synthetics.run import MIXERS_BY_DEFAULT, live_line, plan, run
+
+    if short:
+        seeds, learning_rate, max_steps = 1, learning_rate or 2e-3, max_steps or 10_000
+    chosen = plan(
+        task or (["recall"] if short else ["induction", "recall"]),
+        mixer or (["h3", "s4d"] if short else MIXERS_BY_DEFAULT),
+        seeds=seeds,
+        search=search,
+        learning_rate=learning_rate,
+        max_steps=max_steps,
+        device=device,
+        vocab_size=vocab_size,
+        length=length,
+        num_pairs=num_pairs,
+    )
+    say, progress = live_line()
+    run(chosen, out, say, progress)

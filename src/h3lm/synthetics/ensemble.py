@@ -1,0 +1,434 @@
+"""Many small models trained side by side: one program, an axis of models, a rate for each.
+
+The models of an ensemble share their shape and differ in seed, data and learning rate. Their
+parameters are rows of one matrix, so that the optimiser is a handful of elementwise operations,
+and on a GPU the whole training step is captured once and replayed.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from h3lm.layers import H3, Block
+from h3lm.layers.recurrence import Recurrence
+from h3lm.models.configuration_h3 import H3Config
+from h3lm.models.modeling_h3 import H3ForCausalLM
+from h3lm.ssm import ChunkOperators, SSMModule
+from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH
+from h3lm.synthetics.tasks import IGNORED, Dataset, Split
+
+Schedule = Literal["cosine", "linear"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained.
+
+    Attributes:
+        epochs: Passes over the training rows.
+        schedule: "cosine": warm-up from 1e-6, then half a cosine to a tenth of the peak, counted
+            from step 0; "linear": warm-up from 0, then straight to 0.
+        learning_rate: Peak rate.
+        batch_size: Rows of a step; the last one of an epoch may have fewer.
+        warmup: Share of the steps that warm up.
+        weight_decay: Of everything but what a state space model exempts.
+        stop_at: Test accuracy at which a model stops training.
+    """
+
+    epochs: int = 200
+    schedule: Schedule = "linear"
+    learning_rate: float = 5e-4
+    batch_size: int = 32
+    warmup: float = 0.1
+    weight_decay: float = 0.1
+    stop_at: float = 1.0
+
+    def rates(self, steps: int, peak: float) -> np.ndarray:
+        """Learning rate of each step."""
+        t, warm = np.arange(steps, dtype=np.float64), max(1, round(self.warmup * steps))
+        if self.schedule == "cosine":
+            floor = 0.1 * peak
+            decay = floor + 0.5 * (peak - floor) * (1 + np.cos(math.pi * t / steps))
+            return np.where(t < warm, 1e-6 + t * (peak - 1e-6) / warm, decay)
+        return peak * np.minimum(t / warm, (steps - t) / (steps - warm))
+
+
+@dataclass
+class Member:
+    """One model of an ensemble and what became of it.
+
+    Attributes:
+        seed: Of its data, its start and its dropout.
+        recipe: How it is trained.
+        data: Its rows.
+        curve: Step, mean training loss since the last entry and test accuracy, at each look.
+        steps: Steps taken.
+        model: The trained model, once done.
+        test_loss: Mean loss of the answers, at the end.
+    """
+
+    seed: int
+    recipe: Recipe
+    data: Dataset
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+    steps: int = 0
+    model: H3ForCausalLM | None = None
+    test_loss: float = math.nan
+
+    @property
+    def last(self) -> float:
+        """Test accuracy at the end."""
+        return self.curve[-1][2] if self.curve else math.nan
+
+    @property
+    def best(self) -> float:
+        """Best test accuracy at any look; the test rows chose it."""
+        return max((accuracy for _, _, accuracy in self.curve), default=math.nan)
+
+    @property
+    def solved(self) -> bool:
+        """Whether it reached the accuracy at which it stops."""
+        return bool(self.curve) and self.last >= self.recipe.stop_at
+
+
+@dataclass(frozen=True)
+class Look:
+    """Where a training stands.
+
+    Attributes:
+        step: Steps taken.
+        total: Steps of the longest recipe.
+        elapsed_s: Seconds since the start.
+        losses: Mean training loss of each model since the last look.
+        accuracies: Test accuracy of each model.
+    """
+
+    step: int
+    total: int
+    elapsed_s: float
+    losses: list[float]
+    accuracies: list[float]
+
+
+class Ensemble:
+    """Models of one shape, as rows of a parameter matrix.
+
+    Args:
+        make: Makes a model from a seed, a dropout of its own included.
+        members: What to train; their rows have one shape, their batches one size.
+        device: Where to train.
+    """
+
+    def __init__(
+        self, make: Callable[[int], H3ForCausalLM], members: list[Member], device: torch.device
+    ) -> None:
+        self.members, self.device = members, device
+        models = [make(member.seed) for member in members]
+        self._config: H3Config = models[0].config  # type: ignore[assignment]
+        self._template = _Logits(models[0]).to(device)
+        shorten_chunks(models[0], members[0].data.train.inputs.shape[1])
+        named = dict(self._template.named_parameters())
+        self._names = list(named)
+        self._shapes = [parameter.shape for parameter in named.values()]
+        self._sizes = [parameter.numel() for parameter in named.values()]
+        rows = [_flatten(_Logits(model)) for model in models]
+        self.flat = torch.stack(rows).to(device).requires_grad_()
+        self.max_rate, self.decayed = (x.to(device) for x in _hints(self._template))
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def logits(self, flat: Tensor, inputs: Tensor, positions: Tensor) -> Tensor:
+        """Logits of each model for its rows, at some positions of each row.
+
+        Args:
+            flat: Parameters, (models, P).
+            inputs: Ids, (models, B, L).
+            positions: (models, B, Q), 0 <= positions < L.
+
+        Returns:
+            (models, B, Q, vocab).
+        """
+        parts = [
+            part.unflatten(1, shape) if len(shape) else part[:, 0]
+            for part, shape in zip(flat.split(self._sizes, 1), self._shapes, strict=True)
+        ]
+        stacked = dict(zip(self._names, parts, strict=True))
+        if len(self) == 1:
+            alone = {name: part[0] for name, part in stacked.items()}
+            return functional_call(self._template, alone, (inputs[0], positions[0]))[None]
+        run = partial(functional_call, self._template)
+        together = vmap(lambda p, *args: run(p, args), randomness="different")
+        with sdpa_kernel(SDPBackend.MATH):  # the fused ones would run model after model
+            return together(stacked, inputs, positions)
+
+    @torch.no_grad()
+    def score(
+        self, splits: list[Split], rows_at_once: int = 100
+    ) -> tuple[list[float], list[float]]:
+        """Accuracy and loss of each model over the answers of its rows."""
+        self._template.eval()
+        rows = _Rows.of(splits, "answers", self.device)
+        right, loss = torch.zeros(2, len(self), device=self.device)
+        for start in range(0, rows.inputs.shape[1], rows_at_once):
+            inputs, positions, targets = (x[:, start : start + rows_at_once] for x in rows)
+            logits = self.logits(self.flat, inputs, positions)
+            nll = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
+            loss += nll.view_as(targets).flatten(1).sum(1)
+            right += (logits.argmax(-1) == targets).flatten(1).sum(1)
+        self._template.train()
+        count = rows.targets[0].numel()
+        return (right / count).tolist(), (loss / count).tolist()
+
+    def train(self, report: Callable[[Look], None] | None = None, looks_per_epoch: int = 1) -> None:
+        """Train every model by its recipe, until all have stopped.
+
+        Args:
+            report: Called after each look at the test rows.
+            looks_per_epoch: How often to look; a model may stop at a look only.
+        """
+        trainer = _Trainer(self)
+        tests = [member.data.test for member in self.members]
+        start = time.perf_counter()
+        every = max(1, trainer.steps_per_epoch // looks_per_epoch)
+        while not trainer.done:
+            losses = trainer.run(every)
+            accuracies, _ = self.score(tests)
+            trainer.record(losses, accuracies)
+            if report is not None:
+                elapsed = time.perf_counter() - start
+                report(Look(trainer.step, trainer.total_steps, elapsed, losses, accuracies))
+        _, test_losses = self.score(tests)
+        for i, member in enumerate(self.members):
+            member.model = self.model(i)
+            member.test_loss = test_losses[i]
+
+    def model(self, index: int) -> H3ForCausalLM:
+        """One of the models, on its own, on the CPU."""
+        model = H3ForCausalLM(copy.deepcopy(self._config))
+        parts = self.flat[index].detach().cpu().split(self._sizes)
+        state = {
+            name.removeprefix("model."): part.view(shape)
+            for name, part, shape in zip(self._names, parts, self._shapes, strict=True)
+        }
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(state[name])
+        return model.eval()
+
+
+class _Rows(NamedTuple):
+    """Rows of each model, and where they have targets: the same number in each row."""
+
+    inputs: Tensor  # [models, rows, L]
+    positions: Tensor  # [models, rows, Q]
+    targets: Tensor  # [models, rows, Q]
+
+    @classmethod
+    def of(cls, splits: list[Split], where: str, device: torch.device) -> "_Rows":
+        """Rows with the answers only (`where` = "answers"), or with all targets."""
+        parts = []
+        for split in splits:
+            mask = split.answers if where == "answers" else split.targets != IGNORED
+            positions = np.nonzero(mask)[1].reshape(len(mask), -1)
+            targets = np.take_along_axis(split.targets, positions, 1)
+            parts.append((split.inputs, positions, targets))
+        stacked = (torch.from_numpy(np.stack(same)).to(device) for same in zip(*parts, strict=True))
+        return cls(*stacked)
+
+
+class _Trainer:
+    """The optimiser, the order of the rows, and the captured step."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        self.ensemble, members, device = ensemble, ensemble.members, ensemble.device
+        first = members[0]
+        rows, self.batch = len(first.data.train.inputs), first.recipe.batch_size
+        self.rows = rows
+        self.steps_per_epoch = -(-rows // self.batch)
+        self.lengths = [m.recipe.epochs * self.steps_per_epoch for m in members]
+        self.total_steps, self.step = max(self.lengths), 0
+        self.data = _Rows.of([m.data.train for m in members], "targets", device)
+        self.active = torch.ones(len(members), 1, device=device)
+        self.rates = self._rate_table(members).to(device)
+        self.counter = torch.zeros((), dtype=torch.long, device=device)
+        self.order = torch.zeros(
+            self.steps_per_epoch, len(members), self.batch, dtype=torch.long, device=device
+        )
+        self.present = torch.ones(self.steps_per_epoch, self.batch, device=device)
+        if rows % self.batch:
+            self.present[-1, rows % self.batch :] = 0
+        self.shuffle = [np.random.default_rng([m.seed, 1]) for m in members]
+        self.mean, self.square = (torch.zeros_like(ensemble.flat) for _ in range(2))
+        self.decay = ensemble.decayed * torch.tensor(
+            [[m.recipe.weight_decay] for m in members], device=device
+        )
+        self.loss = torch.zeros(len(members), device=device)
+        torch.manual_seed(first.seed)  # of the dropout, which all models draw from one stream
+        self.graph = self._capture() if device.type == "cuda" else None
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.total_steps or not bool(self.active.any())
+
+    def run(self, count: int) -> list[float]:
+        """Take up to `count` steps; mean training loss of each model over them."""
+        self.loss.zero_()
+        count = min(count, self.total_steps - self.step)
+        for _ in range(count):
+            if self.step % self.steps_per_epoch == 0:
+                self._reorder()
+            if self.graph is None:
+                self._advance()
+            else:
+                self.graph.replay()
+            self.step += 1
+        return (self.loss / count).tolist()
+
+    def record(self, losses: list[float], accuracies: list[float]) -> None:
+        """Note where each model stands, and stop those that are done."""
+        for i, member in enumerate(self.ensemble.members):
+            if not self.active[i]:
+                continue
+            member.steps = min(self.step, self.lengths[i])
+            member.curve.append((member.steps, losses[i], accuracies[i]))
+            if member.solved or self.step >= self.lengths[i]:
+                self.active[i] = 0
+
+    def _reorder(self) -> None:
+        width = self.steps_per_epoch * self.batch
+        orders = [np.resize(rng.permutation(self.rows), width) for rng in self.shuffle]
+        stacked = torch.from_numpy(np.stack(orders)).view(len(orders), -1, self.batch)
+        self.order.copy_(stacked.transpose(0, 1))
+
+    def _rate_table(self, members: list[Member]) -> Tensor:
+        """(steps, models, 2): of common parameters, and of those with a largest rate."""
+        table = np.zeros((self.total_steps, len(members), 2), dtype=np.float32)
+        cap = float(self.ensemble.max_rate.min())
+        for i, (member, length) in enumerate(zip(members, self.lengths, strict=True)):
+            peak = member.recipe.learning_rate
+            table[:length, i, 0] = member.recipe.rates(length, peak)
+            table[:length, i, 1] = member.recipe.rates(length, min(peak, cap))
+        return torch.from_numpy(table)
+
+    def _advance(self) -> None:
+        """One step of every model; reads and writes tensors of fixed place only."""
+        ensemble, flat = self.ensemble, self.ensemble.flat
+        order, present = (
+            _at(x, self.counter % self.steps_per_epoch) for x in (self.order, self.present)
+        )
+        model = torch.arange(len(ensemble), device=ensemble.device)[:, None]
+        inputs, positions, targets = (x[model, order] for x in self.data)
+        logits = ensemble.logits(flat, inputs, positions)
+        nll = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
+        loss = nll.view_as(targets).mean(2) @ present / present.sum()
+        (gradient,) = torch.autograd.grad(loss.sum(), flat)
+        with torch.no_grad():
+            self.loss += loss
+            self._adamw(flat, gradient)
+            self.counter += 1
+
+    def _adamw(self, flat: Tensor, gradient: Tensor) -> None:
+        """AdamW with betas 0.9 and 0.999, epsilon 1e-8, a rate for each element."""
+        rates = _at(self.rates, self.counter) * self.active
+        rate = torch.where(self.ensemble.max_rate.isfinite(), rates[:, 1:], rates[:, :1])
+        count = (self.counter + 1).to(torch.float32)
+        self.mean.lerp_(gradient, 0.1)
+        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        size = (self.square / (1 - 0.999**count)).sqrt_().add_(1e-8)
+        update = self.mean / (1 - 0.9**count) / size + self.decay * flat
+        flat.sub_(rate * update)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Capture a step as a CUDA graph, after a few steps that are taken back."""
+        flat = self.ensemble.flat.detach().clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._advance()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._advance()
+        with torch.no_grad():
+            self.ensemble.flat.copy_(flat)
+            for x in (self.mean, self.square, self.counter, self.loss):
+                x.zero_()
+        return graph
+
+
+class _Logits(nn.Module):
+    """A model as a plain function of ids, without masks, positions to check or a cache."""
+
+    def __init__(self, model: H3ForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+        model.train()
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        core = self.model.model
+        r = core.embed_tokens(ids)
+        if core.config.num_learned_positions:
+            r = r + core.embed_positions.weight[: ids.shape[1]]
+        r = core.embedding_dropout(r)
+        for layer in core.layers:
+            r, _ = Block.forward(layer, r)
+        if positions.shape[1] < ids.shape[1]:
+            r = r.gather(1, positions[..., None].expand(-1, -1, r.shape[2]))
+        return core.norm(r) @ core.embed_tokens.weight.T
+
+
+def shorten_chunks(model: nn.Module, length: int) -> None:
+    """Let state passing take whole short rows as one chunk."""
+    for module in model.modules():
+        if isinstance(module, Recurrence):
+            module.chunk_length = min(module.chunk_length, length)
+        elif isinstance(module, H3):
+            short = partial(_short_operators, module, min(DEFAULT_CHUNK_LENGTH, length))
+            module._make_operators = short  # type: ignore[method-assign]
+
+
+def _short_operators(layer: H3, chunk_length: int) -> tuple[Tensor, ChunkOperators]:
+    taps = layer.shift_ssm.taps()
+    return taps, layer.diagonal_ssm.system().chunk_operators(taps, chunk_length)
+
+
+def _flatten(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def _hints(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """For each parameter element: the largest rate (infinite if none), and whether it decays."""
+    capped, decayed = {}, {}
+    for module in model.modules():
+        if isinstance(module, SSMModule):
+            for name, hint in module.training_hints.items():
+                parameter = getattr(module, name)
+                if hint.max_learning_rate is not None:
+                    capped[id(parameter)] = hint.max_learning_rate
+                if hint.weight_decay == 0:
+                    decayed[id(parameter)] = 0.0
+
+    def spread(values: dict[int, float], default: float) -> Tensor:
+        return torch.cat(
+            [torch.full((p.numel(),), values.get(id(p), default)) for p in model.parameters()]
+        )
+
+    return spread(capped, math.inf), spread(decayed, 1.0)
+
+
+def _at(table: Tensor, index: Tensor) -> Tensor:
+    """table[index] for an index on the device, without looking at it from the host."""
+    return table.index_select(0, index[None])[0]

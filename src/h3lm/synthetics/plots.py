@@ -1,0 +1,185 @@
+"""Pictures of the lab."""
+
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from h3lm.synthetics.run import Report, Run
+    from h3lm.synthetics.trace import LayerTrace, Trace
+
+_CHANNELS = 12  # rows of a trace: those that matter most for the answer
+_SHOWN_TAPS = 8
+
+
+def plot_report(report: "Report", out: Path) -> list[Path]:
+    """Draw everything that a report holds.
+
+    Returns:
+        The files written.
+    """
+    written = []
+    if report.runs:
+        written.append(_save(_accuracy(report), out / "accuracy.png"))
+        written.append(_save(_curves(report), out / "curves.png"))
+    if any(run.longer for run in report.runs):
+        written.append(_save(_lengths(report), out / "lengths.png"))
+    mqar = [s for s in report.settings() if s.startswith("mqar")]
+    if mqar:
+        written.append(_save(_pairs(report, mqar), out / "mqar.png"))
+    return written
+
+
+def plot_trace(trace: "Trace", path: Path) -> Path:
+    """Draw what an H3 model does along one row: a line of panels for each layer."""
+    count = len(trace.layers)
+    figure = Figure(figsize=(17, 0.6 + 3.2 * count), layout="constrained")
+    figure.suptitle(
+        f"One row through a trained H3: ... {' '.join(trace.tokens[-3:])} → {trace.answer}"
+        f" (probability {float(trace.probabilities.max()):.2f})"
+    )
+    grid = figure.subplots(count, 5, squeeze=False, width_ratios=[1, 2.4, 2.4, 2.4, 2.4])
+    for number, (layer, axes) in enumerate(zip(trace.layers, grid, strict=True), 1):
+        _draw_layer(layer, axes, number, trace.tokens)
+    return _save(figure, path)
+
+
+def _draw_layer(layer: "LayerTrace", axes: np.ndarray, number: int, tokens: list[str]) -> None:
+    order = layer.share.abs().argsort(descending=True)[:_CHANNELS]
+    panels = [
+        (layer.taps[:, :_SHOWN_TAPS], "shift filter, by lag", [str(i) for i in range(_SHOWN_TAPS)]),
+        (layer.written, "written: shifted k × v", tokens),
+        (layer.held, "held by the diagonal SSM", tokens),
+        (layer.q, "gate: q", tokens),
+        (layer.o, "read: q × held", tokens),
+    ]
+    for axis, (values, title, labels) in zip(axes, panels, strict=True):
+        shown = values[order].numpy()
+        # each channel in its own scale: signs and places are the message
+        scale = np.abs(shown).max(1, keepdims=True)
+        axis.imshow(
+            shown / np.where(scale > 0, scale, 1), aspect="auto", cmap="RdBu", vmin=-1, vmax=1
+        )
+        axis.set_title(title, fontsize=9)
+        axis.set_xticks(range(shown.shape[1]), labels[: shown.shape[1]], fontsize=6)
+        axis.set_yticks([])
+    shares = [f"{int(c)} ({float(layer.share[c]):+.1f})" for c in order]
+    axes[0].set_yticks(range(len(order)), shares, fontsize=6)
+    axes[0].set_ylabel(f"layer {number}: channel (share of the logit)", fontsize=7)
+
+
+def _accuracy(report: "Report") -> Figure:
+    settings = report.settings()
+    figure = Figure(figsize=(1.5 + 4.5 * len(settings), 4), layout="constrained")
+    for axis, setting in zip(_row(figure, len(settings)), settings, strict=True):
+        mixers = report.mixers(setting)
+        for offset, kind in ((-0.2, "recipe"), (0.2, "search")):
+            chosen = [report.select(setting, mixer, kind) for mixer in mixers]
+            if not any(chosen):
+                continue
+            heights = [100 * fmean(r.accuracy for r in runs) if runs else 0.0 for runs in chosen]
+            x = np.arange(len(mixers)) + offset
+            axis.bar(x, heights, 0.38, label="one recipe" if kind == "recipe" else "best of search")
+            for at, runs in zip(x, chosen, strict=True):
+                axis.plot([at] * len(runs), [100 * r.accuracy for r in runs], "k.", markersize=3)
+        _paper_marks(axis, setting, mixers)
+        for baseline in report.baselines[setting]:
+            axis.axhline(100 * baseline["accuracy"], color="0.6", linewidth=0.8, linestyle=":")
+        axis.set_xticks(range(len(mixers)), mixers, rotation=30, ha="right", fontsize=8)
+        axis.set_title(f"{setting} (dotted: rules that learn nothing)", fontsize=9)
+        axis.set_ylabel("accuracy, %")
+        axis.set_ylim(0, 103)
+        axis.legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def _paper_marks(axis: Axes, setting: str, mixers: list[str]) -> None:
+    from h3lm.synthetics.run import SETTINGS
+
+    paper = SETTINGS[setting].paper if setting in SETTINGS else {}
+    marks = [(i, paper[mixer]) for i, mixer in enumerate(mixers) if mixer in paper]
+    if marks:
+        axis.plot(*zip(*marks, strict=True), "D", color="crimson", markersize=5, label="paper")
+
+
+def _curves(report: "Report") -> Figure:
+    settings = report.settings()
+    figure = Figure(figsize=(1.5 + 4.5 * len(settings), 4), layout="constrained")
+    for axis, setting in zip(_row(figure, len(settings)), settings, strict=True):
+        for color, mixer in enumerate(report.mixers(setting)):
+            for i, run in enumerate(_shown(report, setting, mixer)):
+                steps, _, accuracies = zip(*run.curve, strict=True)
+                label = mixer if i == 0 else None
+                axis.plot(
+                    steps, [100 * a for a in accuracies],
+                    color=f"C{color}", linewidth=0.8, label=label,
+                )  # fmt: skip
+        axis.set_title(setting, fontsize=9)
+        axis.set_xlabel("step")
+        axis.set_ylabel("test accuracy, %")
+        axis.legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def _lengths(report: "Report") -> Figure:
+    settings = [
+        s for s in report.settings() if any(r.longer for r in report.runs if r.setting == s)
+    ]
+    figure = Figure(figsize=(1.5 + 4.5 * len(settings), 4), layout="constrained")
+    for axis, setting in zip(_row(figure, len(settings)), settings, strict=True):
+        for mixer in report.mixers(setting):
+            runs = _shown(report, setting, mixer)
+            lengths = sorted({int(n) for r in runs for n in r.longer})
+            means = [100 * fmean(r.longer[str(n)] for r in runs) for n in lengths]
+            axis.plot(lengths, means, "o-", label=mixer)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.set_title(f"{setting}: tested at other lengths", fontsize=9)
+        axis.set_xlabel("length of the test rows")
+        axis.set_ylabel("accuracy, %")
+        axis.legend(fontsize=7)
+    return figure
+
+
+def _pairs(report: "Report", settings: list[str]) -> Figure:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_pairs, by_size = _row(figure, 2)
+    for mixer in dict.fromkeys(m for s in settings for m in report.mixers(s)):
+        points = []
+        for setting in settings:
+            if runs := _shown(report, setting, mixer):
+                size = report.sizes[f"{setting} {mixer}"]["state_floats"]
+                points.append((_pairs_of(setting), size, 100 * fmean(r.accuracy for r in runs)))
+        pairs, sizes, accuracies = zip(*sorted(points), strict=True)
+        by_pairs.plot(pairs, accuracies, "o-", label=mixer)
+        by_size.plot(sizes, accuracies, "o", label=mixer)
+    for axis, name in ((by_pairs, "key-value pairs"), (by_size, "state, floats per sequence")):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel(name)
+        axis.set_ylabel("accuracy, %")
+        axis.legend(fontsize=7)
+    by_pairs.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _pairs_of(setting: str) -> int:
+    digits = setting.rpartition("-")[2].lstrip("k")
+    return int(digits) if digits.isdigit() else 0
+
+
+def _shown(report: "Report", setting: str, mixer: str) -> "list[Run]":
+    return report.select(setting, mixer, "search") or report.select(setting, mixer, "recipe")
+
+
+def _row(figure: Figure, count: int) -> list[Axes]:
+    return list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=130)
+    return path

@@ -1,0 +1,629 @@
+"""The expressivity lab: train any mixer on any task, and write down what came out."""
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from h3lm.errors import UserError
+from h3lm.layers import MIXERS
+from h3lm.models.configuration_h3 import HYBRID, H3Config
+from h3lm.models.modeling_h3 import H3ForCausalLM
+from h3lm.synthetics.ensemble import Ensemble, Look, Member, Recipe
+from h3lm.synthetics.tasks import Baseline, Dataset, Task, check_known, make_task
+
+NUM_LAYERS = 2
+MIXERS_BY_DEFAULT = ("h3", "s4d", "gss", "attention", "linear_attention", "s4")
+SEARCH_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+SEARCH_LENGTH = 2  # times the recipe's epochs
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task with its sizes and its recipe.
+
+    Attributes:
+        task: The task.
+        recipe: How models are trained on it.
+        width: Width of the models.
+        num_train: Training rows.
+        num_test: Test rows.
+        test_lengths: Further lengths to test at.
+        paper: The paper's accuracy in per cent, by mixer.
+    """
+
+    task: Task
+    recipe: Recipe
+    width: int = 32
+    num_train: int = 5000
+    num_test: int = 500
+    test_lengths: tuple[int, ...] = ()
+    paper: dict[str, float] = field(default_factory=dict)
+
+
+def _mqar(num_pairs: int, length: int, batch_size: int) -> Setting:
+    # Sizes of the published comparison; fewer rows, and an MLP in each block
+    task = make_task("mqar", vocab_size=8192, length=length, num_pairs=num_pairs)
+    recipe = Recipe(
+        epochs=64, schedule="cosine", learning_rate=1e-3, batch_size=batch_size, stop_at=0.99
+    )
+    return Setting(task, recipe, width=64, num_train=20_000, num_test=1000)
+
+
+SETTINGS: dict[str, Setting] = {
+    "induction": Setting(
+        make_task("induction", vocab_size=20, length=30),
+        Recipe(epochs=400, schedule="cosine"),
+        paper={"s4d": 35.6, "gss": 6.8, "h3": 100.0, "attention": 100.0},
+    ),
+    "recall": Setting(
+        make_task("recall", vocab_size=10, length=20),
+        Recipe(epochs=200),
+        test_lengths=(20, 40, 80, 160),
+        paper={"s4d": 86.0, "gss": 78.0, "h3": 99.8, "attention": 100.0},
+    ),
+    "recall-v20": Setting(
+        make_task("recall", vocab_size=20, length=40),
+        Recipe(epochs=400),
+        test_lengths=(40, 80, 160),
+    ),
+    "mqar-4": _mqar(4, 64, 512),
+    "mqar-8": _mqar(8, 128, 512),
+    "mqar-16": _mqar(16, 256, 256),
+    "mqar-64": _mqar(64, 512, 128),
+}
+_COLUMNS = (
+    "mixer", "paper", "one recipe", "lr", "best of the search", "lr", "steps", "loss",
+    "parameters", "state, floats",
+)  # fmt: skip
+PAPER_LONGER = {("recall", "h3", 40): 98.4}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        settings: Names of `SETTINGS`, or settings of one's own.
+        mixers: Mixer of the models: a name, "hybrid", "NAME-hybrid", "h3:2" for H3 with heads of
+            two channels, or one for each layer joined by "+".
+        seeds: Seeds of data and start.
+        search: Whether to run the small search over rates, at twice the steps, as well.
+        learning_rate: Rate in place of the recipe's.
+        max_steps: Steps in place of the recipe's, its schedule squeezed.
+        device: Where to train.
+    """
+
+    settings: dict[str, Setting]
+    mixers: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    search: bool = False
+    learning_rate: float | None = None
+    max_steps: int | None = None
+    device: str = "cpu"
+
+
+@dataclass
+class Run:
+    """One trained model, as it is written to the report.
+
+    Attributes:
+        setting: Name of the setting.
+        mixer: The mixer, as it was asked for.
+        kind: "recipe" or "search".
+        seed: Of data and start.
+        learning_rate: Peak rate.
+        planned_steps: Steps of its schedule.
+        steps: Steps taken; fewer where it had solved the task.
+        accuracy: Test accuracy at the end.
+        best_accuracy: Best test accuracy at any look.
+        test_loss: Loss of the answers at the end, nats.
+        longer: Accuracy at further lengths.
+        curve: (step, training loss, test accuracy) at each look.
+    """
+
+    setting: str
+    mixer: str
+    kind: str
+    seed: int
+    learning_rate: float
+    planned_steps: int
+    steps: int
+    accuracy: float
+    best_accuracy: float
+    test_loss: float
+    longer: dict[str, float]
+    curve: list[tuple[int, float, float]]
+
+
+def plan(
+    tasks: Iterable[str],
+    mixers: Iterable[str],
+    *,
+    seeds: int = 5,
+    search: bool = False,
+    learning_rate: float | None = None,
+    max_steps: int | None = None,
+    device: str = "cpu",
+    **options: int | None,
+) -> Plan:
+    """Check what a person asks for, before anything is trained.
+
+    Args:
+        tasks: Names of `SETTINGS`.
+        mixers: See `Plan`.
+        seeds: How many.
+        search: See `Plan`.
+        learning_rate: See `Plan`.
+        max_steps: See `Plan`.
+        device: "cpu", "cuda" or another of torch's.
+        options: Of the task, in place of the setting's: vocab_size, length, num_pairs.
+
+    Raises:
+        UserError: if a name is unknown, or the task or the model cannot be made so.
+    """
+    if seeds < 1:
+        raise UserError(f"seeds={seeds} must be positive")
+    if learning_rate is not None and not learning_rate > 0:
+        raise UserError(f"learning_rate={learning_rate} must be positive")
+    if max_steps is not None and max_steps < 1:
+        raise UserError(f"max_steps={max_steps} must be positive")
+    settings = {}
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in tasks:
+        check_known("task", name, SETTINGS)
+        setting = SETTINGS[name]
+        if given:
+            settings[_label(name, given)] = _altered(setting, given)
+        else:
+            settings[name] = setting
+    chosen = tuple(mixers)
+    for mixer in chosen:
+        for setting in settings.values():
+            model_config(mixer, setting)
+    return Plan(
+        settings,
+        chosen,
+        tuple(range(seeds)),
+        search=search,
+        learning_rate=learning_rate,
+        max_steps=max_steps,
+        device=device,
+    )
+
+
+def model_config(mixer: str, setting: Setting) -> H3Config:
+    """Configuration of the paper's two-layer model around a mixer.
+
+    Raises:
+        UserError: if there is no such mixer, or it does not fit two layers.
+    """
+    names, head_dim = [], 1
+    for part in mixer.split("+"):
+        name, _, heads = part.partition(":")
+        if "bidirectional" in name:
+            raise UserError(
+                f"{name!r}: a bidirectional layer sees what it is asked to predict; it does not "
+                "fit a causal model"
+            )
+        known = [*MIXERS, "hybrid", *(f"{m}{HYBRID}" for m in MIXERS if m != "attention")]
+        check_known("mixer", name, known)
+        if heads:
+            if not heads.isdigit() or name not in ("h3", "hybrid"):
+                raise UserError(f"{part!r}: a number of channels goes with h3 or hybrid, as h3:2")
+            head_dim = int(heads)
+        names.append(name)
+    attention_only = names == ["attention"] or set(names) == {"attention"}
+    length = setting.task.length + 2  # the recall rows hold two more inputs than the pairs
+    try:
+        return H3Config(
+            vocab_size=setting.task.vocab_size,
+            hidden_size=setting.width,
+            num_hidden_layers=NUM_LAYERS,
+            num_attention_heads=1,
+            mixers=names[0] if len(names) == 1 else names,
+            num_learned_positions=length if attention_only else 0,
+            h3_head_dim=head_dim,
+            embedding_dropout=0.1,
+            attention_dropout=0.1,
+        )
+    except ValueError as error:
+        raise UserError(f"mixer {mixer!r}: {error}") from None
+
+
+def run(plan: Plan, out: Path, say: Say = print, progress: Say | None = None) -> None:
+    """Train everything of a plan and write report.json, report.md, the pictures and the models.
+
+    Runs that the folder's report already holds are not run again.
+
+    Args:
+        plan: What to run.
+        out: Folder to write to; made if missing.
+        say: Prints a line.
+        progress: Shows a line that the next one replaces.
+
+    Raises:
+        UserError: if the folder cannot be written, or the device is missing.
+    """
+    from h3lm.synthetics import plots
+    from h3lm.synthetics.trace import trace
+
+    device = _device(plan.device)
+    report = Report.open(out)
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # the models are so small that sharing an operation costs more
+    try:
+        for name, setting in plan.settings.items():
+            for mixer in plan.mixers:
+                members = _members(plan, name, setting, mixer, report)
+                if not members:
+                    say(f"{name} {mixer}: already in {out / 'report.json'}")
+                    continue
+                say(f"{name} {mixer}: {len(members)} model(s) on {device}")
+                _train(name, setting, mixer, members, report, device, progress)
+                say(f"{name} {mixer}: {report.summary(name, mixer)}")
+                best = max((m for _, m in members), key=lambda m: (m.last, -m.test_loss))
+                if best.model is not None:
+                    _save(best.model, out / "models" / f"{name}-{_file_name(mixer)}")
+                    if set(mixer.split("+")) == {"h3"} and name.startswith(("recall", "induction")):
+                        plots.plot_trace(trace(best.model, best.data), out / f"trace-{name}.png")
+                report.write()
+    finally:
+        torch.set_num_threads(threads)
+    for path in plots.plot_report(report, out):
+        say(f"written: {path}")
+    say(report.markdown())
+    say(f"written: {out / 'report.md'}, {out / 'report.json'}")
+
+
+def live_line(interval_s: float = 30.0) -> tuple[Say, Say]:
+    """Functions that print a line, and show one that the next replaces.
+
+    Where the output is no terminal, the second prints at most every `interval_s` seconds.
+    """
+    terminal, shown = sys.stdout.isatty(), [-math.inf]
+
+    def say(line: str) -> None:
+        sys.stdout.write(f"\r\x1b[K{line}\n" if terminal else f"{line}\n")
+        sys.stdout.flush()
+
+    def progress(line: str) -> None:
+        now = time.monotonic()
+        if terminal:
+            sys.stdout.write(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}")
+            sys.stdout.flush()
+        elif now - shown[0] >= interval_s:
+            shown[0] = now
+            say(line)
+
+    return say, progress
+
+
+def _train(
+    name: str,
+    setting: Setting,
+    mixer: str,
+    members: list[tuple[str, Member]],
+    report: "Report",
+    device: torch.device,
+    progress: Say | None,
+) -> None:
+    config = model_config(mixer, setting)
+
+    def make(seed: int) -> H3ForCausalLM:
+        torch.manual_seed(seed)
+        return H3ForCausalLM(config)
+
+    ensemble = Ensemble(make, [member for _, member in members], device)
+
+    def show(look: Look) -> None:
+        if progress is None:
+            return
+        left = look.elapsed_s / look.step * (look.total - look.step)
+        best, mean = max(look.accuracies), fmean(look.accuracies)
+        progress(
+            f"{name} {mixer}: step {look.step:,}/{look.total:,}, loss {fmean(look.losses):.3f}, "
+            f"accuracy {100 * mean:.1f} (best {100 * best:.1f}) %, "
+            f"{1000 * look.elapsed_s / look.step:.1f} ms/step, {left:.0f} s left at most"
+        )
+
+    ensemble.train(show)
+    longer = _score_longer(ensemble, setting, config)
+    report.sizes[f"{name} {mixer}"] = {
+        "parameters": sum(p.numel() for p in ensemble.model(0).parameters()),
+        "state_floats": state_floats(ensemble.model(0), setting.task.length),
+    }
+    report.baselines[name] = [asdict(b) for b in _mean_baselines(m for _, m in members)]
+    for i, (kind, member) in enumerate(members):
+        report.runs.append(
+            Run(
+                setting=name,
+                mixer=mixer,
+                kind=kind,
+                seed=member.seed,
+                learning_rate=member.recipe.learning_rate,
+                planned_steps=member.recipe.epochs
+                * -(-setting.num_train // member.recipe.batch_size),
+                steps=member.steps,
+                accuracy=member.last,
+                best_accuracy=member.best,
+                test_loss=member.test_loss,
+                longer={str(length): scores[i] for length, scores in longer.items()},
+                curve=member.curve,
+            )
+        )
+
+
+def _members(
+    plan: Plan, name: str, setting: Setting, mixer: str, report: "Report"
+) -> list[tuple[str, Member]]:
+    """The models that the report does not hold yet; both kinds go into one ensemble."""
+    recipe = setting.recipe
+    if plan.max_steps is not None:
+        per_epoch = -(-setting.num_train // recipe.batch_size)
+        recipe = replace(recipe, epochs=max(1, plan.max_steps // per_epoch))
+    if plan.learning_rate is not None:
+        recipe = replace(recipe, learning_rate=plan.learning_rate)
+    wanted = [("recipe", recipe)]
+    if plan.search:
+        wanted += [
+            ("search", replace(recipe, learning_rate=rate, epochs=SEARCH_LENGTH * recipe.epochs))
+            for rate in SEARCH_RATES
+        ]
+    steps = -(-setting.num_train // recipe.batch_size)
+    data: dict[int, Dataset] = {}
+    members = []
+    for kind, how in wanted:
+        for seed in plan.seeds:
+            key = (name, mixer, kind, seed, how.learning_rate, how.epochs * steps)
+            if key in report:
+                continue
+            if seed not in data:
+                data[seed] = setting.task.dataset(
+                    seed, num_train=setting.num_train, num_test=setting.num_test
+                )
+            members.append((kind, Member(seed, how, data[seed])))
+    return members
+
+
+def _score_longer(ensemble: Ensemble, setting: Setting, config: H3Config) -> dict[int, list[float]]:
+    """Accuracy of each model at other lengths than its own."""
+    found = {}
+    for length in setting.test_lengths:
+        if config.num_learned_positions and length > setting.task.length:
+            continue  # there are no positions beyond those that were learned
+        tests = {
+            m.seed: setting.task.dataset(
+                m.seed, num_train=setting.num_train, num_test=setting.num_test, test_length=length
+            ).test
+            for m in {m.seed: m for m in ensemble.members}.values()
+        }
+        found[length] = ensemble.score([tests[m.seed] for m in ensemble.members])[0]
+    return found
+
+
+def state_floats(model: H3ForCausalLM, length: int) -> int:
+    """Floats that a model keeps of one sequence of this length between positions."""
+    total = 0
+    u = torch.zeros(1, length, model.config.hidden_size)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            _, state = layer.mixer(u)
+            packed = getattr(layer.mixer, "pack_state", lambda s: (s.keys, s.values))(state)
+            total += sum(part.numel() for part in packed if part is not None)
+    return total
+
+
+class Report:
+    """Everything that was run in a folder, and its tables."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: list[Run] = []
+        self.baselines: dict[str, list[dict[str, Any]]] = {}
+        self.sizes: dict[str, dict[str, int]] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> "Report":
+        """The report of a folder, empty if it has none.
+
+        Raises:
+            UserError: if the folder cannot be made or its report cannot be read.
+        """
+        report = cls(folder / "report.json")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = report.path.read_text() if report.path.exists() else None
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+        if text is not None:
+            try:
+                stored = json.loads(text)
+                report.runs = [Run(**run) for run in stored["runs"]]
+                report.baselines, report.sizes = stored["baselines"], stored["sizes"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{report.path} is not a report of this lab: move it away or choose another "
+                    "folder"
+                ) from None
+        return report
+
+    def __contains__(self, key: tuple[Any, ...]) -> bool:
+        """Whether there is a run of this setting, mixer, kind, seed, rate and number of steps."""
+        return key in {
+            (r.setting, r.mixer, r.kind, r.seed, r.learning_rate, r.planned_steps)
+            for r in self.runs
+        }
+
+    def write(self) -> None:
+        """Write the JSON and the tables."""
+        stored = {
+            "runs": [asdict(run) for run in self.runs],
+            "baselines": self.baselines,
+            "sizes": self.sizes,
+        }
+        self.path.write_text(json.dumps(stored, indent=1) + "\n")
+        self.path.with_suffix(".md").write_text(self.markdown())
+
+    def settings(self) -> list[str]:
+        """Settings in the order in which they were run."""
+        return list(dict.fromkeys(run.setting for run in self.runs))
+
+    def mixers(self, setting: str) -> list[str]:
+        """Mixers of a setting, in that order."""
+        return list(dict.fromkeys(r.mixer for r in self.runs if r.setting == setting))
+
+    def select(self, setting: str, mixer: str, kind: str) -> list[Run]:
+        """Runs of one kind: those of the recipe, or those of the search's best rate.
+
+        The rate is chosen by the mean test accuracy at the end, and its loss where that is equal.
+        """
+        runs = [r for r in self.runs if (r.setting, r.mixer, r.kind) == (setting, mixer, kind)]
+        if not runs:
+            return []
+
+        def merit(rate: float) -> tuple[float, float]:
+            same = [r for r in runs if r.learning_rate == rate]
+            return fmean(r.accuracy for r in same), -fmean(r.test_loss for r in same)
+
+        best = max({r.learning_rate for r in runs}, key=merit)
+        return [r for r in runs if r.learning_rate == best]
+
+    def summary(self, setting: str, mixer: str) -> str:
+        """One line of what came out."""
+        parts = []
+        for kind in ("recipe", "search"):
+            if runs := self.select(setting, mixer, kind):
+                parts.append(f"{kind} {_spread([r.accuracy for r in runs])} %")
+        return ", ".join(parts)
+
+    def markdown(self) -> str:
+        """All tables."""
+        return "\n".join(self._table(setting) for setting in self.settings())
+
+    def _table(self, setting: str) -> str:
+        paper = SETTINGS[setting].paper if setting in SETTINGS else {}
+        lines = [
+            f"## {setting}",
+            "",
+            "Accuracy in per cent at the last step, mean over seeds (spread: standard deviation).",
+            "",
+            f"| {' | '.join(_COLUMNS)} |",
+            "|---" * len(_COLUMNS) + "|",
+        ]
+        for mixer in self.mixers(setting):
+            recipe, search = (self.select(setting, mixer, kind) for kind in ("recipe", "search"))
+            shown = search or recipe
+            size = self.sizes[f"{setting} {mixer}"]
+            cells = [
+                mixer,
+                f"{paper[mixer]:.1f}" if mixer in paper else "-",
+                *(cell for runs in (recipe, search) for cell in _cells(runs)),
+                f"{fmean(r.steps for r in shown):,.0f}",
+                f"{fmean(r.test_loss for r in shown):.3f}",
+                f"{size['parameters']:,}",
+                f"{size['state_floats']:,}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", "Rules that learn nothing, on the same test rows:", ""]
+        lines += ["| rule | accuracy | loss |", "|---|---|---|"]
+        for b in self.baselines[setting]:
+            loss = "-" if b["loss"] is None else f"{b['loss']:.3f}"
+            lines.append(f"| {b['rule']} | {100 * b['accuracy']:.1f} | {loss} |")
+        return "\n".join([*lines, "", *self._longer(setting)])
+
+    def _longer(self, setting: str) -> list[str]:
+        lengths = sorted({int(n) for r in self.runs if r.setting == setting for n in r.longer})
+        if not lengths:
+            return []
+        lines = [
+            "Accuracy at other test lengths, same models:",
+            "",
+            f"| mixer | {' | '.join(map(str, lengths))} |",
+            f"|---|{'---|' * len(lengths)}",
+        ]
+        for mixer in self.mixers(setting):
+            runs = self.select(setting, mixer, "search") or self.select(setting, mixer, "recipe")
+            cells = []
+            for length in lengths:
+                found = [r.longer[str(length)] for r in runs if str(length) in r.longer]
+                paper = PAPER_LONGER.get((setting, mixer, length))
+                note = f" (paper {paper})" if paper else ""
+                cells.append(f"{_spread(found)}{note}" if found else "no positions there")
+            lines.append(f"| {mixer} | {' | '.join(cells)} |")
+        return [*lines, ""]
+
+
+def _cells(runs: list[Run]) -> tuple[str, str]:
+    if not runs:
+        return "-", "-"
+    return _spread([r.accuracy for r in runs]), f"{runs[0].learning_rate:g}"
+
+
+def _spread(accuracies: list[float]) -> str:
+    mean = f"{100 * fmean(accuracies):.1f}"
+    return mean if len(accuracies) == 1 else f"{mean} ± {100 * pstdev(accuracies):.1f}"
+
+
+def _mean_baselines(members: Iterable[Member]) -> list[Baseline]:
+    """Baselines on the rows of each seed, averaged."""
+    data = {m.seed: m.data for m in members}
+    tables = [d.task.baselines(d) for d in data.values()]
+    means = []
+    for same in zip(*tables, strict=True):
+        losses = [b.loss for b in same if b.loss is not None]
+        loss = fmean(losses) if losses else None
+        means.append(Baseline(same[0].rule, fmean(b.accuracy for b in same), loss))
+    return means
+
+
+def _altered(setting: Setting, options: dict[str, int]) -> Setting:
+    old = setting.task
+    fields = {f.name: getattr(old, f.name) for f in dataclasses.fields(old)}  # type: ignore[arg-type]
+    for option in options:
+        check_known(f"option of {old.name}", option, fields)
+    task = make_task(old.name, **{**fields, **options})
+    longer = tuple(task.length * i for i in (1, 2, 4)) if setting.test_lengths else ()
+    return replace(setting, task=task, test_lengths=longer, paper={})
+
+
+def _label(name: str, options: dict[str, int]) -> str:
+    short = {"vocab_size": "v", "length": "l", "num_pairs": "k"}
+    return "-".join([name, *(f"{short.get(o, o)}{value}" for o, value in options.items())])
+
+
+def _save(model: H3ForCausalLM, folder: Path) -> None:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _file_name(mixer: str) -> str:
+    return mixer.replace(":", "-").replace("+", "-")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"there is no device {name!r} here: use cpu") from None
+    return device

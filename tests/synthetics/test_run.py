@@ -1,0 +1,319 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from h3lm.errors import UserError
+from h3lm.models.configuration_h3 import H3Config
+from h3lm.models.modeling_h3 import H3ForCausalLM
+from h3lm.synthetics.ensemble import Ensemble, Member, Recipe
+from h3lm.synthetics.run import (
+    SETTINGS,
+    Plan,
+    Report,
+    Setting,
+    live_line,
+    model_config,
+    plan,
+    run,
+    state_floats,
+)
+from h3lm.synthetics.tasks import AssociativeRecall, MultiQueryRecall
+from h3lm.synthetics.trace import trace
+
+CPU = torch.device("cpu")
+TASK = AssociativeRecall(vocab_size=10, length=8)
+SMALL = Setting(
+    TASK, Recipe(epochs=3), width=8, num_train=70, num_test=20, test_lengths=(8, 12),
+    paper={"h3": 99.8},
+)  # fmt: skip
+
+
+def maker(mixer="h3", dropout=0.0, vocab_size=10):
+    def make(seed):
+        torch.manual_seed(seed)
+        return H3ForCausalLM(
+            H3Config(
+                vocab_size=vocab_size,
+                hidden_size=8,
+                num_hidden_layers=2,
+                num_attention_heads=1,
+                mixers=mixer,
+                d_state=8,
+                embedding_dropout=dropout,
+                initializer_range=0.2,
+            )
+        )
+
+    return make
+
+
+def member(seed=0, epochs=2, rate=4e-3, task=TASK, num_train=70, **options):
+    data = task.dataset(seed, num_train=num_train, num_test=20)
+    return Member(seed, Recipe(epochs=epochs, learning_rate=rate, **options), data)
+
+
+def test_cosine_warms_up_from_1e_6_and_ends_at_a_tenth():
+    rates = Recipe(schedule="cosine").rates(62_800, 5e-4)
+    assert rates[0] == 1e-6
+    assert rates[3140] == pytest.approx((1e-6 + 5e-4) / 2)
+    # counted from step 0: after the warm-up the cosine has gone a tenth of its way
+    assert rates[6280] == pytest.approx(5e-5 + 0.225e-3 * (1 + np.cos(0.1 * np.pi)))
+    assert rates[31_400] == pytest.approx(2.75e-4)
+    assert rates[-1] == pytest.approx(5e-5, rel=1e-6)
+
+
+def test_linear_warms_up_from_0_and_ends_at_0():
+    rates = Recipe(schedule="linear").rates(31_400, 5e-4)
+    assert rates[0] == 0
+    assert rates[1570] == pytest.approx(2.5e-4)
+    assert rates.argmax() == 3140
+    assert rates[17_270] == pytest.approx(2.5e-4)
+    assert rates[-1] == pytest.approx(5e-4 / 28_260)
+
+
+@pytest.mark.parametrize("mixer", ["h3", "s4d", "gss", "s4", "linear_attention", "attention"])
+def test_models_side_by_side_train_as_each_alone(mixer):
+    def members():
+        return [member(seed, epochs=1, rate=r, num_train=40) for seed, r in ((0, 4e-3), (1, 1e-3))]
+
+    together = members()
+    Ensemble(maker(mixer), together, CPU).train()
+    for one, other in zip(together, members(), strict=True):
+        Ensemble(maker(mixer), [other], CPU).train()
+        assert one.steps == other.steps == 2
+        losses = [loss for _, loss, _ in one.curve]
+        assert losses == pytest.approx([loss for _, loss, _ in other.curve], rel=1e-4)
+        # outputs, not parameters: attention's key bias has no gradient but rounding, and Adam
+        # makes a step of it
+        inputs = torch.from_numpy(one.data.test.inputs)
+        with torch.no_grad():
+            assert torch.allclose(one.model(inputs).logits, other.model(inputs).logits, atol=1e-3)
+
+
+def test_optimiser_is_adamw_with_the_hints_of_the_modules():
+    one = member(0, epochs=2, rate=4e-3)
+    ensemble = Ensemble(maker(), [one], CPU)
+    reference = maker()(0).train()
+    hints = {
+        id(getattr(module, name)): hint
+        for module in reference.modules()
+        for name, hint in getattr(module, "training_hints", {}).items()
+    }
+    gentle = [p for p in reference.parameters() if id(p) in hints]
+    common = [p for p in reference.parameters() if id(p) not in hints]
+    assert len(gentle) == 2 * 5
+    optimiser = torch.optim.AdamW(
+        [{"params": common, "weight_decay": 0.1}, {"params": gentle, "weight_decay": 0.0}]
+    )
+    ensemble.train()
+    train, shuffle = one.data.train, np.random.default_rng([0, 1])
+    step, rates = 0, [one.recipe.rates(6, peak) for peak in (4e-3, 1e-3)]
+    for _ in range(2):
+        order = shuffle.permutation(70)
+        for rows in (order[:32], order[32:64], order[64:]):
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate[step]
+            inputs, targets = (torch.from_numpy(x[rows]) for x in (train.inputs, train.targets))
+            logits = reference(inputs, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            step += 1
+    for a, b in zip(one.model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_model_stops_once_it_has_solved_the_task_while_others_go_on():
+    easy, hard = member(0, epochs=3, stop_at=0.0), member(1, epochs=2, stop_at=1.1)
+    Ensemble(maker(), [easy, hard], CPU).train()
+    assert (easy.steps, hard.steps) == (3, 6)
+    assert easy.solved
+    assert not hard.solved
+    alone = member(0, epochs=3, stop_at=0.0)
+    Ensemble(maker(), [alone], CPU).train()
+    for a, b in zip(easy.model.parameters(), alone.model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_multi_query_loss_and_score_count_the_queries_only():
+    task = MultiQueryRecall(vocab_size=40, length=32, num_pairs=4)
+    one = member(0, epochs=1, task=task)
+    ensemble = Ensemble(maker(vocab_size=40), [one], CPU)
+    accuracies, losses = ensemble.score([one.data.test])
+    test = one.data.test
+    with torch.no_grad():
+        logits = maker(vocab_size=40)(0).eval()(torch.from_numpy(test.inputs)).logits
+    targets = torch.from_numpy(test.targets)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+    right = (logits.argmax(-1) == targets)[targets != -100]
+    assert accuracies[0] == pytest.approx(right.float().mean().item())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    said = []
+    chosen = Plan({"recall": SMALL}, ("h3", "attention"), seeds=(0, 1), search=True)
+    run(chosen, folder, said.append, said.append)
+    return folder, chosen, said
+
+
+def test_report_holds_every_run_its_baselines_and_sizes(finished):
+    folder, _, said = finished
+    report = Report.open(folder)
+    assert len(report.runs) == 2 * 2 * (1 + 4)
+    assert {r.planned_steps for r in report.runs if r.kind == "recipe"} == {9}
+    assert {r.planned_steps for r in report.runs if r.kind == "search"} == {18}
+    assert all(len(r.curve) == r.planned_steps // 3 for r in report.runs)
+    h3, attention = (next(r for r in report.runs if r.mixer == m) for m in ("h3", "attention"))
+    assert set(h3.longer) == {"8", "12"}
+    assert set(attention.longer) == {"8"}
+    text = (folder / "report.md").read_text()
+    assert "| h3 | 99.8 |" in text
+    assert "most frequent value of the row, by keys" in text
+    assert "no positions there" in text
+    assert any("step 9/18" in line for line in said)
+    for name in ("accuracy", "curves", "lengths", "trace-recall"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_model_is_an_ordinary_one_and_scores_what_the_report_says(finished):
+    folder, _, _ = finished
+    report = Report.open(folder)
+    for mixer in ("h3", "attention"):
+        model = H3ForCausalLM.from_pretrained(folder / "models" / f"recall-{mixer}").eval()
+        scores = {}
+        for seed in (0, 1):
+            test = TASK.dataset(seed, num_train=70, num_test=20).test
+            with torch.no_grad():
+                logits = model(torch.from_numpy(test.inputs)).logits[:, -1]
+            scores[seed] = (logits.argmax(-1).numpy() == test.targets[:, -1]).mean()
+        runs = [r for r in report.runs if r.mixer == mixer]
+        best = max(runs, key=lambda r: (r.accuracy, -r.test_loss))
+        assert scores[best.seed] == pytest.approx(best.accuracy)
+
+
+def test_what_was_run_is_not_run_again_and_more_seeds_are_added(finished):
+    folder, chosen, _ = finished
+    before = (folder / "report.json").read_text()
+    said = []
+    run(replace(chosen, seeds=(0,)), folder, said.append)
+    assert (folder / "report.json").read_text() == before
+    assert sum("already in" in line for line in said) == 2
+
+
+def test_best_of_the_search_is_one_rate_for_all_seeds(finished):
+    report = Report.open(finished[0])
+    runs = report.select("recall", "h3", "search")
+    assert [r.seed for r in runs] == [0, 1]
+    assert len({r.learning_rate for r in runs}) == 1
+    means = {
+        rate: np.mean([r.accuracy for r in report.runs
+                       if (r.mixer, r.kind, r.learning_rate) == ("h3", "search", rate)])
+        for rate in (5e-4, 1e-3, 2e-3, 4e-3)
+    }  # fmt: skip
+    assert np.mean([r.accuracy for r in runs]) == pytest.approx(max(means.values()))
+
+
+def test_trace_is_what_the_layers_compute():
+    model, data = maker()(0).eval(), TASK.dataset(0, num_train=70, num_test=20)
+    found = trace(model, data, row=3)
+    assert found.tokens == [TASK.tokens[i] for i in data.test.inputs[3]]
+    assert found.probabilities.sum().item() == pytest.approx(1)
+    assert len(found.layers) == 2
+    mixer = model.model.layers[0].mixer
+    with torch.no_grad():
+        core = model.model
+        u = core.layers[0].norm1(core.embed_tokens(torch.from_numpy(data.test.inputs[3:4])))
+        expected, _ = mixer(u)
+        assert torch.allclose(mixer.output_proj(found.layers[0].o.T), expected[0], atol=1e-5)
+        # a channel's share is its part of the layer's contribution to the answer's logit
+        answer = data.test.targets[3, -1]
+        direct = core.embed_tokens.weight[answer] @ (expected[0, -1] - mixer.output_proj.bias)
+    assert found.layers[0].share.sum().item() == pytest.approx(direct.item(), abs=1e-4)
+    with pytest.raises(UserError, match="only H3 layers"):
+        trace(maker("s4d")(0), data)
+
+
+def test_state_sizes_are_the_formulas():
+    for mixer, floats in {
+        "h3": 2 * (32 * 63 + 64 * 32),
+        "h3:2": 2 * (32 * 63 + 64 * 32 * 2),
+        "s4d": 2 * 64 * 32,
+        "s4": 2 * 64 * 32,
+        "gss": 2 * 2 * 64 * 8,
+        "linear_attention": 2 * 32 * 33,
+        "attention": 2 * 2 * 20 * 32,
+        "hybrid": (32 * 63 + 64 * 32) + 2 * 20 * 32,
+    }.items():
+        model = H3ForCausalLM(model_config(mixer, SETTINGS["recall"]))
+        assert state_floats(model, 20) == floats, mixer
+
+
+def test_paper_settings():
+    assert SETTINGS["induction"].recipe.epochs * 157 == 62_800
+    assert SETTINGS["recall"].recipe.epochs * 157 == 31_400
+    assert SETTINGS["recall-v20"].recipe.epochs * 157 == 62_800
+    config = model_config("attention", SETTINGS["recall"])
+    assert (config.num_learned_positions, config.num_attention_heads) == (22, 1)
+    assert model_config("h3+attention", SETTINGS["recall"]).mixers == ["h3", "attention"]
+    assert model_config("gss-hybrid", SETTINGS["recall"]).mixers == ["gss", "attention"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "mixers", "options", "words"),
+    [
+        (["recal"], ["h3"], {}, "unknown task 'recal': did you mean 'recall'?"),
+        (["recall"], ["attenton"], {}, "unknown mixer 'attenton': did you mean 'attention'?"),
+        (["recall"], ["h3+s4d+h3"], {}, "mixers names 3 layers, num_hidden_layers is 2"),
+        (["recall"], ["h3:5"], {}, "h3_head_dim=5 must divide hidden_size=32"),
+        (["recall"], ["s4d:2"], {}, "a number of channels goes with h3"),
+        (["recall"], ["s4d-bidirectional"], {}, "does not fit a causal model"),
+        (["recall"], ["h3"], {"vocab_size": 3}, "too small for recall"),
+        (["recall"], ["h3"], {"length": 1}, "cannot hold a pair"),
+        (["recall"], ["h3"], {"num_pairs": 4}, "unknown option of recall 'num_pairs'"),
+        (["mqar-4"], ["h3"], {"num_pairs": 5000}, "5000 pairs need as many keys"),
+        (["mqar-4"], ["h3"], {"num_pairs": 17}, "cannot hold 17 pairs"),
+        (["recall"], ["h3"], {"seeds": 0}, "seeds=0"),
+        (["recall"], ["h3"], {"learning_rate": 0.0}, "learning_rate=0.0"),
+        (["recall"], ["h3"], {"max_steps": 0}, "max_steps=0"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_refused_in_one_line(tasks, mixers, options, words):
+    with pytest.raises(UserError) as caught:
+        plan(tasks, mixers, **options)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_task_options_make_a_setting_of_their_own():
+    chosen = plan(["mqar-4"], ["h3:2"], vocab_size=64, length=32, num_pairs=8, max_steps=100)
+    ((name, setting),) = chosen.settings.items()
+    assert name == "mqar-4-v64-l32-k8"
+    assert setting.task == MultiQueryRecall(vocab_size=64, length=32, num_pairs=8)
+    assert plan(["recall"], ["h3"], length=30).settings["recall-l30"].test_lengths == (30, 60, 120)
+
+
+def test_folder_and_device_are_checked(tmp_path):
+    chosen = Plan({"recall": SMALL}, ("h3",))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        run(chosen, tmp_path / "file" / "below")
+    (tmp_path / "report.json").write_text(json.dumps({"runs": 3}))
+    with pytest.raises(UserError, match="not a report of this lab"):
+        run(chosen, tmp_path)
+    with pytest.raises(UserError, match="there is no device 'abacus'"):
+        run(replace(chosen, device="abacus"), tmp_path / "other")
+
+
+def test_live_line_prints_seldom_where_there_is_no_terminal(capsys):
+    say, progress = live_line(interval_s=1000)
+    progress("one")
+    progress("two")
+    say("three")
+    assert capsys.readouterr().out == "one\nthree\n"
