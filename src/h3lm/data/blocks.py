@@ -14,9 +14,7 @@ text. numpy alone reads it.
 """
 
 import hashlib
-import io
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -408,36 +406,3 @@ def too_short(split: str, num_tokens: int, block_length: int) -> str:
         f"block_length={block_length:,} needs {block_length + 1:,}: take a shorter block or "
         "more text"
     )
-
-
-def write_array(path: Path, array: NDArray) -> File:
-    """Write a one-dimensional array as .npy, aside first and then under its name.
-
-    The file is on the disk before it has its name, so what has the name is whole.
-
-    Raises:
-        OSError: as the operating system gives it, with its number; nothing is left behind.
-    """
-    aside = path.with_name(path.name + ".part")
-    digest = hashlib.sha256()
-    try:
-        with aside.open("wb") as stream:
-            # numpy's own writing of the data loses the error number when the disk is full.
-            header = _npy_header(array)
-            for part in (header, np.ascontiguousarray(array).view(np.uint8).data):
-                stream.write(part)
-                digest.update(part)
-            size = stream.tell()
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    return File(path.name, size, digest.hexdigest())
-
-
-def _npy_header(array: NDArray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(array))
-    return buffer.getvalue()
