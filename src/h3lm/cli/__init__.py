@@ -11,6 +11,7 @@ from h3lm.cli.convert import convert
 from h3lm.cli.doctor import doctor
 from h3lm.cli.generate import generate
 from h3lm.cli.prepare import prepare
+from h3lm.cli.synthetics import synthetics
 from h3lm.cli.train import train
 from h3lm.errors import UserError
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (prepare, train, generate, convert, doctor):
+for command in (prepare, train, generate, convert, synthetics, doctor):
     app.command()(command)
 
 

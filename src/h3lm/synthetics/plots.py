@@ -41,7 +41,8 @@ def plot_trace(trace: "Trace", path: Path) -> Path:
     figure = Figure(figsize=(17, 0.6 + 3.2 * count), layout="constrained")
     figure.suptitle(
         f"One row through a trained H3: ... {' '.join(trace.tokens[-3:])} → {trace.answer}"
-        f" (probability {float(trace.probabilities.max()):.2f})"
+        f" (probability {float(trace.probabilities.max()):.2f}); "
+        "red: the query, green: what followed it"
     )
     grid = figure.subplots(count, 5, squeeze=False, width_ratios=[1, 2.4, 2.4, 2.4, 2.4])
     for number, (layer, axes) in enumerate(zip(trace.layers, grid, strict=True), 1):
@@ -66,11 +67,22 @@ def _draw_layer(layer: "LayerTrace", axes: np.ndarray, number: int, tokens: list
             shown / np.where(scale > 0, scale, 1), aspect="auto", cmap="RdBu", vmin=-1, vmax=1
         )
         axis.set_title(title, fontsize=9)
-        axis.set_xticks(range(shown.shape[1]), labels[: shown.shape[1]], fontsize=6)
+        axis.set_xticks(range(shown.shape[1]), labels[: shown.shape[1]], fontsize=7)
+        if labels is tokens:
+            _mark_query(axis, tokens)
         axis.set_yticks([])
     shares = [f"{int(c)} ({float(layer.share[c]):+.1f})" for c in order]
     axes[0].set_yticks(range(len(order)), shares, fontsize=6)
     axes[0].set_ylabel(f"layer {number}: channel (share of the logit)", fontsize=7)
+
+
+def _mark_query(axis: Axes, tokens: list[str]) -> None:
+    """Colour the query where it was seen before, and what followed it there."""
+    for i, label in enumerate(axis.get_xticklabels()):
+        if tokens[i] == tokens[-1]:
+            label.set(color="crimson", fontweight="bold")
+        elif i and tokens[i - 1] == tokens[-1]:
+            label.set(color="green", fontweight="bold")
 
 
 def _accuracy(report: "Report") -> Figure:
@@ -78,10 +90,9 @@ def _accuracy(report: "Report") -> Figure:
     figure = Figure(figsize=(1.5 + 4.5 * len(settings), 4), layout="constrained")
     for axis, setting in zip(_row(figure, len(settings)), settings, strict=True):
         mixers = report.mixers(setting)
-        for offset, kind in ((-0.2, "recipe"), (0.2, "search")):
+        both = any(r.setting == setting and r.kind == "search" for r in report.runs)
+        for offset, kind in ((-0.2, "recipe"), (0.2, "search")) if both else ((0.0, "recipe"),):
             chosen = [report.select(setting, mixer, kind) for mixer in mixers]
-            if not any(chosen):
-                continue
             heights = [100 * fmean(r.accuracy for r in runs) if runs else 0.0 for runs in chosen]
             x = np.arange(len(mixers)) + offset
             axis.bar(x, heights, 0.38, label="one recipe" if kind == "recipe" else "best of search")
