@@ -16,6 +16,12 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Golden files that travel with the project."""
+    return Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The project's shared data; a clone outside of the project's workplace has none."""
     if not SHARED.is_dir():

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from h3lm.flashconv import fft_conv
+from h3lm.flashconv.fft import _fast_length
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    L=st.integers(1, 130),
+    part=st.floats(0.01, 1.0),
+    reverse=st.booleans(),
+    gated=st.booleans(),
+    skip=st.booleans(),
+    mode=st.sampled_from(["causal", "circular"]),
+)
+def test_torch_equals_reference_with_gradients(L, part, reverse, gated, skip, mode):
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+    taps = max(1, int(part * L))
+    options = {}
+    if reverse:
+        options["f_reverse"] = normal(3, max(1, taps // 2))
+    if gated:
+        options |= {"pre_gate": normal(2, 3, L), "post_gate": normal(2, 3, L)}
+    if skip:
+        options["skip"] = normal(3)
+    u, f = normal(2, 3, L), normal(3, taps)
+    results = []
+    for backend in ("reference", "torch"):
+        y = fft_conv(u, f, **options, mode=mode, backend=backend)
+        weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+        grads = torch.autograd.grad((y * weight).sum(), [u, f, *options.values()])
+        results.append([y, *grads])
+    for actual, expected in zip(*reversed(results), strict=True):
+        assert (actual - expected).norm() <= 1e-10 * expected.norm() + 1e-12
+
+
+def test_the_present_of_the_reverse_filter():
+    u = torch.randn(1, 1, 5)
+    f, back = torch.tensor([[1.0]]), torch.tensor([[10.0, 100.0]])
+    y = fft_conv(u, f, f_reverse=back)
+    later = torch.nn.functional.pad(u, (0, 1))[..., 1:]
+    assert torch.allclose(y, 11 * u + 100 * later, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_computes_in_float32(dtype):
+    u = torch.randn(2, 3, 100).to(dtype)
+    f = torch.randn(3, 100)
+    y = fft_conv(u, f)
+    assert y.dtype == dtype
+    assert torch.equal(y, fft_conv(u.float(), f).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"f": torch.zeros(3, 11)}, "f has 11 taps for rows of length 10: cut it to 1..10"),
+        ({"f": torch.zeros(2, 4)}, r"f is \(2, 4\), u needs \(3, length\)"),
+        ({"f_reverse": torch.zeros(3, 12)}, "f_reverse has 12 taps"),
+        ({"skip": torch.zeros(4)}, r"skip is \(4,\), u needs \(3,\)"),
+        ({"mode": "linear"}, "mode='linear' is not one of causal, circular"),
+        ({"u": torch.zeros(1, 3, 10).cfloat()}, "complex64; use float32"),
+        ({"u": torch.zeros(1, 3, 10).long()}, "int64; use float32"),
+        ({"post_gate": torch.zeros(2, 3, 10)}, "post_gate is"),
+    ],
+)
+def test_mistakes_are_one_clear_line(changes, message):
+    arguments = {"u": torch.zeros(1, 3, 10), "f": torch.zeros(3, 4)} | changes
+    with pytest.raises(ValueError, match=message):
+        fft_conv(**arguments)
+
+
+@given(st.integers(1, 10**6))
+def test_fast_length_is_even_smooth_and_near(n):
+    found = _fast_length(n)
+    assert found >= n
+    assert found % 2 == 0
+    rest = found
+    for prime in (2, 3, 5):
+        while rest % prime == 0:
+            rest //= prime
+    assert rest == 1
+    assert found <= max(2, 1.2 * n)
