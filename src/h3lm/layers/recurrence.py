@@ -37,9 +37,11 @@ class Recurrence(nn.Module):
     Attributes:
         chunk_length: Inputs of a chunk of state passing; rows that are always shorter run faster
             with a shorter one.
+        backend: Implementation of the convolution, see `flashconv.ssm_conv`.
     """
 
     chunk_length: int = DEFAULT_CHUNK_LENGTH
+    backend: str = "auto"
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,11 +69,13 @@ class Recurrence(nn.Module):
         if u.shape[-1] == 1 and cu_seqlens is None:
             return _step(u, system, state, mask)
         if mask is None:
-            return convolve(u, system, state, cu_seqlens)
+            return convolve(u, system, state, cu_seqlens, self.backend)
         if state is None:
             state = zero_state(u, system)
         rows = Unpadded(mask)
-        return rows.run(lambda s, cu, packed: convolve(packed, system, s, cu), state, (u,))
+        return rows.run(
+            lambda s, cu, packed: convolve(packed, system, s, cu, self.backend), state, (u,)
+        )
 
     def _make_system(self) -> System:
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
@@ -104,15 +108,20 @@ class Recurrence(nn.Module):
 
 
 def convolve(
-    u: Tensor, system: System, state: RecurrentState | None, cu_seqlens: Tensor | None
+    u: Tensor,
+    system: System,
+    state: RecurrentState | None,
+    cu_seqlens: Tensor | None,
+    backend: str = "auto",
 ) -> tuple[Tensor, RecurrentState]:
     """All positions of (B, H, L) at once, left to right, and the state behind them."""
     start = None if state is None else state.modes
     if isinstance(system, DPLRSystem):
-        return _convolve_dplr(u, system, start, cu_seqlens)
+        return _convolve_dplr(u, system, start, cu_seqlens, backend)
     y, end = flashconv.ssm_conv(
-        u, system, initial_state=start, return_final_state=True, cu_seqlens=cu_seqlens
-    )
+        u, system,
+        initial_state=start, return_final_state=True, cu_seqlens=cu_seqlens, backend=backend,
+    )  # fmt: skip
     assert end is not None
     return y, RecurrentState(end)
 
@@ -157,7 +166,11 @@ def _step(
 
 
 def _convolve_dplr(
-    u: Tensor, system: DPLRSystem, state: Tensor | None, cu_seqlens: Tensor | None
+    u: Tensor,
+    system: DPLRSystem,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, RecurrentState]:
     """One filter for all sequences; each is convolved by itself."""
     L = u.shape[-1]
@@ -166,11 +179,12 @@ def _convolve_dplr(
         return torch.zeros_like(u), rest
     spans = spans_of(cu_seqlens, L)
     with torch.autocast(u.device.type, enabled=False):
-        taps = system.filter(max(span.stop - span.start for span in spans))
+        filters = system.filter(max(span.stop - span.start for span in spans))
         outputs, ends = [], []
         for i, span in enumerate(spans):
             part = u[..., span]
-            y = flashconv.fft_conv(part, taps[:, : part.shape[-1]], skip=system.skip)
+            taps = filters[:, : part.shape[-1]]
+            y = flashconv.fft_conv(part, taps, skip=system.skip, backend=backend)
             x = None
             if state is not None:
                 x = state if cu_seqlens is None else state[i : i + 1]

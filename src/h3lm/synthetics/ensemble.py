@@ -137,7 +137,7 @@ class Ensemble:
         models = [make(member.seed) for member in members]
         self._config: H3Config = models[0].config  # type: ignore[assignment]
         self._template = _Logits(models[0]).to(device)
-        shorten_chunks(models[0], members[0].data.train.inputs.shape[1])
+        run_plainly(models[0], members[0].data.train.inputs.shape[1])
         named = dict(self._template.named_parameters())
         self._names = list(named)
         self._shapes = [parameter.shape for parameter in named.values()]
@@ -175,9 +175,11 @@ class Ensemble:
 
     @torch.no_grad()
     def score(
-        self, splits: list[Split], rows_at_once: int = 100
+        self, splits: list[Split], rows_at_once: int | None = None
     ) -> tuple[list[float], list[float]]:
         """Accuracy and loss of each model over the answers of its rows."""
+        if rows_at_once is None:
+            rows_at_once = 100 if self.device.type == "cpu" else 500
         self._template.eval()
         rows = _Rows.of(splits, "answers", self.device)
         right, loss = torch.zeros(2, len(self), device=self.device)
@@ -390,12 +392,14 @@ class _Logits(nn.Module):
         return core.norm(r) @ core.embed_tokens.weight.T
 
 
-def shorten_chunks(model: nn.Module, length: int) -> None:
-    """Let state passing take whole short rows as one chunk."""
+def run_plainly(model: nn.Module, length: int) -> None:
+    """Run mixers in plain PyTorch, which `vmap` knows, and short rows as one chunk."""
     for module in model.modules():
         if isinstance(module, Recurrence):
             module.chunk_length = min(module.chunk_length, length)
+            module.backend = "torch"
         elif isinstance(module, H3):
+            module.backend = "torch"
             short = partial(_short_operators, module, min(DEFAULT_CHUNK_LENGTH, length))
             module._make_operators = short  # type: ignore[method-assign]
 
