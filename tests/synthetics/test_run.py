@@ -128,12 +128,14 @@ def test_optimiser_is_adamw_with_the_hints_of_the_modules():
 
 
 def test_a_model_stops_once_it_has_solved_the_task_while_others_go_on():
-    easy, hard = member(0, epochs=3, stop_at=0.0), member(1, epochs=2, stop_at=1.1)
+    # solved at the first look, after step 3; a tenth of 30 steps is left to it
+    easy, hard = member(0, epochs=10, stop_at=0.0), member(1, epochs=3, stop_at=None)
     Ensemble(maker(), [easy, hard], CPU).train()
-    assert (easy.steps, hard.steps) == (3, 6)
+    assert (easy.steps, hard.steps) == (6, 9)
+    assert [step for step, _, _ in easy.curve] == [3, 6]
     assert easy.solved
     assert not hard.solved
-    alone = member(0, epochs=3, stop_at=0.0)
+    alone = member(0, epochs=10, stop_at=0.0)
     Ensemble(maker(), [alone], CPU).train()
     for a, b in zip(easy.model.parameters(), alone.model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)

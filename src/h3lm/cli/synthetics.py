@@ -23,6 +23,9 @@ def synthetics(
     ] = False,
     learning_rate: Annotated[float | None, Option(help="In place of the recipe's.")] = None,
     max_steps: Annotated[int | None, Option(help="In place of the recipe's.")] = None,
+    early_stop: Annotated[
+        bool, Option(help="A model that has solved its task lowers its rate and stops.")
+    ] = True,
     vocab_size: Annotated[int | None, Option(help="Of the task, in place of its own.")] = None,
     length: Annotated[int | None, Option(help="Of the task, in place of its own.")] = None,
     num_pairs: Annotated[int | None, Option(help="Of mqar, in place of its own.")] = None,
@@ -44,6 +47,7 @@ def synthetics(
         search=search,
         learning_rate=learning_rate,
         max_steps=max_steps,
+        early_stop=early_stop,
         device=device,
         vocab_size=vocab_size,
         length=length,

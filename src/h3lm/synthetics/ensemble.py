@@ -43,7 +43,9 @@ class Recipe:
         batch_size: Rows of a step; the last one of an epoch may have fewer.
         warmup: Share of the steps that warm up.
         weight_decay: Of everything but what a state space model exempts.
-        stop_at: Test accuracy at which a model stops training.
+        stop_at: Test accuracy at which a model's rate begins to fall to 0, over a tenth of its
+            steps, after which it stops; None to train to the end. Stopping at once would leave
+            models that solve the task at its own length, but other lengths much worse.
     """
 
     epochs: int = 200
@@ -52,7 +54,7 @@ class Recipe:
     batch_size: int = 32
     warmup: float = 0.1
     weight_decay: float = 0.1
-    stop_at: float = 1.0
+    stop_at: float | None = 1.0
 
     def rates(self, steps: int, peak: float) -> np.ndarray:
         """Learning rate of each step."""
@@ -98,8 +100,8 @@ class Member:
 
     @property
     def solved(self) -> bool:
-        """Whether it reached the accuracy at which it stops."""
-        return bool(self.curve) and self.last >= self.recipe.stop_at
+        """Whether it reached the accuracy at which it stops early."""
+        return self.recipe.stop_at is not None and self.best >= self.recipe.stop_at
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,11 @@ class _Trainer:
         self.lengths = [m.recipe.epochs * self.steps_per_epoch for m in members]
         self.total_steps, self.step = max(self.lengths), 0
         self.data = _Rows.of([m.data.train for m in members], "targets", device)
-        self.active = torch.ones(len(members), 1, device=device)
+        self.stops: list[int] = list(self.lengths)
+        self.falls = torch.full((len(members), 1), math.inf, device=device)  # from a stop on
+        self.fall_length = torch.tensor(
+            [[max(1.0, length // 10)] for length in self.lengths], device=device
+        )
         self.rates = self._rate_table(members).to(device)
         self.counter = torch.zeros((), dtype=torch.long, device=device)
         self.order = torch.zeros(
@@ -282,12 +288,12 @@ class _Trainer:
 
     @property
     def done(self) -> bool:
-        return self.step >= self.total_steps or not bool(self.active.any())
+        return self.step >= max(self.stops)
 
     def run(self, count: int) -> list[float]:
         """Take up to `count` steps; mean training loss of each model over them."""
         self.loss.zero_()
-        count = min(count, self.total_steps - self.step)
+        count = min(count, max(self.stops) - self.step)
         for _ in range(count):
             if self.step % self.steps_per_epoch == 0:
                 self._reorder()
@@ -299,14 +305,18 @@ class _Trainer:
         return (self.loss / count).tolist()
 
     def record(self, losses: list[float], accuracies: list[float]) -> None:
-        """Note where each model stands, and stop those that are done."""
+        """Note where each model stands, and begin to stop those that are done."""
         for i, member in enumerate(self.ensemble.members):
-            if not self.active[i]:
+            if member.steps >= self.stops[i]:
                 continue
-            member.steps = min(self.step, self.lengths[i])
+            before = member.solved
+            member.steps = min(self.step, self.stops[i])
             member.curve.append((member.steps, losses[i], accuracies[i]))
-            if member.solved or self.step >= self.lengths[i]:
-                self.active[i] = 0
+            if member.solved and not before:
+                stop = self.step + int(self.fall_length[i])
+                if stop < self.stops[i]:
+                    self.stops[i] = stop
+                    self.falls[i] = stop
 
     def _reorder(self) -> None:
         width = self.steps_per_epoch * self.batch
@@ -343,7 +353,8 @@ class _Trainer:
 
     def _adamw(self, flat: Tensor, gradient: Tensor) -> None:
         """AdamW with betas 0.9 and 0.999, epsilon 1e-8, a rate for each element."""
-        rates = _at(self.rates, self.counter) * self.active
+        fall = ((self.falls - self.counter) / self.fall_length).clamp(0, 1)
+        rates = _at(self.rates, self.counter.clamp(max=self.total_steps - 1)) * fall
         rate = torch.where(self.ensemble.max_rate.isfinite(), rates[:, 1:], rates[:, :1])
         count = (self.counter + 1).to(torch.float32)
         self.mean.lerp_(gradient, 0.1)

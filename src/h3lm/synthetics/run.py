@@ -103,6 +103,7 @@ class Plan:
         learning_rate: Rate in place of the recipe's.
         max_steps: Steps in place of the recipe's, its schedule squeezed.
         device: Where to train.
+        early_stop: Whether a model that has solved its task stops, see `Recipe.stop_at`.
     """
 
     settings: dict[str, Setting]
@@ -112,6 +113,7 @@ class Plan:
     learning_rate: float | None = None
     max_steps: int | None = None
     device: str = "cpu"
+    early_stop: bool = True
 
 
 @dataclass
@@ -156,6 +158,7 @@ def plan(
     learning_rate: float | None = None,
     max_steps: int | None = None,
     device: str = "cpu",
+    early_stop: bool = True,
     **options: int | None,
 ) -> Plan:
     """Check what a person asks for, before anything is trained.
@@ -168,6 +171,7 @@ def plan(
         learning_rate: See `Plan`.
         max_steps: See `Plan`.
         device: "cpu", "cuda" or another of torch's.
+        early_stop: See `Plan`.
         options: Of the task, in place of the setting's: vocab_size, length, num_pairs.
 
     Raises:
@@ -200,6 +204,7 @@ def plan(
         learning_rate=learning_rate,
         max_steps=max_steps,
         device=device,
+        early_stop=early_stop,
     )
 
 
@@ -374,6 +379,8 @@ def _members(
     if plan.max_steps is not None:
         per_epoch = -(-setting.num_train // recipe.batch_size)
         recipe = replace(recipe, epochs=max(1, plan.max_steps // per_epoch))
+    if not plan.early_stop:
+        recipe = replace(recipe, stop_at=None)
     if plan.learning_rate is not None:
         recipe = replace(recipe, learning_rate=plan.learning_rate)
     wanted = [("recipe", recipe)]
