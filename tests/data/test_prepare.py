@@ -12,14 +12,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import numpy as np
-import pyarrow
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -28,6 +24,12 @@ from h3lm.data.blocks import Blocks, Index, TokenStream
 from h3lm.data.sources import PIECE_CHARACTERS, Document, open_source, pieces
 from h3lm.data.tokenizers import encode, train_bpe
 from h3lm.errors import UserError
+
+needs_extra = "needs the extra h3lm[data]"
+datasets = pytest.importorskip("datasets", reason=needs_extra)
+pyarrow = pytest.importorskip("pyarrow", reason=needs_extra)
+parquet = pytest.importorskip("pyarrow.parquet", reason=needs_extra)
+zstandard = pytest.importorskip("zstandard", reason=needs_extra)
 
 # `h3lm.data.prepare` as an attribute is the function.
 module = importlib.import_module("h3lm.data.prepare")
@@ -181,6 +183,24 @@ def test_a_text_alone_gives_its_last_tenth_for_validation(tmp_path):
     assert texts_of(tmp_path / "out", "valid") == [text[cut:]]
     index = prepare(tmp_path / "text.txt", tmp_path / "none", valid_fraction=0)
     assert list(index.splits) == ["train"]
+
+
+def test_a_long_text_alone_is_still_two_documents(tmp_path):
+    text = some_text(3, PIECE_CHARACTERS // 2)  # three pieces, cut in the second
+    (tmp_path / "text.txt").write_bytes(text.encode())
+    prepare(tmp_path / "text.txt", tmp_path / "out", valid_fraction=0.5)
+    cut = len(text) // 2
+    assert texts_of(tmp_path / "out", "train") == [text[:cut]]
+    assert texts_of(tmp_path / "out", "valid") == [text[cut:]]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_left_out_and_nothing_else(name, tmp_path):
+    text = "\r\n no\ufeffbreak\x85\u2028\x00 \t\n"
+    raw = json_lines([text]) if name == "a.jsonl" else text.encode()
+    (tmp_path / name).write_bytes("\ufeff".encode() + raw)
+    prepare(tmp_path / name, tmp_path / "out", valid_fraction=0)
+    assert texts_of(tmp_path / "out", "train") == [text]
 
 
 @pytest.mark.parametrize(
