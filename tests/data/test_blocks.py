@@ -51,7 +51,7 @@ collections = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(documents=collections, shard_tokens=st.integers(1, 12), length=st.integers(1, 9))
 def test_blocks_cover_every_token_once_and_overlap_by_one(
     tmp_path_factory, documents, shard_tokens, length
@@ -79,7 +79,7 @@ def test_blocks_cover_every_token_once_and_overlap_by_one(
     shutil.rmtree(folder)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(documents=collections, shard_tokens=st.integers(1, 12), data=st.data())
 def test_stream_reads_any_stretch(tmp_path_factory, documents, shard_tokens, data):
     folder = tmp_path_factory.mktemp("stream")

@@ -246,7 +246,8 @@ class TokenStream:
             ends = self._open(
                 self.shards[i].documents, np.dtype(np.uint32), self.shards[i].num_documents
             )
-            first, last = np.searchsorted(ends, [low, high], side="right")
+            # Keys of another type would have the whole array converted.
+            first, last = np.searchsorted(ends, np.array([low, high], ends.dtype), side="right")
             found.append(ends[first:last].astype(np.int64) + self._starts[i])
         return np.concatenate(found)
 

@@ -111,7 +111,8 @@ def prepare(
     }
     _check_output(out, settings)  # at once, before the source is read
 
-    if out.resolve().is_relative_to(Path(source).expanduser().resolve()):
+    place = Path(source).expanduser()
+    if place.is_dir() and out.resolve().is_relative_to(place.resolve()):
         raise UserError(f"{out}: lies in the source, and would be read as text: take another place")
     text = open_source(source, text_field=text_field, subset=subset)
     separator = given.eos_token if given is not None else END_OF_TEXT
