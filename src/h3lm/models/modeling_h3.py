@@ -56,6 +56,12 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
             norm_eps=config.layer_norm_eps,
         )
         self.layer_idx = layer_idx
+        # Marks for the initialisation, as in the release: what a layer adds to the residual stream
+        # starts smaller, but for H3's own output projection
+        self.mlp.down_proj.adds_to_residual = True
+        output = getattr(self.mixer, "output_proj", None)
+        if output is not None and (self.mixer_name == "attention" or config.scale_h3_output):
+            output.adds_to_residual = True
 
     def forward(self, r: Tensor, where: Where, cache: Cache | None = None) -> Tensor:
         """Advance the residual stream (B, L, D)."""
@@ -64,6 +70,9 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
             q, k, v = self.mixer.project(u, where.rotation)
             if cache is not None:
                 k, v = cache.update(k, v, self.layer_idx)
+                if where.bias is None and q.shape[2] > 1:
+                    # nothing seen before: a static cache has room behind the prompt, no keys
+                    k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
             mixed = self.mixer.attend(q, k, v, where.bias)
         elif where.cu_seqlens is not None:
             mixed, _ = self.mixer(u.reshape(1, -1, u.shape[2]), cu_seqlens=where.cu_seqlens)
@@ -102,20 +111,14 @@ class H3PreTrainedModel(PreTrainedModel):
         if isinstance(module, SSMModule):
             self._init_ssm(module)
         elif isinstance(module, nn.Linear | nn.Embedding):
+            if getattr(module, "adds_to_residual", False):
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
             nn.init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, Block):
-            # What is added to the residual stream, as in the release
-            scaled = std / math.sqrt(2 * self.config.num_hidden_layers)
-            nn.init.normal_(module.mlp.down_proj.weight, std=scaled)
-            output = getattr(module.mixer, "output_proj", None)
-            is_attention = isinstance(module.mixer, CausalAttention)
-            if output is not None and (is_attention or self.config.scale_h3_output):
-                nn.init.normal_(output.weight, std=scaled)
 
     @staticmethod
     def _init_ssm(module: SSMModule) -> None:
@@ -275,14 +278,14 @@ class H3Model(H3PreTrainedModel):
 
     def _check_ids(self, input_ids: Tensor) -> None:
         # On a GPU the look would stall it, and the embedding asserts on the device by itself
-        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not len(input_ids):
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
             return
-        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < (
-            rows := self.embed_tokens.num_embeddings
-        ):
+        low, high = int(input_ids.min()), int(input_ids.max())
+        last = self.embed_tokens.num_embeddings - 1
+        if low < 0 or high > last:
             raise ValueError(
-                f"input_ids go from {int(input_ids.min())} to {int(input_ids.max())}, the model "
-                f"has ids 0 to {rows - 1}: is this its tokenizer?"
+                f"input_ids go from {low} to {high}, the model has ids 0 to {last}: "
+                "is this its tokenizer?"
             )
 
     def _check_positions(self, position_ids: Tensor) -> Tensor:

@@ -235,7 +235,7 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
         save_total_limit=recipe.keep_checkpoints,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        **_checkpointing(recipe.gradient_checkpointing),
         torch_compile=recipe.compile,
         dataloader_drop_last=True,
         remove_unused_columns=False,
@@ -244,6 +244,13 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     )
     arguments.bf16 = use_bf16(recipe, arguments.device)
     return arguments
+
+
+def _checkpointing(wanted: bool) -> dict[str, bool]:
+    """The library's argument for it, which 5.23 renamed."""
+    names = TrainingArguments.__dataclass_fields__
+    new = "activation_checkpointing" in names
+    return {"activation_checkpointing" if new else "gradient_checkpointing": wanted}
 
 
 def _finish(trainer: H3Trainer, tokenizer: Any, seconds: float, console: Console) -> Result:
