@@ -3,14 +3,29 @@
 import logging
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-Backend = Literal["auto", "reference", "torch"]
-BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch")
+Backend = Literal["auto", "reference", "torch", "triton", "gluon"]
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "triton", "gluon")
+KERNELS = ("triton", "gluon")
+KERNEL_OPS = ("h3_core", "h3_end_state", "ssm_conv")
+
+CHUNK_LENGTH = 64
+MAX_TAPS = 128
+MAX_MODES = 64
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# 96 KB are enough for a half dtype and d_state 64: every GPU from 8.0 on has 99 KB
+LARGE_SHARED = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
+GLUON_DTYPES = (torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("h3lm.flashconv")
+
+# only whether it is there: importing h3lm imports no Triton
+_HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -18,7 +33,7 @@ class Choice:
     """The implementation of one call.
 
     Attributes:
-        backend: "reference" or "torch".
+        backend: "reference", "torch", "triton" or "gluon".
         reason: One sentence for people.
     """
 
@@ -26,7 +41,42 @@ class Choice:
     reason: str
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Choice:
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel has to deal with in one call.
+
+    Attributes:
+        length: L.
+        capability: Compute capability of an NVIDIA GPU; None for other devices.
+        head_dim: Channels of a head.
+        num_modes: Stored complex modes, N/2.
+        n_taps: Taps of the short filter, 0 without one.
+        chunk_length: T of given operators.
+        packed: Whether sequences are packed in one row.
+        aligned: Whether every row of every tensor starts at a multiple of 16 elements.
+        complex64: Whether the system has that dtype.
+        has_triton: Whether Triton is installed.
+    """
+
+    length: int
+    capability: tuple[int, int] | None = (9, 0)
+    head_dim: int = 1
+    num_modes: int = 32
+    n_taps: int = 64
+    chunk_length: int = CHUNK_LENGTH
+    packed: bool = False
+    aligned: bool = True
+    complex64: bool = True
+    has_triton: bool = _HAS_TRITON
+
+
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    problem: Problem | None = None,
+) -> Choice:
     """Choose the implementation of an op, a pure function of its arguments.
 
     Args:
@@ -34,15 +84,98 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str = "au
         device: Where its tensors are.
         dtype: Their dtype.
         backend: What the user asked for.
+        problem: What else decides; a plain one of that device if None.
 
     Raises:
         ValueError: if `backend` is unknown or cannot do this.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend != "auto":
+    if backend in ("reference", "torch"):
         return Choice(backend, "asked for by backend=")
-    return Choice("torch", f"{op} on {device.type} has no kernel: plain PyTorch")
+    problem = problem or Problem(length=4096, capability=capability(device))
+    triton = _triton_lacks(op, device, dtype, problem)
+    gluon = triton or _gluon_lacks(op, dtype, problem)
+    if backend == "auto":
+        if triton:
+            return Choice("torch", f"plain PyTorch: {triton}")
+        if gluon:
+            return Choice("triton", f"Triton kernel: {gluon}")
+        return Choice("gluon", "Hopper kernel")
+    lacks = gluon if backend == "gluon" else triton
+    if lacks:
+        raise ValueError(f"backend={backend!r} cannot run {op} here: {lacks}; use backend='auto'")
+    return Choice(backend, "asked for by backend=")
+
+
+def _triton_lacks(op: str, device: torch.device, dtype: torch.dtype, problem: Problem) -> str:
+    """Why the Triton kernels cannot do it; empty if they can."""
+    if op not in KERNEL_OPS:
+        return f"{op} has no kernel"
+    if device.type != "cuda":
+        return f"kernels need a CUDA device, the tensors are on {device.type}"
+    if not problem.has_triton:
+        return "Triton is not installed (pip install triton)"
+    if problem.capability is None:
+        return "kernels are tested on NVIDIA GPUs only"
+    if problem.capability < (8, 0):
+        return f"kernels need compute capability 8.0, this GPU has {_version(problem.capability)}"
+    wide = dtype == torch.float32 or problem.num_modes > 32
+    if wide and problem.capability not in LARGE_SHARED:
+        return "float32 and d_state over 64 need 160 KB of shared memory for a program"
+    if dtype not in TRITON_DTYPES or not problem.complex64:
+        return "kernels take bfloat16, float16 and float32, with complex64 systems"
+    if problem.head_dim > 1:
+        return "kernels take head_dim 1"
+    if problem.packed:
+        return "kernels take no cu_seqlens"
+    if problem.num_modes > MAX_MODES:
+        return f"kernels take d_state up to {2 * MAX_MODES}"
+    if problem.n_taps > MAX_TAPS:
+        return f"kernels take up to {MAX_TAPS} taps"
+    if problem.chunk_length != CHUNK_LENGTH:
+        return f"kernels take operators for chunks of {CHUNK_LENGTH}, not {problem.chunk_length}"
+    return ""
+
+
+def _gluon_lacks(op: str, dtype: torch.dtype, problem: Problem) -> str:
+    """Why the Hopper kernel cannot do what the Triton kernels can; empty if it can."""
+    if problem.capability is None or problem.capability[0] != 9:
+        return "the other kernel is for Hopper GPUs"
+    if op == "ssm_conv":
+        return "the Hopper kernel is for h3_core"
+    if dtype not in GLUON_DTYPES:
+        return "the Hopper kernel takes bfloat16 and float16"
+    if problem.num_modes != 32 or problem.n_taps > 64:
+        return "the Hopper kernel takes d_state 64 and up to 64 taps"
+    if problem.length % 16 or not problem.aligned:
+        return "the Hopper kernel takes lengths and strides that are multiples of 16"
+    return ""
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether each row of (B, D, L) starts at a multiple of 16 elements, and near enough.
+
+    While PyTorch compiles, offsets are not known: the answer is yes, and the operator looks again.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    rows = 0 if x.shape[0] == 1 else x.stride(0)
+    channels = 0 if x.shape[1] == 1 else x.stride(1)
+    aligned = x.storage_offset() % 16 == 0 and rows % 16 == 0 and channels % 16 == 0
+    return aligned and x.stride(2) == 1 and rows < 2**28
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU, None for any other device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def announce(op: str, choice: Choice) -> None:
@@ -54,5 +187,3 @@ def announce(op: str, choice: Choice) -> None:
 @cache
 def _announce_once(op: str, choice: Choice) -> None:
     logger.info("%s: %s (%s)", op, choice.backend, choice.reason)
-
-

@@ -10,10 +10,17 @@ import torch
 from jaxtyping import Complex, Float, Integer
 from torch import Tensor
 
-from h3lm.flashconv import chunked, fft, reference
-from h3lm.flashconv.dispatch import announce, choose
+from h3lm.flashconv import chunked, fft, library, reference
+from h3lm.flashconv.dispatch import (
+    KERNELS,
+    Problem,
+    announce,
+    capability,
+    choose,
+    is_aligned,
+)
 from h3lm.flashconv.state import H3State, diagonal_shape
-from h3lm.ssm.operators import ChunkOperators, DiagonalSystem
+from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH, ChunkOperators, DiagonalSystem
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -57,7 +64,7 @@ def h3_core(
         cu_seqlens: Boundaries 0 = c_0 < c_1 < ... < c_S = L of sequences packed in one row
             (B = 1), integers. None of them sees another.
         reverse: Run from right to left; the initial state then stands behind position L - 1.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch", "triton" or "gluon" (Hopper).
 
     Returns:
         `o`, (B, D, L) in the dtype of q, and the final state or None. Differentiable in every
@@ -80,17 +87,24 @@ def h3_core(
     _check_heads(k, taps, system, head_dim)
     sequences = _check_sequences(q, cu_seqlens)
     _check_h3_state(initial_state, sequences, k, taps, system, head_dim)
-    choice = choose("h3_core", q.device, q.dtype, backend)
+    problem = _problem(system, taps.shape[1], head_dim, cu_seqlens, q, k, v)
+    choice = choose("h3_core", q.device, q.dtype, backend, problem)
     announce("h3_core", choice)
     if q.shape[-1] == 0:
-        state = initial_state or zero_state(sequences, k, taps, system, head_dim)
-        return torch.zeros_like(q), state if return_final_state else None
+        unseen = initial_state or zero_state(sequences, k, taps, system, head_dim)
+        return torch.zeros_like(q), unseen if return_final_state else None
     if reverse:
         q, k, v, initial_state, cu_seqlens = _reversed(q, k, v, initial_state, cu_seqlens)
+    state: H3State | None
     if choice.backend == "reference":
         o, state = _reference_h3_core(
             q, k, v, taps, _system(system), head_dim, initial_state, cu_seqlens
         )
+    elif choice.backend in KERNELS:
+        o, state = library.h3_core(
+            q, k, v, _operators(system, taps), backend=choice.backend,
+            initial_state=initial_state, with_state=return_final_state,
+        )  # fmt: skip
     else:
         operators = _operators(system, taps)
         o, state = chunked.h3_core(
@@ -98,7 +112,8 @@ def h3_core(
             head_dim=head_dim, initial_state=initial_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     if reverse:
-        o, state = o.flip(-1), _reversed_state(state, cu_seqlens)
+        o = o.flip(-1)
+        state = None if state is None else _reversed_state(state, cu_seqlens)
     return o, state if return_final_state else None
 
 
@@ -124,7 +139,8 @@ def h3_end_state(
     _check_heads(k, taps, system, head_dim)
     sequences = _check_sequences(k, cu_seqlens)
     _check_h3_state(initial_state, sequences, k, taps, system, head_dim)
-    choice = choose("h3_end_state", k.device, k.dtype, backend)
+    problem = _problem(system, taps.shape[1], head_dim, cu_seqlens, k, v)
+    choice = choose("h3_end_state", k.device, k.dtype, backend, problem)
     announce("h3_end_state", choice)
     if k.shape[-1] == 0:
         return initial_state or zero_state(sequences, k, taps, system, head_dim)
@@ -132,6 +148,10 @@ def h3_end_state(
         return _reference_h3_core(
             torch.zeros_like(k), k, v, taps, _system(system), head_dim, initial_state, cu_seqlens
         )[1]
+    if choice.backend in KERNELS:
+        return library.h3_end_state(
+            k, v, _operators(system, taps), backend=choice.backend, initial_state=initial_state
+        )
     return chunked.h3_end_state(
         k, v, _operators(system, taps),
         head_dim=head_dim, initial_state=initial_state, cu_seqlens=cu_seqlens,
@@ -167,7 +187,7 @@ def ssm_conv(
         cu_seqlens: Boundaries of packed sequences, as in `h3_core`.
         reverse: Run from right to left.
         method: "chunks" is state passing; "auto" chooses.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     Returns:
         `y`, (B, H, L) in the dtype of u, and the final state or None. Differentiable in every
@@ -188,18 +208,27 @@ def ssm_conv(
     shape = (sequences, u.shape[1], _system(system).num_modes)
     if initial_state is not None and initial_state.shape != shape:
         raise ValueError(f"initial_state is {tuple(initial_state.shape)}, this call needs {shape}")
-    choice = choose("ssm_conv", u.device, u.dtype, backend)
+    present = [x for x in (u, pre_gate, post_gate) if x is not None]
+    problem = _problem(system, 0, 1, cu_seqlens, *present)
+    choice = choose("ssm_conv", u.device, u.dtype, backend, problem)
     announce("ssm_conv", choice)
     if u.shape[-1] == 0:
-        state = initial_state if initial_state is not None else _system(system).a.new_zeros(shape)
-        return torch.zeros_like(u), state if return_final_state else None
+        unseen = initial_state if initial_state is not None else _system(system).a.new_zeros(shape)
+        return torch.zeros_like(u), unseen if return_final_state else None
     if reverse:
-        u, pre_gate, post_gate = (None if x is None else x.flip(-1) for x in (u, pre_gate, post_gate))
+        u = u.flip(-1)
+        pre_gate, post_gate = (None if x is None else x.flip(-1) for x in (pre_gate, post_gate))
         initial_state, cu_seqlens = _reversed_sequences(initial_state, cu_seqlens, u.shape[-1])
+    state: Tensor | None
     if choice.backend == "reference":
         y, state = _reference_ssm_conv(
             u, _system(system), pre_gate, post_gate, initial_state, cu_seqlens
         )
+    elif choice.backend in KERNELS:
+        y, state = library.ssm_conv(
+            u, _operators(system, None), backend=choice.backend, pre_gate=pre_gate,
+            post_gate=post_gate, initial_state=initial_state, with_state=return_final_state,
+        )  # fmt: skip
     else:
         y, state = chunked.ssm_conv(
             u, _operators(system, None), pre_gate=pre_gate, post_gate=post_gate,
@@ -207,7 +236,7 @@ def ssm_conv(
         )  # fmt: skip
     if reverse:
         y = y.flip(-1)
-        state = state if cu_seqlens is None else state.flip(0)
+        state = state if cu_seqlens is None or state is None else state.flip(0)
     return y, state if return_final_state else None
 
 
@@ -293,9 +322,30 @@ def _system(system: DiagonalSystem | ChunkOperators) -> DiagonalSystem:
     return system.system if isinstance(system, ChunkOperators) else system
 
 
-def _operators(
-    system: DiagonalSystem | ChunkOperators, taps: Tensor | None
-) -> ChunkOperators:
+def _problem(
+    system: DiagonalSystem | ChunkOperators,
+    n_taps: int,
+    head_dim: int,
+    cu_seqlens: Tensor | None,
+    *tensors: Tensor,
+) -> Problem:
+    """What `choose` needs to know of a call."""
+    diagonal = _system(system)
+    T = system.chunk_length if isinstance(system, ChunkOperators) else DEFAULT_CHUNK_LENGTH
+    return Problem(
+        length=tensors[0].shape[2],
+        capability=capability(tensors[0].device),
+        head_dim=head_dim,
+        num_modes=diagonal.num_modes,
+        n_taps=n_taps,
+        chunk_length=T,
+        packed=cu_seqlens is not None,
+        aligned=all(is_aligned(x) for x in tensors),
+        complex64=diagonal.a.dtype == torch.complex64,
+    )
+
+
+def _operators(system: DiagonalSystem | ChunkOperators, taps: Tensor | None) -> ChunkOperators:
     if isinstance(system, DiagonalSystem):
         return system.chunk_operators(taps)
     if taps is not None and (system.taps is None or system.taps.shape != taps.shape):
@@ -387,9 +437,7 @@ def _check_like(name: str, x: Tensor, **others: Tensor) -> None:
     if x.dim() != 3:
         raise ValueError(f"{name} must be (B, D, L), got {tuple(x.shape)}")
     if x.dtype not in FLOATS:
-        raise ValueError(
-            f"{name} is {x.dtype}; use float32, bfloat16, float16 or float64"
-        )
+        raise ValueError(f"{name} is {x.dtype}; use float32, bfloat16, float16 or float64")
     for other, y in others.items():
         if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
             raise ValueError(

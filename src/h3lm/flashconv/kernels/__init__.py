@@ -1,0 +1,1 @@
+"""The GPU kernels. Nothing here is imported before its first use: Triton may be missing."""

@@ -1,0 +1,185 @@
+"""`h3lm bench core`: the H3 core against the memory roof and what one would pick instead."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from h3lm.bench import measure, report
+from h3lm.bench.doctor import run_check
+from h3lm.bench.registry import Shape, core_shapes
+from h3lm.bench.roofline import both_roof_ms, forward_roof_ms
+from h3lm.flashconv import h3_core, library
+from h3lm.ssm import DiagonalSSM, ShiftSSM
+from h3lm.ssm.operators import ChunkOperators
+
+NOTES = (
+    "bfloat16, 64 taps, 32 modes, head_dim 1, random data, medians of CUDA events in ms. Roof: a "
+    "kernel with 3 reads and 1 write of the same tensors in this process; forward and backward "
+    "against 22 bytes per element. Operators were made beforehand, in bfloat16; forward saves tile "
+    "states; backward makes every gradient. Memory: what forward and backward allocate over the "
+    "bytes of q, k, v, o and their gradients."
+)
+HEAD_WIDTH = 64  # of the attention peer
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def run(folder: Path, say: Callable[[str], None], shapes: list[Shape] | None = None) -> Path:
+    """Check the kernels, measure, and write a report into a folder.
+
+    Raises:
+        RuntimeError: without a CUDA device, or if a kernel is wrong: a fast wrong one is not timed.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("bench core needs a CUDA device")
+    backends = list(_checked_backends(say))
+    rows: list[report.Row] = []
+    for shape in shapes or core_shapes():
+        for row in _measure(shape, backends):
+            rows.append(row)
+            say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items()))
+    name = "core_" + torch.cuda.get_device_name().lower().replace(" ", "_")
+    return report.write(name, folder, measure.environment(), NOTES, rows)
+
+
+def _checked_backends(say: Callable[[str], None]) -> Iterator[str]:
+    for backend in ("gluon", "triton"):
+        try:
+            check = run_check("h3_core", torch.bfloat16, backend, torch.device("cuda"))
+        except ValueError as reason:
+            say(f"{backend}: not here ({reason})")
+            continue
+        say(f"{backend}: error {check.error:.1e}, allowed {check.allowed:.1e}")
+        if not check.passed:
+            raise RuntimeError(f"the {backend} kernels are wrong on this machine: nothing is timed")
+        yield backend
+
+
+def _measure(shape: Shape, backends: list[str]) -> Iterator[report.Row]:
+    size = (shape.rows, shape.channels, shape.length)
+    q, k, v, do = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    roof = forward_roof_ms(q, k, v)
+    operators = _operators(shape.channels)
+    for backend in backends:
+        yield _kernel_row(shape, backend, operators, (q, k, v, do), roof)
+    if shape.elements <= 2**27:
+        yield _row(shape, "torch", _torch_path(operators), (q, k, v, do), roof, repeats=3)
+    if shape.length <= 8192:
+        yield _row(shape, "torch.fft", _fft(operators, shape.length), (q, k, v, do), roof)
+        for name, peer in (
+            ("sdpa cudnn", SDPBackend.CUDNN_ATTENTION),
+            ("sdpa flash", SDPBackend.FLASH_ATTENTION),
+        ):
+            heads = [_to_heads(x) for x in (q, k, v, do)]
+            yield _row(shape, name, _attention(peer), heads, roof, repeats=9)
+
+
+def _operators(channels: int) -> ChunkOperators:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        taps = ShiftSSM(channels).taps().cuda()
+        made = DiagonalSSM(channels).cuda().system().chunk_operators(taps)
+    assert made.F is not None
+    half = {name: getattr(made, name).bfloat16().contiguous() for name in "MKPF"}
+    return replace(made, **half)
+
+
+def _kernel_row(
+    shape: Shape,
+    backend: str,
+    operators: ChunkOperators,
+    tensors: tuple[Tensor, ...],
+    roof: float,
+) -> report.Row:
+    q, k, v, do = tensors
+    matrices = [x.detach() for x in library.kernel_operators(operators)]
+    inputs = (q, k, v, *matrices, None, None)
+
+    def forward() -> list[Tensor]:
+        return torch.ops.h3lm.h3_core_fwd(*inputs, True, False, True, backend)
+
+    states = forward()[2]
+
+    def backward() -> None:
+        torch.ops.h3lm.h3_core_bwd(do, None, *inputs, states, backend)
+
+    def both() -> None:
+        saved = forward()
+        torch.ops.h3lm.h3_core_bwd(do, None, *inputs, saved[2], backend)
+
+    forward_ms, backward_ms = measure.median_ms(forward), measure.median_ms(backward)
+    return _as_row(shape, backend, roof, forward_ms, forward_ms + backward_ms, both, do)
+
+
+def _as_row(
+    shape: Shape,
+    name: str,
+    roof: float,
+    forward_ms: float,
+    both_ms: float,
+    both: Callable[[], None],
+    like: Tensor,
+) -> report.Row:
+    return {
+        "shape": str(shape), "path": name, "roof ms": roof, "forward ms": forward_ms,
+        "% of roof": 100 * roof / forward_ms, "forward + backward ms": both_ms,
+        "% of its roof": 100 * both_roof_ms(roof) / both_ms,
+        "memory": measure.extra_bytes(both) / (8 * like.numel() * like.element_size()),
+    }  # fmt: skip
+
+
+def _row(
+    shape: Shape,
+    name: str,
+    forward: Forward,
+    tensors: list[Tensor] | tuple[Tensor, ...],
+    roof: float,
+    repeats: int = 25,
+) -> report.Row:
+    *inputs, do = tensors
+    inputs = [x.detach().requires_grad_() for x in inputs]
+
+    def both() -> None:
+        torch.autograd.grad(forward(*inputs), inputs, do)
+
+    forward_ms = measure.median_ms(lambda: forward(*inputs), repeats)
+    both_ms = measure.median_ms(both, repeats)
+    return _as_row(shape, name, roof, forward_ms, both_ms, both, do)
+
+
+def _torch_path(operators: ChunkOperators) -> Forward:
+    whole = replace(operators, **{n: getattr(operators, n).detach().float() for n in "MKPF"})
+    assert whole.taps is not None
+    taps = whole.taps
+    return lambda q, k, v: h3_core(q, k, v, taps, whole, backend="torch")[0]
+
+
+def _fft(operators: ChunkOperators, length: int) -> Forward:
+    """Both convolutions by `torch.fft` in float32, gates in bfloat16, filters made beforehand."""
+    assert operators.taps is not None
+    filters = operators.taps, operators.system.filter(length).detach()
+    spectra = [torch.fft.rfft(f, n=2 * length) for f in filters]
+
+    def convolve(x: Tensor, spectrum: Tensor) -> Tensor:
+        y = torch.fft.irfft(torch.fft.rfft(x.float(), n=2 * length) * spectrum, n=2 * length)
+        return y[..., :length].to(x.dtype)
+
+    return lambda q, k, v: q * convolve(convolve(k, spectra[0]) * v, spectra[1])
+
+
+def _to_heads(x: Tensor) -> Tensor:
+    heads = x.unflatten(1, (-1, HEAD_WIDTH)).transpose(2, 3)
+    return heads.contiguous()
+
+
+def _attention(backend: SDPBackend) -> Forward:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return attend

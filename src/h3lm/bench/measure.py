@@ -1,0 +1,71 @@
+"""Time and memory of a call on a GPU, and what it ran on."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+
+def median_ms(call: Callable[[], object], repeats: int = 25, warm_up: int = 4) -> float:
+    """Median time of a call by CUDA events, each call between two of them."""
+    for _ in range(warm_up):
+        call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
+
+
+def graph_ms(call: Callable[[], object], repeats: int = 25) -> float:
+    """Median time of a call replayed from a CUDA graph: no launch costs on the host."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return median_ms(graph.replay, repeats)
+
+
+def extra_bytes(call: Callable[[], object]) -> int:
+    """Peak memory that a call allocates on top of what is there."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def environment() -> dict[str, str]:
+    """GPU, driver, versions, commit and command, for a report."""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": sys.version.split()[0],
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "command": "h3lm bench core",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,686 @@
+# ruff: noqa: SIM102, SIM108  (compile-time branches are kept apart from run-time ones)
+"""State passing for the H3 core on Hopper, in Gluon; the mathematics is that of `chunk_triton`.
+
+Every matrix operand lies in shared memory, [64, 64] with 128-byte swizzle: an operator is the left
+operand of a product, a data tile, stored [chunk, time] as it lies in memory, the right one through
+a transposed view. The next tile is copied (cp.async) while this one is worked on, and products
+that do not depend on each other are in flight together. k is copied twice, the second time one
+chunk back, so that the short filter is one chain of products.
+
+The forward pass takes one warpgroup (4 warps) and two programs per multiprocessor; the backward
+pass two warpgroups (8 warps) and one, because its four sums of operator gradients live in
+registers. A pass differs from the other in `Layouts` only.
+
+A buffer that threads wrote and a product reads next needs a proxy fence in every writing thread,
+then a barrier. Buffers are used in place where all their readers are done: w over v, x over k,
+o over q.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from h3lm.flashconv.kernels.launch import (
+    Gradients,
+    Operators,
+    multiprocessors,
+    plan,
+    saved_states_shape,
+    strides,
+)
+from h3lm.flashconv.kernels.tile import (
+    T,
+    add_conjugate_products,
+    chunk_of_column,
+    group_starts,
+    group_states,
+    group_states_reversed,
+    group_totals,
+    join_states,
+    load_complex,
+    load_row_states,
+    mode_of_row,
+    part_of_row,
+    place_all,
+    power8,
+    shift_left,
+    split_groups,
+    split_states,
+    store_complex,
+)
+
+C = gl.constexpr(64)
+N = gl.constexpr(64)
+SQUARE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+
+# lanes of a warp: 2 bits of the column's quad (p), 3 bits of the row
+_LANES = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+_LANES_ROW_ONLY = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
+
+# One warpgroup: both halves g of the columns lie in the registers of a thread.
+PRODUCT_4 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+COPY_4 = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+MODES_4 = gl.constexpr(  # [32 modes, 8 groups]
+    gl.DistributedLinearLayout([[0, 4]], _LANES, [[8, 0], [16, 0]], [], [32, 8])
+)
+ALL_GROUPS_4 = gl.constexpr(  # the same values, all groups in each thread of a quad
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4]], _LANES_ROW_ONLY, [[8, 0], [16, 0]], [], [32, 8]
+    )
+)
+
+# Two warpgroups: each has one half of the columns.
+PRODUCT_8 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
+COPY_8 = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
+MODES_8 = gl.constexpr(
+    gl.DistributedLinearLayout([], _LANES, [[8, 0], [16, 0], [0, 4]], [], [32, 8])
+)
+TIMES_8 = gl.constexpr(  # [64 times, 8 groups]
+    gl.DistributedLinearLayout([[8, 0]], _LANES, [[16, 0], [32, 0], [0, 4]], [], [64, 8])
+)
+ALL_GROUPS_8 = gl.constexpr(  # [32 modes, 8 groups, (re, im)]
+    gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        [[0, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        [[8, 0, 0], [16, 0, 0], [0, 0, 0]],
+        [],
+        [32, 8, 2],
+    )
+)
+SUMS_8 = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0]))
+TOTALS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]))
+
+
+@gluon.jit
+def to_shared(pointer, index, dtype: gl.constexpr):
+    """An operator [64, 64] in shared memory, from elements at `pointer + index`."""
+    return gl.allocate_shared_memory(dtype, [T, T], SQUARE, gl.load(pointer + index).to(dtype))
+
+
+@gluon.jit
+def publish():
+    """Make what this thread wrote to shared memory visible to products of all threads."""
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def copy(buffer, pointers, mask, EVEN: gl.constexpr):
+    """Start the copy of a tile; what is masked becomes 0."""
+    if EVEN:
+        async_copy.async_copy_global_to_shared(buffer, pointers)
+    else:
+        async_copy.async_copy_global_to_shared(buffer, pointers, mask=mask)
+
+
+@gluon.jit
+def store_tile(buffer, pointers, mask, layout: gl.constexpr, EVEN: gl.constexpr):
+    """Write a tile [chunk, time] from shared memory."""
+    if EVEN:
+        gl.store(pointers, buffer.load(layout))
+    else:
+        gl.store(pointers, buffer.load(layout), mask)
+
+
+@gluon.jit
+def tile_base(pointer, row, channel, position, row_stride, channel_stride):
+    """Address of a tile's first element."""
+    offset = row.to(gl.int64) * row_stride + channel.to(gl.int64) * channel_stride
+    return pointer + (offset + position)
+
+
+@gluon.jit
+def in_tile_offsets(row_in_tile, inner, row_stride, ROWS: gl.constexpr):
+    """Offsets [C, T] in a tile; `inner` is the position behind the tile's first one."""
+    if ROWS == 1:
+        return inner
+    else:
+        return (row_in_tile * row_stride)[:, None] + inner
+
+
+@gluon.jit
+def tile_masks(row, position, B, L, row_in_tile, inner, ROWS: gl.constexpr, EVEN: gl.constexpr):
+    """Where a tile has values, and where the tile one chunk back has."""
+    if EVEN:
+        mask = inner >= 0
+        return mask, position + inner >= T
+    else:
+        valid = (row + row_in_tile < B)[:, None]
+        at = position + inner
+        return valid & (at < L), valid & (at >= T) & (at < L + T)
+
+
+@gluon.jit
+def forward_copies(
+    q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, channel,
+    q_row, q_channel, k_row, k_channel, v_row, v_channel,
+    B, L, row_in_tile, inner, ROWS: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of a tile: k, k one chunk back (h), v and q."""
+    position = tile * (C // ROWS * T)
+    mask, mask_back = tile_masks(row, position, B, L, row_in_tile, inner, ROWS, EVEN)
+    k_base = tile_base(k, row, channel, position, k_row, k_channel)
+    k_at = in_tile_offsets(row_in_tile, inner, k_row, ROWS)
+    copy(k_tile, k_base + k_at, mask, EVEN)
+    copy(h_tile, k_base - T + k_at, mask_back, False)
+    v_base = tile_base(v, row, channel, position, v_row, v_channel)
+    copy(v_tile, v_base + in_tile_offsets(row_in_tile, inner, v_row, ROWS), mask, EVEN)
+    if q is not None:
+        q_base = tile_base(q, row, channel, position, q_row, q_channel)
+        copy(q_tile, q_base + in_tile_offsets(row_in_tile, inner, q_row, ROWS), mask, EVEN)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def all_groups_4(total):
+    """Totals [32, 8] of one warpgroup as 8 vectors that every thread has."""
+    vectors = split_groups(gl.convert_layout(total, ALL_GROUPS_4), C)
+    return place_all(vectors, gl.SliceLayout(1, MODES_4))
+
+
+@gluon.jit(do_not_specialize=["B", "rows_per_program", "tiles"])
+def forward_kernel(
+    q, k, v, o, F, M, K, P, decay, carry, start, end, tile_states,
+    q_row, q_channel, k_row, k_channel, v_row, v_channel,
+    B, D, L, rows_per_program, tiles,
+    ROWS: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Forward pass; strides and the length are multiples of 16, o is contiguous."""
+    STAGES: gl.constexpr = 2
+    CHUNKS: gl.constexpr = C // ROWS
+    dtype: gl.constexpr = k.dtype.element_ty
+    mma: gl.constexpr = PRODUCT_4
+    channel = gl.program_id(0) % D
+    first_row = gl.program_id(0) // D * rows_per_program
+    time = gl.arange(0, T, gl.SliceLayout(0, COPY_4))
+    column = gl.arange(0, C, gl.SliceLayout(1, COPY_4))
+    in_tile = chunk_of_column(column)
+    row_in_tile = in_tile // CHUNKS
+    inner = (in_tile % CHUNKS * T)[:, None] + time[None, :]
+    modes = gl.arange(0, N // 2, gl.SliceLayout(1, MODES_4))
+    group = gl.arange(0, 8, gl.SliceLayout(0, MODES_4))[None, :]
+    zero_modes = gl.zeros([N // 2, 8], gl.float32, MODES_4)
+    zero = gl.zeros([T, C], gl.float32, mma)
+    full_chunks = L // T
+
+    square = column[:, None] * T + time[None, :]
+    state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
+    state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
+    F0 = to_shared(F + channel * 2 * T * T, square, dtype)
+    F1 = to_shared(F + channel * 2 * T * T + T * T, square, dtype)
+    K_c = to_shared(K + channel * N * T, state_row[:, None] * T + time[None, :], dtype)
+    if o is not None:
+        M_c = to_shared(M + channel * T * T, square, dtype)
+        P_c = to_shared(P + channel * N * T, column[:, None] * N + state_column[None, :], dtype)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    h_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    if q is not None:
+        q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    else:
+        q_tiles = v_tiles
+    decay_re, decay_im = load_complex(decay + channel * N, modes, None)
+    group_re, group_im = power8(decay_re, decay_im)
+    chunk_re = decay_re[:, None]
+    chunk_im = decay_im[:, None]
+    x_re = gl.zeros([N // 2], gl.float32, gl.SliceLayout(1, MODES_4))
+    x_im = x_re
+
+    forward_copies(
+        q, k, v, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
+        0, first_row, channel, q_row, q_channel, k_row, k_channel, v_row, v_channel,
+        B, L, row_in_tile, inner, ROWS, EVEN,
+    )  # fmt: skip
+    steps = rows_per_program // ROWS * tiles
+    for step in range(steps):
+        tile = step % tiles
+        tile_row = first_row + step // tiles * ROWS
+        k_tile = k_tiles.index(step % STAGES)
+        h_tile = h_tiles.index(step % STAGES)
+        v_tile = v_tiles.index(step % STAGES)
+        q_tile = q_tiles.index(step % STAGES)
+        async_copy.wait_group(0)
+        publish()
+        if step + 1 < steps:
+            other = (step + 1) % STAGES
+            next_row = first_row + (step + 1) // tiles * ROWS
+            forward_copies(
+                q, k, v, q_tiles.index(other), k_tiles.index(other), h_tiles.index(other),
+                v_tiles.index(other), (step + 1) % tiles, next_row, channel,
+                q_row, q_channel, k_row, k_channel, v_row, v_channel,
+                B, L, row_in_tile, inner, ROWS, EVEN,
+            )  # fmt: skip
+
+        s = warpgroup_mma(F0, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma(F1, h_tile.permute((1, 0)), s, is_async=True)
+        value = v_tile.permute((1, 0)).load(mma)
+        s = warpgroup_mma_wait(0, deps=[s])
+        if carry is not None:
+            if tile == 0:
+                s += load_carry(carry, tile_row, channel, B, D, ROWS, mma)
+        v_tile.permute((1, 0)).store((s * value.to(gl.float32)).to(dtype))
+        publish()
+        w = v_tile
+
+        z = warpgroup_mma(K_c, w.permute((1, 0)), zero, use_acc=False, is_async=True)
+        if o is not None:
+            y = warpgroup_mma(M_c, w.permute((1, 0)), zero, use_acc=False, is_async=True)
+            z = warpgroup_mma_wait(1, deps=[z])
+        else:
+            z = warpgroup_mma_wait(0, deps=[z])
+        z_re, z_im = split_states(z, N, C, MODES_4)
+        total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
+        if ROWS == 1:
+            if tile == 0:
+                given_re, given_im = load_row_states(start, tile_row, channel, B, D, modes, 1)
+                x_re = given_re[0]
+                x_im = given_im[0]
+            first_re = (x_re,)
+            first_im = (x_im,)
+            if tile_states is not None:
+                saved_at = ((tile_row.to(gl.int64) * D + channel) * tiles + tile) * N
+                store_complex(tile_states + saved_at, modes, x_re, x_im, tile_row < B)
+        else:
+            first_re, first_im = load_row_states(start, tile_row, channel, B, D, modes, ROWS)
+        start_re, start_im, last_re, last_im = group_starts(
+            all_groups_4(total_re), all_groups_4(total_im), first_re, first_im,
+            group_re, group_im, group, zero_modes, 8, ROWS, False,
+        )  # fmt: skip
+        x_re = last_re[0]
+        x_im = last_im[0]
+        states_re, states_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
+        x = join_states(states_re, states_im, N, C, mma)
+
+        if end is not None:
+            if tile == tiles - 1:
+                if full_chunks == tiles * CHUNKS:
+                    for r in gl.static_range(ROWS):
+                        row_at = ((tile_row + r).to(gl.int64) * D + channel) * N
+                        given = tile_row + r < B
+                        store_complex(end + row_at, modes, last_re[r], last_im[r], given)
+                else:
+                    end_at, here = end_addresses(
+                        tile, tile_row, full_chunks, channel, B, D, ROWS, mma
+                    )
+                    gl.store(end + end_at, x, here)
+        if o is not None:
+            k_tile.permute((1, 0)).store(x.to(dtype))
+            gate = q_tile.permute((1, 0)).load(mma)
+            publish()
+            y = warpgroup_mma(P_c, k_tile.permute((1, 0)), y, is_async=True)
+            y = warpgroup_mma_wait(0, deps=[y])
+            q_tile.permute((1, 0)).store((y * gate.to(gl.float32)).to(dtype))
+            gl.thread_barrier()
+            position = tile * (CHUNKS * T)
+            mask, _ = tile_masks(tile_row, position, B, L, row_in_tile, inner, ROWS, EVEN)
+            o_base = tile_base(o, tile_row * D + channel, channel, position, L, 0)
+            o_at = in_tile_offsets(row_in_tile, inner, D * L, ROWS)
+            store_tile(q_tile, o_base + o_at, mask, COPY_4, EVEN)
+
+
+@gluon.jit
+def load_carry(carry, tile_row, channel, B, D, ROWS: gl.constexpr, mma: gl.constexpr):
+    """What the short filter brings into the first chunk of each row, as a tile [T, C]."""
+    time = gl.arange(0, T, gl.SliceLayout(1, mma))
+    in_tile = chunk_of_column(gl.arange(0, C, gl.SliceLayout(0, mma)))
+    row = tile_row + in_tile // (C // ROWS)
+    here = (in_tile % (C // ROWS) == 0) & (row < B)
+    at = (row.to(gl.int64) * D + channel)[None, :] * T + time[:, None]
+    return gl.load(carry + at, here[None, :], 0.0)
+
+
+@gluon.jit
+def store_dcarry(dcarry, ds, tile_row, channel, B, D, ROWS: gl.constexpr, mma: gl.constexpr):
+    """The gradient of what `load_carry` loads."""
+    time = gl.arange(0, T, gl.SliceLayout(1, mma))
+    in_tile = chunk_of_column(gl.arange(0, C, gl.SliceLayout(0, mma)))
+    row = tile_row + in_tile // (C // ROWS)
+    here = (in_tile % (C // ROWS) == 0) & (row < B)
+    at = (row.to(gl.int64) * D + channel)[None, :] * T + time[:, None]
+    gl.store(dcarry + at, ds, here[None, :])
+
+
+@gluon.jit
+def end_addresses(
+    tile, tile_row, full_chunks, channel, B, D, ROWS: gl.constexpr, mma: gl.constexpr
+):
+    """Offsets of the end states in a tile of states, and where they are: before the last chunk."""
+    state = gl.arange(0, N, gl.SliceLayout(1, mma))
+    in_tile = chunk_of_column(gl.arange(0, C, gl.SliceLayout(0, mma)))
+    row = tile_row + in_tile // (C // ROWS)
+    here = (tile * (C // ROWS) + in_tile % (C // ROWS) == full_chunks) & (row < B)
+    offset = 2 * mode_of_row(state) + part_of_row(state)
+    return (row.to(gl.int64) * D + channel)[None, :] * N + offset[:, None], here[None, :]
+
+
+@gluon.jit
+def all_groups_8(buffer):
+    """Totals of both warpgroups, [32, 8, 2] in shared memory, as 8 + 8 vectors of all threads."""
+    total_re, total_im = gl.split(buffer.load(ALL_GROUPS_8))
+    re = split_groups(total_re, C)
+    im = split_groups(total_im, C)
+    return place_all(re, gl.SliceLayout(1, MODES_8)), place_all(im, gl.SliceLayout(1, MODES_8))
+
+
+@gluon.jit
+def backward_tile(step, first_row, tiles, ROWS: gl.constexpr):
+    """Tile and first row of a step: tiles from last to first, rows in order."""
+    return tiles - 1 - step % tiles, first_row + step // tiles * ROWS
+
+
+@gluon.jit
+def backward_copies(
+    q, k, v, do, q_tile, k_tile, h_tile, v_tile, do_tile, tile, row, channel,
+    q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
+    B, L, row_in_tile, inner, ROWS: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of a tile: do, and what `forward_copies` copies."""
+    position = tile * (C // ROWS * T)
+    mask, _ = tile_masks(row, position, B, L, row_in_tile, inner, ROWS, EVEN)
+    do_base = tile_base(do, row, channel, position, do_row, do_channel)
+    copy(do_tile, do_base + in_tile_offsets(row_in_tile, inner, do_row, ROWS), mask, EVEN)
+    forward_copies(
+        q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, channel,
+        q_row, q_channel, k_row, k_channel, v_row, v_channel,
+        B, L, row_in_tile, inner, ROWS, EVEN,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["B", "rows_per_program", "tiles"])
+def backward_kernel(
+    q, k, v, do, dq, dk, dv, F, M, K, P, decay, carry, start, tile_states, dend,
+    dF, dM, dK, dP, ddecay, dcarry, dstart,
+    q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
+    B, D, L, rows_per_program, tiles,
+    ROWS: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Every gradient in one launch, tiles from last to first; arguments as in plain Triton."""
+    STAGES: gl.constexpr = 2
+    CHUNKS: gl.constexpr = C // ROWS
+    dtype: gl.constexpr = k.dtype.element_ty
+    mma: gl.constexpr = PRODUCT_8
+    vector: gl.constexpr = gl.SliceLayout(1, MODES_8)
+    program = gl.program_id(0)
+    channel = program % D
+    first_row = program // D * rows_per_program
+    time = gl.arange(0, T, gl.SliceLayout(0, COPY_8))
+    column = gl.arange(0, C, gl.SliceLayout(1, COPY_8))
+    in_tile = chunk_of_column(column)
+    row_in_tile = in_tile // CHUNKS
+    inner = (in_tile % CHUNKS * T)[:, None] + time[None, :]
+    modes = gl.arange(0, N // 2, vector)
+    group = gl.arange(0, 8, gl.SliceLayout(0, MODES_8))[None, :]
+    group_of_times = (
+        gl.zeros([T, 8], gl.int32, TIMES_8) + gl.arange(0, 8, gl.SliceLayout(0, TIMES_8))[None, :]
+    )
+    zero_modes = gl.zeros([N // 2, 8], gl.float32, MODES_8)
+    zero = gl.zeros([T, C], gl.float32, mma)
+    full_chunks = L // T
+
+    square = column[:, None] * T + time[None, :]
+    state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
+    state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
+    F0 = to_shared(F + channel * 2 * T * T, square, dtype)
+    F1 = to_shared(F + channel * 2 * T * T + T * T, square, dtype)
+    K_c = to_shared(K + channel * N * T, state_row[:, None] * T + time[None, :], dtype)
+    M_c = to_shared(M + channel * T * T, square, dtype)
+    P_c = to_shared(P + channel * N * T, column[:, None] * N + state_column[None, :], dtype)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    h_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    w_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
+    dy_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
+    x_tile = gl.allocate_shared_memory(dtype, [C, N], SQUARE)
+    g_tile = gl.allocate_shared_memory(dtype, [C, N], SQUARE)
+    ds_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
+    next_ds_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)  # ds one chunk on
+    dq_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
+    dk_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
+    dv_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
+    x_totals = gl.allocate_shared_memory(gl.float32, [N // 2, 8, 2], TOTALS)
+    g_totals = gl.allocate_shared_memory(gl.float32, [N // 2, 8, 2], TOTALS)
+    decay_re, decay_im = load_complex(decay + channel * N, modes, None)
+    group_re, group_im = power8(decay_re, decay_im)
+    chunk_re = decay_re[:, None]
+    chunk_im = decay_im[:, None]
+    g_re = gl.zeros([N // 2], gl.float32, vector)
+    g_im = g_re
+    ds_carry = gl.zeros([T, 8], gl.float32, TIMES_8)
+    sum_F = zero  # F_0 needs t >= u and F_1 t < u: one sum for both
+    sum_M = zero
+    sum_K = zero
+    sum_P = zero
+    sum_re = zero_modes
+    sum_im = zero_modes
+    lower = (
+        gl.arange(0, T, gl.SliceLayout(1, mma))[:, None]
+        >= gl.arange(0, T, gl.SliceLayout(0, mma))[None, :]
+    )
+
+    steps = rows_per_program // ROWS * tiles
+    tile, tile_row = backward_tile(0, first_row, tiles, ROWS)
+    backward_copies(
+        q, k, v, do, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
+        do_tiles.index(0), tile, tile_row, channel,
+        q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
+        B, L, row_in_tile, inner, ROWS, EVEN,
+    )  # fmt: skip
+    if ROWS == 1:  # states are loaded one tile ahead: behind the copies a load would wait for them
+        saved_at = ((tile_row.to(gl.int64) * D + channel) * tiles + tile) * N
+        next_re, next_im = load_complex(tile_states + saved_at, modes, tile_row < B)
+    for step in range(steps):
+        tile, tile_row = backward_tile(step, first_row, tiles, ROWS)
+        k_tile = k_tiles.index(step % STAGES)
+        h_tile = h_tiles.index(step % STAGES)
+        v_tile = v_tiles.index(step % STAGES)
+        q_tile = q_tiles.index(step % STAGES)
+        do_tile = do_tiles.index(step % STAGES)
+        if ROWS == 1:
+            first_re = (next_re,)
+            first_im = (next_im,)
+            keep = gl.where(tile == tiles - 1, 0.0, 1.0)
+            g_re = g_re * keep
+            g_im = g_im * keep
+            ds_carry = ds_carry * keep
+            if dend is not None:
+                if (tile == tiles - 1) & (full_chunks == tiles * CHUNKS):
+                    row_at = (tile_row.to(gl.int64) * D + channel) * N
+                    g_re, g_im = load_complex(dend + row_at, modes, tile_row < B)
+            behind_re = (g_re,)
+            behind_im = (g_im,)
+        else:
+            first_re, first_im = load_row_states(start, tile_row, channel, B, D, modes, ROWS)
+            behind = gl.where(full_chunks == CHUNKS, B, 0)  # rows that end with the tile
+            behind_re, behind_im = load_row_states(dend, tile_row, channel, behind, D, modes, ROWS)
+        async_copy.wait_group(0)
+        publish()
+
+        s = warpgroup_mma(F0, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma(F1, h_tile.permute((1, 0)), s, is_async=True)
+        d_out = do_tile.permute((1, 0)).load(mma).to(gl.float32)
+        gate = q_tile.permute((1, 0)).load(mma).to(gl.float32)
+        dy_tile.permute((1, 0)).store((gate * d_out).to(dtype))
+        value = v_tile.permute((1, 0)).load(mma)
+        s = warpgroup_mma_wait(0, deps=[s])
+        if carry is not None:
+            if tile == 0:
+                s += load_carry(carry, tile_row, channel, B, D, ROWS, mma)
+        w_tile.permute((1, 0)).store((s * value.to(gl.float32)).to(dtype))
+        s = s.to(dtype)
+        publish()
+
+        # the states before, and the gradients behind, each chunk
+        z = warpgroup_mma(K_c, w_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+        p = warpgroup_mma(
+            P_c.permute((1, 0)), dy_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+        )
+        if step + 1 < steps:  # after the last reader of the other stage
+            other = (step + 1) % STAGES
+            next_tile, next_row = backward_tile(step + 1, first_row, tiles, ROWS)
+            backward_copies(
+                q, k, v, do, q_tiles.index(other), k_tiles.index(other), h_tiles.index(other),
+                v_tiles.index(other), do_tiles.index(other), next_tile, next_row, channel,
+                q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
+                B, L, row_in_tile, inner, ROWS, EVEN,
+            )  # fmt: skip
+            if ROWS == 1:
+                saved_at = ((next_row.to(gl.int64) * D + channel) * tiles + next_tile) * N
+                next_re, next_im = load_complex(tile_states + saved_at, modes, next_row < B)
+        z, p = warpgroup_mma_wait(0, deps=[z, p])
+        if dend is not None:
+            if tile == tiles - 1:
+                end_at, here = end_addresses(tile, tile_row, full_chunks, channel, B, D, ROWS, mma)
+                p += gl.load(dend + end_at, here, 0.0)
+        z_re, z_im = split_states(z, N, C, MODES_8)
+        total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
+        x_totals.store(gl.join(total_re, total_im))
+        p_re, p_im = split_states(p, N, C, MODES_8)
+        total_re, total_im = group_totals(p_re, p_im, chunk_re, -chunk_im, True)
+        g_totals.store(gl.join(total_re, total_im))
+        gl.thread_barrier()
+        totals_re, totals_im = all_groups_8(x_totals)
+        start_re, start_im, _, _ = group_starts(
+            totals_re, totals_im, first_re, first_im,
+            group_re, group_im, group, zero_modes, 8, ROWS, False,
+        )  # fmt: skip
+        x_re, x_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
+        x_tile.permute((1, 0)).store(join_states(x_re, x_im, N, C, mma).to(dtype))
+        totals_re, totals_im = all_groups_8(g_totals)
+        start_re, start_im, last_re, last_im = group_starts(
+            totals_re, totals_im, behind_re, behind_im,
+            group_re, -group_im, group, zero_modes, 8, ROWS, True,
+        )  # fmt: skip
+        g_re = last_re[0]
+        g_im = last_im[0]
+        grads_re, grads_im = group_states_reversed(
+            start_re, start_im, p_re, p_im, chunk_re, -chunk_im
+        )
+        g_tile.permute((1, 0)).store(join_states(grads_re, grads_im, N, C, mma).to(dtype))
+        sum_re, sum_im = add_conjugate_products(sum_re, sum_im, x_re, x_im, grads_re, grads_im)
+        if dstart is not None:
+            if tile == 0:
+                for r in gl.static_range(ROWS):
+                    row_at = ((tile_row + r).to(gl.int64) * D + channel) * N
+                    store_complex(dstart + row_at, modes, last_re[r], last_im[r], tile_row + r < B)
+        publish()
+
+        dw = warpgroup_mma(
+            M_c.permute((1, 0)), dy_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+        )
+        dw = warpgroup_mma(K_c.permute((1, 0)), g_tile.permute((1, 0)), dw, is_async=True)
+        y = warpgroup_mma(M_c, w_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+        y = warpgroup_mma(P_c, x_tile.permute((1, 0)), y, is_async=True)
+        sum_M = warpgroup_mma(dy_tile.permute((1, 0)), w_tile, sum_M, is_async=True)
+        sum_P = warpgroup_mma(dy_tile.permute((1, 0)), x_tile, sum_P, is_async=True)
+        sum_K = warpgroup_mma(g_tile.permute((1, 0)), w_tile, sum_K, is_async=True)
+        y, dw = warpgroup_mma_wait(3, deps=[y, dw])
+        # v and do are read again: kept in registers they spill
+        ds = dw * v_tile.permute((1, 0)).load(mma).to(gl.float32)
+        ds_tile.permute((1, 0)).store(ds.to(dtype))
+        next_ds, ds_carry = shift_left(ds, ds_carry, group_of_times, C, ROWS, TIMES_8, mma)
+        next_ds_tile.permute((1, 0)).store(next_ds.to(dtype))
+        dv_tile.permute((1, 0)).store((dw * s.to(gl.float32)).to(dtype))
+        d_out = do_tile.permute((1, 0)).load(mma).to(gl.float32)
+        dq_tile.permute((1, 0)).store((y * d_out).to(dtype))
+        if dcarry is not None:
+            if tile == 0:
+                store_dcarry(dcarry, ds, tile_row, channel, B, D, ROWS, mma)
+        publish()
+
+        d_k = warpgroup_mma(
+            F0.permute((1, 0)), ds_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+        )
+        d_k = warpgroup_mma(F1.permute((1, 0)), next_ds_tile.permute((1, 0)), d_k, is_async=True)
+        at_zero = warpgroup_mma(ds_tile.permute((1, 0)), k_tile, zero, use_acc=False, is_async=True)
+        at_last = warpgroup_mma(ds_tile.permute((1, 0)), h_tile, zero, use_acc=False, is_async=True)
+        position = tile * (CHUNKS * T)
+        mask, _ = tile_masks(tile_row, position, B, L, row_in_tile, inner, ROWS, EVEN)
+        out_at = in_tile_offsets(row_in_tile, inner, D * L, ROWS)
+        out_base = (tile_row.to(gl.int64) * D + channel) * L + position
+        store_tile(dq_tile, dq + out_base + out_at, mask, COPY_8, EVEN)
+        store_tile(dv_tile, dv + out_base + out_at, mask, COPY_8, EVEN)
+        d_k = warpgroup_mma_wait(2, deps=[d_k])
+        dk_tile.permute((1, 0)).store(d_k.to(dtype))
+        gl.thread_barrier()
+        store_tile(dk_tile, dk + out_base + out_at, mask, COPY_8, EVEN)
+        at_zero, at_last, sum_M, sum_P, sum_K = warpgroup_mma_wait(
+            0, deps=[at_zero, at_last, sum_M, sum_P, sum_K]
+        )
+        sum_F += gl.where(lower, at_zero, at_last)
+
+    # in a layout of its own: indices of the products' layout would be kept in registers all along
+    i = gl.arange(0, T, gl.SliceLayout(1, SUMS_8))[:, None]
+    j = gl.arange(0, T, gl.SliceLayout(0, SUMS_8))[None, :]
+    state_i = part_of_row(i) * (N // 2) + mode_of_row(i)
+    state_j = part_of_row(j) * (N // 2) + mode_of_row(j)
+    wide = program.to(gl.int64) * (T * T)
+    sum_F = gl.convert_layout(sum_F, SUMS_8)
+    gl.store(dF + 2 * wide + i * T + j, gl.where(i >= j, sum_F, 0.0))
+    gl.store(dF + 2 * wide + T * T + i * T + j, gl.where(i >= j, 0.0, sum_F))
+    gl.store(dM + wide + i * T + j, gl.convert_layout(sum_M, SUMS_8))
+    gl.store(dK + wide + state_i * T + j, gl.convert_layout(sum_K, SUMS_8))
+    gl.store(dP + wide + i * N + state_j, gl.convert_layout(sum_P, SUMS_8))
+    store_complex(ddecay + program * N, modes, gl.sum(sum_re, 1), gl.sum(sum_im, 1), None)
+
+
+def forward(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    operators: Operators,
+    carry: Tensor | None,
+    start: Tensor | None,
+    *,
+    with_output: bool,
+    with_end: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward pass: arguments and results as in `chunk_triton.forward`."""
+    B, D, L = k.shape
+    walk = plan(B, D, L, C.value, slots=2 * multiprocessors(k.device))
+    o = k.new_empty((B, D, L) if with_output else (0,))
+    end = k.new_empty((B, D, N.value // 2, 2) if with_end else (0,), dtype=torch.float32)
+    shape = saved_states_shape(k, N.value // 2) if save_states else (0,)
+    states = k.new_empty(shape, dtype=torch.float32)
+    forward_kernel[(D * walk.programs_per_channel,)](
+        q, k, v, o if with_output else None, *operators, carry, start, end if with_end else None,
+        states if states.numel() else None,
+        *strides(q), *strides(k), *strides(v), B, D, L, walk.rows_per_program, walk.tiles,
+        ROWS=walk.rows_per_tile, EVEN=walk.is_even(B, L, C.value), num_warps=4,
+    )  # fmt: skip
+    return o, end, states
+
+
+def backward(
+    do: Tensor,
+    dend: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operators: Operators,
+    carry: Tensor | None,
+    start: Tensor | None,
+    states: Tensor,
+) -> Gradients:
+    """Launch the backward pass: arguments and results as in `chunk_triton.backward`."""
+    B, D, L = k.shape
+    walk = plan(B, D, L, C.value, slots=multiprocessors(k.device))
+    grads = Gradients.empty(q, k, v, operators, carry, start, parts=walk.programs_per_channel)
+    backward_kernel[(D * walk.programs_per_channel,)](
+        q, k, v, do, grads.q, grads.k, grads.v, *operators, carry, start,
+        states if states.numel() else None, dend,
+        grads.F, grads.M, grads.K, grads.P, grads.decay, grads.carry, grads.start,
+        *strides(q), *strides(k), *strides(v), *strides(do),
+        B, D, L, walk.rows_per_program, walk.tiles,
+        ROWS=walk.rows_per_tile, EVEN=walk.is_even(B, L, C.value), num_warps=8,
+    )  # fmt: skip
+    return grads.summed()

@@ -1,0 +1,517 @@
+# ruff: noqa: SIM102  (compile-time branches are kept apart from run-time ones)
+"""State passing for the H3 core in plain Triton: any GPU from sm_80 on.
+
+For chunk c of a row, with the operators F, M, K, P and decay of `ssm.operators`:
+
+    s_c = F_0 k_c + F_1 k_{c-1} (+ F_2 k_{c-2});   w_c = s_c v_c;   o_c = q_c (M w_c + P x_c)
+    x_{c+1} = decay x_c + K w_c
+
+and backwards, with g_c the gradient of the state behind chunk c:
+
+    dy_c = q_c do_c;   g_{c-1} = conj(decay) g_c + P^T dy_c;   dw_c = M^T dy_c + K^T g_c
+    dq_c = do_c y_c;   dv_c = dw_c s_c;   ds_c = dw_c v_c;   dk_c = sum_m F_m^T ds_{c+m}
+    dF_m = sum ds_c k_{c-m}^T;   dM = sum dy_c w_c^T;   dK = sum g_c w_c^T;   dP = sum dy_c x_c^T
+    ddecay = sum g_c conj(x_c)
+
+Without F, s = k; without v or q, that gate is 1; without o, only states are made.
+Matrices lie [time or state, chunk], see `tile`. One program owns a channel and some rows of the
+batch, walks their tiles in order, and carries the state in registers.
+
+Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 2 and Proposition 2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from h3lm.flashconv.kernels.launch import (
+    Gradients,
+    Operators,
+    filter_blocks,
+    multiprocessors,
+    plan,
+    saved_states_shape,
+    strides,
+    tile_chunks,
+)
+from h3lm.flashconv.kernels.tile import (
+    T,
+    add_conjugate_products,
+    chunk_of_column,
+    group_starts,
+    group_states,
+    group_states_reversed,
+    group_totals,
+    join_states,
+    load_complex,
+    load_row_states,
+    mode_of_row,
+    part_of_row,
+    power8,
+    shift_left,
+    split_groups,
+    split_states,
+    store_complex,
+)
+
+
+@triton.jit
+def load_square(pointer, index):
+    """An operator [T, T] that lies contiguous, number `index`."""
+    i = tl.arange(0, T)
+    return tl.load(pointer + index * T * T + i[:, None] * T + i[None, :])
+
+
+@triton.jit
+def load_state_operators(K, P, index, N: tl.constexpr):
+    """K [N, T] and P [T, N] with their states in the order of `tile`."""
+    i = tl.arange(0, T)
+    row = tl.arange(0, N)
+    state = part_of_row(row) * (N // 2) + mode_of_row(row)
+    into = tl.load(K + index * N * T + state[:, None] * T + i[None, :])
+    out = tl.load(P + index * N * T + i[:, None] * N + state[None, :])
+    return into, out
+
+
+@triton.jit
+def load_tile(pointers, mask, EVEN: tl.constexpr):
+    """A tile of a tensor; 0 where masked. EVEN: nothing is."""
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask, 0.0)
+
+
+@triton.jit
+def store_tile(pointers, x, mask, EVEN: tl.constexpr):
+    """The inverse of `load_tile`."""
+    if EVEN:
+        tl.store(pointers, x)
+    else:
+        tl.store(pointers, x, mask)
+
+
+@triton.jit
+def load_positions(base, position, valid, L):
+    """Values at positions, 0 in front of a row and behind its end."""
+    return tl.load(base + position, valid & (position >= 0) & (position < L), 0.0)
+
+
+@triton.jit
+def filter_inputs(
+    F0, F1, F2, k_base, k_tile, position, valid, L,
+    BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Short filter s = F_0 k_c + F_1 k_{c-1} + F_2 k_{c-2}, and k of the chunks before."""
+    s = tl.dot(F0, tl.trans(k_tile), input_precision=PRECISION)
+    before = load_positions(k_base, position - T, valid, L)
+    s = tl.dot(F1, tl.trans(before), s, input_precision=PRECISION)
+    if BLOCKS > 2:
+        early = load_positions(k_base, position - 2 * T, valid, L)
+        s = tl.dot(F2, tl.trans(early), s, input_precision=PRECISION)
+    else:
+        early = before
+    return s, before, early
+
+
+@triton.jit(do_not_specialize=["B", "rows_per_program", "tiles"])
+def forward_kernel(
+    q, k, v, o, F, M, K, P, decay, carry, start, end, tile_states,
+    q_row, q_channel, k_row, k_channel, v_row, v_channel, o_row, o_channel,
+    B, D, L, rows_per_program, tiles,
+    N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Forward pass; a tile holds ROWS rows of C / ROWS chunks."""
+    CHUNKS: tl.constexpr = C // ROWS
+    GROUPS: tl.constexpr = C // 8
+    dtype: tl.constexpr = k.dtype.element_ty
+    channel = tl.program_id(0) % D
+    first_row = tl.program_id(0) // D * rows_per_program
+    i = tl.arange(0, T)
+    in_tile = chunk_of_column(tl.arange(0, C))
+    state = tl.arange(0, N)
+    state_offset = 2 * mode_of_row(state) + part_of_row(state)
+    group = tl.arange(0, GROUPS)[None, :]
+    zero = tl.zeros([N // 2, GROUPS], tl.float32)
+    full_chunks = L // T
+
+    K_c, P_c = load_state_operators(K, P, channel, N)
+    if o is not None:
+        M_c = load_square(M, channel)
+    if F is not None:
+        F0 = load_square(F, channel * BLOCKS)
+        F1 = load_square(F, channel * BLOCKS + 1)
+        F2 = load_square(F, channel * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
+    modes = tl.arange(0, N // 2)
+    decay_re, decay_im = load_complex(decay + channel * N, modes, None)
+    group_re, group_im = power8(decay_re, decay_im)
+    chunk_re = decay_re[:, None]
+    chunk_im = decay_im[:, None]
+    x_re = tl.zeros([N // 2], tl.float32)
+    x_im = tl.zeros([N // 2], tl.float32)
+
+    for step in range(0, rows_per_program // ROWS * tiles):
+        tile = step % tiles
+        tile_row = first_row + step // tiles * ROWS
+        row = tile_row + in_tile // CHUNKS
+        chunk = tile * CHUNKS + in_tile % CHUNKS
+        position = chunk[:, None] * T + i[None, :]  # [C, T], as it lies in memory
+        valid = (row < B)[:, None]
+        mask = valid & (position < L)
+        wide_row = row.to(tl.int64)[:, None]
+
+        k_base = k + wide_row * k_row + channel.to(tl.int64) * k_channel
+        k_tile = load_tile(k_base + position, mask, EVEN)
+        if F is not None:
+            w, _, _ = filter_inputs(
+                F0, F1, F2, k_base, k_tile, position, valid, L, BLOCKS, PRECISION
+            )
+            if carry is not None:
+                if tile == 0:
+                    carry_at = (wide_row * D + channel) * ((BLOCKS - 1) * T) + position
+                    early = mask & (chunk < BLOCKS - 1)[:, None]
+                    w += tl.trans(tl.load(carry + carry_at, early, 0.0))
+        else:
+            w = tl.trans(k_tile).to(tl.float32)
+        if v is not None:
+            v_base = v + wide_row * v_row + channel.to(tl.int64) * v_channel
+            w *= tl.trans(load_tile(v_base + position, mask, EVEN)).to(tl.float32)
+        w = w.to(dtype)
+
+        z = tl.dot(K_c, w, input_precision=PRECISION)
+        z_re, z_im = split_states(z, N, C, None)
+        total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
+        if ROWS == 1:
+            if tile == 0:
+                given_re, given_im = load_row_states(start, tile_row, channel, B, D, modes, 1)
+                x_re = given_re[0]
+                x_im = given_im[0]
+            first_re = (x_re,)
+            first_im = (x_im,)
+            if tile_states is not None:
+                saved_at = ((tile_row.to(tl.int64) * D + channel) * tiles + tile) * N
+                store_complex(tile_states + saved_at, modes, x_re, x_im, tile_row < B)
+        else:
+            first_re, first_im = load_row_states(start, tile_row, channel, B, D, modes, ROWS)
+        start_re, start_im, last_re, last_im = group_starts(
+            split_groups(total_re, C), split_groups(total_im, C), first_re, first_im,
+            group_re, group_im, group, zero, GROUPS, ROWS, False,
+        )  # fmt: skip
+        x_re = last_re[0]
+        x_im = last_im[0]
+        states_re, states_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
+        x = join_states(states_re, states_im, N, C, None)
+
+        if end is not None:
+            if tile == tiles - 1:
+                for r in tl.static_range(ROWS):
+                    row_at = ((tile_row + r).to(tl.int64) * D + channel) * N
+                    if full_chunks == tiles * CHUNKS:
+                        store_complex(end + row_at, modes, last_re[r], last_im[r], tile_row + r < B)
+                    else:
+                        here = (chunk == full_chunks) & (in_tile // CHUNKS == r)
+                        end_state = tl.sum(tl.where(here[None, :], x, 0.0), 1)
+                        tl.store(end + row_at + state_offset, end_state, tile_row + r < B)
+        if o is not None:
+            y = tl.dot(M_c, w, input_precision=PRECISION)
+            y = tl.dot(P_c, x.to(dtype), y, input_precision=PRECISION)
+            if q is not None:
+                q_base = q + wide_row * q_row + channel.to(tl.int64) * q_channel
+                y *= tl.trans(load_tile(q_base + position, mask, EVEN)).to(tl.float32)
+            o_base = o + wide_row * o_row + channel.to(tl.int64) * o_channel
+            store_tile(o_base + position, tl.trans(y.to(dtype)), mask, EVEN)
+
+
+@triton.jit(do_not_specialize=["B", "rows_per_program", "tiles"])
+def backward_kernel(
+    q, k, v, do, dq, dk, dv, F, M, K, P, decay, carry, start, tile_states, dend,
+    dF, dM, dK, dP, ddecay, dcarry, dstart,
+    q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
+    B, D, L, rows_per_program, tiles,
+    N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    DATA: tl.constexpr, FILTER: tl.constexpr, SYSTEM: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the tensors (DATA), of F (FILTER), of M, K, P and the decay (SYSTEM).
+
+    Each launch makes what it is asked for; tiles are walked from last to first.
+    States inside a tile are made again from the tile's start. dq, dk and dv are contiguous
+    (B, D, L). Each program writes its own sum of the operators' gradients, (programs, ...).
+    """
+    CHUNKS: tl.constexpr = C // ROWS
+    GROUPS: tl.constexpr = C // 8
+    dtype: tl.constexpr = k.dtype.element_ty
+    program = tl.program_id(0)
+    channel = program % D
+    first_row = program // D * rows_per_program
+    i = tl.arange(0, T)
+    in_tile = chunk_of_column(tl.arange(0, C))
+    state = tl.arange(0, N)
+    state_offset = 2 * mode_of_row(state) + part_of_row(state)
+    group = tl.arange(0, GROUPS)[None, :]
+    group_of_rows = tl.zeros([T, GROUPS], tl.int32) + group
+    zero = tl.zeros([N // 2, GROUPS], tl.float32)
+    full_chunks = L // T
+
+    M_c = load_square(M, channel)
+    K_c, P_c = load_state_operators(K, P, channel, N)
+    if F is not None:
+        F0 = load_square(F, channel * BLOCKS)
+        F1 = load_square(F, channel * BLOCKS + 1)
+        F2 = load_square(F, channel * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
+        sum_F = tl.zeros([T, T], tl.float32)
+        sum_F1 = sum_F
+        lower = i[:, None] >= i[None, :]
+    modes = tl.arange(0, N // 2)
+    decay_re, decay_im = load_complex(decay + channel * N, modes, None)
+    group_re, group_im = power8(decay_re, decay_im)
+    chunk_re = decay_re[:, None]
+    chunk_im = decay_im[:, None]
+    sum_M = tl.zeros([T, T], tl.float32)
+    sum_K = tl.zeros([N, T], tl.float32)
+    sum_P = tl.zeros([T, N], tl.float32)
+    sum_re = zero
+    sum_im = zero
+    g_re = tl.zeros([N // 2], tl.float32)
+    g_im = tl.zeros([N // 2], tl.float32)
+    ds_carry = tl.zeros([T, GROUPS], tl.float32)
+    ds_carry2 = tl.zeros([T, GROUPS], tl.float32)
+
+    for step in range(0, rows_per_program // ROWS * tiles):
+        tile = tiles - 1 - step % tiles
+        tile_row = first_row + step // tiles * ROWS
+        row = tile_row + in_tile // CHUNKS
+        chunk = tile * CHUNKS + in_tile % CHUNKS
+        position = chunk[:, None] * T + i[None, :]
+        valid = (row < B)[:, None]
+        mask = valid & (position < L)
+        wide_row = row.to(tl.int64)[:, None]
+        wide_channel = channel.to(tl.int64)
+
+        k_base = k + wide_row * k_row + wide_channel * k_channel
+        k_tile = load_tile(k_base + position, mask, EVEN)
+        if F is not None:
+            s, k_before, k_early = filter_inputs(
+                F0, F1, F2, k_base, k_tile, position, valid, L, BLOCKS, PRECISION
+            )
+            if carry is not None:
+                if tile == 0:
+                    carry_at = (wide_row * D + channel) * ((BLOCKS - 1) * T) + position
+                    early = valid & (chunk < BLOCKS - 1)[:, None]
+                    s += tl.trans(tl.load(carry + carry_at, early, 0.0))
+        else:
+            s = tl.trans(k_tile).to(tl.float32)
+        if v is not None:
+            v_base = v + wide_row * v_row + wide_channel * v_channel
+            v_tile = tl.trans(load_tile(v_base + position, mask, EVEN))
+            w = (s * v_tile.to(tl.float32)).to(dtype)
+        else:
+            w = s.to(dtype)
+        do_base = do + wide_row * do_row + wide_channel * do_channel
+        do_tile = tl.trans(load_tile(do_base + position, mask, EVEN))
+        if q is not None:
+            q_base = q + wide_row * q_row + wide_channel * q_channel
+            q_tile = tl.trans(load_tile(q_base + position, mask, EVEN))
+            dy = (q_tile.to(tl.float32) * do_tile.to(tl.float32)).to(dtype)
+        else:
+            dy = do_tile
+
+        z = tl.dot(K_c, w, input_precision=PRECISION)
+        p = tl.dot(tl.trans(P_c), dy, input_precision=PRECISION)
+        if dend is not None:
+            if tile == tiles - 1:
+                here = (chunk == full_chunks) & (row < B)
+                end_at = (tl.trans(wide_row) * D + channel) * N + state_offset[:, None]
+                p += tl.load(dend + end_at, here[None, :], 0.0)
+        if ROWS == 1:
+            saved_at = ((tile_row.to(tl.int64) * D + channel) * tiles + tile) * N
+            x_re, x_im = load_complex(tile_states + saved_at, modes, tile_row < B)
+            first_re = (x_re,)
+            first_im = (x_im,)
+            if tile == tiles - 1:
+                g_re = tl.zeros([N // 2], tl.float32)
+                g_im = tl.zeros([N // 2], tl.float32)
+                ds_carry = tl.zeros([T, GROUPS], tl.float32)
+                ds_carry2 = tl.zeros([T, GROUPS], tl.float32)
+                if dend is not None:
+                    if full_chunks == tiles * CHUNKS:
+                        row_at = (tile_row.to(tl.int64) * D + channel) * N
+                        g_re, g_im = load_complex(dend + row_at, modes, tile_row < B)
+            behind_re = (g_re,)
+            behind_im = (g_im,)
+        else:
+            first_re, first_im = load_row_states(start, tile_row, channel, B, D, modes, ROWS)
+            behind = tl.where(full_chunks == CHUNKS, B, 0)  # rows that end with the tile
+            behind_re, behind_im = load_row_states(dend, tile_row, channel, behind, D, modes, ROWS)
+
+        z_re, z_im = split_states(z, N, C, None)
+        total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
+        start_re, start_im, _, _ = group_starts(
+            split_groups(total_re, C), split_groups(total_im, C), first_re, first_im,
+            group_re, group_im, group, zero, GROUPS, ROWS, False,
+        )  # fmt: skip
+        states_re, states_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
+        x = join_states(states_re, states_im, N, C, None).to(dtype)
+
+        p_re, p_im = split_states(p, N, C, None)
+        total_re, total_im = group_totals(p_re, p_im, chunk_re, -chunk_im, True)
+        start_re, start_im, last_re, last_im = group_starts(
+            split_groups(total_re, C), split_groups(total_im, C), behind_re, behind_im,
+            group_re, -group_im, group, zero, GROUPS, ROWS, True,
+        )  # fmt: skip
+        g_re = last_re[0]
+        g_im = last_im[0]
+        grads_re, grads_im = group_states_reversed(
+            start_re, start_im, p_re, p_im, chunk_re, -chunk_im
+        )
+        g = join_states(grads_re, grads_im, N, C, None).to(dtype)
+        if SYSTEM:
+            sum_re, sum_im = add_conjugate_products(
+                sum_re, sum_im, states_re, states_im, grads_re, grads_im
+            )
+        if DATA and dstart is not None:
+            if tile == 0:
+                for r in tl.static_range(ROWS):
+                    row_at = ((tile_row + r).to(tl.int64) * D + channel) * N
+                    store_complex(dstart + row_at, modes, last_re[r], last_im[r], tile_row + r < B)
+
+        out = (wide_row * D + channel) * L + position
+        if DATA and q is not None:
+            y = tl.dot(M_c, w, input_precision=PRECISION)
+            y = tl.dot(P_c, x, y, input_precision=PRECISION)
+            store_tile(dq + out, tl.trans((y * do_tile.to(tl.float32)).to(dtype)), mask, EVEN)
+        dw = tl.dot(tl.trans(M_c), dy, input_precision=PRECISION)
+        dw = tl.dot(tl.trans(K_c), g, dw, input_precision=PRECISION)
+        if SYSTEM:
+            sum_M = tl.dot(dy, tl.trans(w), sum_M, input_precision=PRECISION)
+            sum_K = tl.dot(g, tl.trans(w), sum_K, input_precision=PRECISION)
+            sum_P = tl.dot(dy, tl.trans(x), sum_P, input_precision=PRECISION)
+        if v is not None:
+            if DATA:
+                store_tile(dv + out, tl.trans((dw * s).to(dtype)), mask, EVEN)
+            dw *= v_tile.to(tl.float32)
+        if F is not None:
+            if DATA and dcarry is not None:
+                if tile == 0:
+                    dcarry_at = (wide_row * D + channel) * ((BLOCKS - 1) * T) + position
+                    early = valid & (chunk < BLOCKS - 1)[:, None]
+                    tl.store(dcarry + dcarry_at, tl.trans(dw), early)
+            ds = dw.to(dtype)
+            if FILTER:
+                last = k_early if BLOCKS > 2 else k_before
+                at_zero = tl.dot(ds, k_tile, input_precision=PRECISION)
+                at_last = tl.dot(ds, last, input_precision=PRECISION)
+                sum_F += tl.where(lower, at_zero, at_last)
+                if BLOCKS > 2:
+                    sum_F1 = tl.dot(ds, k_before, sum_F1, input_precision=PRECISION)
+            if DATA:
+                next_ds, ds_carry = shift_left(dw, ds_carry, group_of_rows, C, ROWS, None, None)
+                d_k = tl.dot(tl.trans(F0), ds, input_precision=PRECISION)
+                d_k = tl.dot(tl.trans(F1), next_ds.to(dtype), d_k, input_precision=PRECISION)
+                if BLOCKS > 2:
+                    next_ds, ds_carry2 = shift_left(
+                        next_ds, ds_carry2, group_of_rows, C, ROWS, None, None
+                    )
+                    d_k = tl.dot(tl.trans(F2), next_ds.to(dtype), d_k, input_precision=PRECISION)
+                store_tile(dk + out, tl.trans(d_k.to(dtype)), mask, EVEN)
+        elif DATA:
+            store_tile(dk + out, tl.trans(dw.to(dtype)), mask, EVEN)
+
+    wide_program = program.to(tl.int64)
+    square = i[:, None] * T + i[None, :]
+    row = part_of_row(state) * (N // 2) + mode_of_row(state)
+    if SYSTEM:
+        tl.store(dM + wide_program * T * T + square, sum_M)
+        tl.store(dK + wide_program * N * T + row[:, None] * T + i[None, :], sum_K)
+        tl.store(dP + wide_program * N * T + i[:, None] * N + row[None, :], sum_P)
+        sums = ddecay + wide_program * N
+        store_complex(sums, modes, tl.sum(sum_re, 1), tl.sum(sum_im, 1), None)
+    if FILTER and F is not None:
+        # F_0 needs t >= u; the last block, of which only t < u is used, shares its sum
+        at = dF + wide_program * BLOCKS * T * T + square
+        tl.store(at, tl.where(lower, sum_F, 0.0))
+        tl.store(at + (BLOCKS - 1) * T * T, tl.where(lower, 0.0, sum_F))
+        if BLOCKS > 2:
+            tl.store(at + T * T, sum_F1)
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """Precision of products: float32 inputs get float32 products, not tf32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def forward(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    operators: Operators,
+    carry: Tensor | None,
+    start: Tensor | None,
+    *,
+    with_output: bool,
+    with_end: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward pass.
+
+    Returns:
+        o (B, D, L) or empty; the state after the last full chunk, (B, D, N/2, 2), or empty; the
+        state before each tile, (B, D, tiles, N/2, 2), empty unless it is to be saved and needed.
+    """
+    B, D, L = k.shape
+    N = operators.K.shape[1]
+    C = tile_chunks(k.dtype)
+    walk = plan(B, D, L, C, slots=2 * multiprocessors(k.device))
+    o = k.new_empty((B, D, L) if with_output else (0,))
+    end = k.new_empty((B, D, N // 2, 2) if with_end else (0,), dtype=torch.float32)
+    shape = saved_states_shape(k, N // 2) if save_states else (0,)
+    states = k.new_empty(shape, dtype=torch.float32)
+    forward_kernel[(D * walk.programs_per_channel,)](
+        q, k, v, o if with_output else None, *operators.rounded(k.dtype), carry, start,
+        end if with_end else None,
+        states if states.numel() else None,
+        *strides(q), *strides(k), *strides(v), *strides(o if with_output else None),
+        B, D, L, walk.rows_per_program, walk.tiles,
+        N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
+        PRECISION=product_precision(k.dtype), EVEN=walk.is_even(B, L, C),
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return o, end, states
+
+
+def backward(
+    do: Tensor,
+    dend: Tensor | None,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    operators: Operators,
+    carry: Tensor | None,
+    start: Tensor | None,
+    states: Tensor,
+) -> Gradients:
+    """Launch the backward pass, with the states that the forward pass saved."""
+    B, D, L = k.shape
+    N = operators.K.shape[1]
+    C = tile_chunks(k.dtype)
+    walk = plan(B, D, L, C, slots=2 * multiprocessors(k.device))
+    grads = Gradients.empty(q, k, v, operators, carry, start, parts=walk.programs_per_channel)
+    rounded = operators.rounded(k.dtype)
+    # one launch for each kind of sum: together they do not fit in the registers
+    for part in ("DATA", "FILTER", "SYSTEM"):
+        if part == "FILTER" and operators.F is None:
+            continue
+        asked = {name: name == part for name in ("DATA", "FILTER", "SYSTEM")}
+        backward_kernel[(D * walk.programs_per_channel,)](
+            q, k, v, do, grads.q, grads.k, grads.v, *rounded, carry, start,
+            states if states.numel() else None, dend,
+            grads.F, grads.M, grads.K, grads.P, grads.decay, grads.carry, grads.start,
+            *strides(q), *strides(k), *strides(v), *strides(do),
+            B, D, L, walk.rows_per_program, walk.tiles,
+            N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
+            PRECISION=product_precision(k.dtype), EVEN=walk.is_even(B, L, C), **asked,
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return grads.summed()

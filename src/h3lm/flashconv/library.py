@@ -1,0 +1,324 @@
+"""The kernels as operators of PyTorch, and what stands around them.
+
+`h3_core`, `h3_end_state` and `ssm_conv` have the signatures of `chunked`, and its meaning. Around
+the kernels they make, in plain PyTorch, what is small: the part of the short filter that a state
+brings into the first chunk, and the final state after a last chunk that is not full.
+
+Complex tensors cross the border as real pairs. The states before tiles, which the backward pass
+needs, are an output without a gradient. The kernels themselves are imported at their first use.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from h3lm.flashconv import chunked
+from h3lm.flashconv.dispatch import CHUNK_LENGTH, is_aligned
+from h3lm.flashconv.state import H3State, as_real_pairs
+from h3lm.ssm.operators import ChunkOperators
+
+MIN_STATES = 16
+
+
+def h3_core(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operators: ChunkOperators,
+    *,
+    backend: str,
+    initial_state: H3State | None = None,
+    with_state: bool = True,
+) -> tuple[Tensor, H3State | None]:
+    """`flashconv.h3_core` for `head_dim` 1, left to right, by the kernels of a backend."""
+    q, k, v = (_positions_last(x) for x in (q, k, v))
+    o, end = _run(q, k, v, operators, initial_state, backend, with_output=True, with_end=with_state)
+    return o, _final_h3_state(k, v, operators, initial_state, end) if with_state else None
+
+
+def h3_end_state(
+    k: Tensor,
+    v: Tensor,
+    operators: ChunkOperators,
+    *,
+    backend: str,
+    initial_state: H3State | None = None,
+) -> H3State:
+    """`flashconv.h3_end_state` for `head_dim` 1, by the kernels of a backend."""
+    k, v = _positions_last(k), _positions_last(v)
+    _, end = _run(None, k, v, operators, initial_state, backend, with_output=False, with_end=True)
+    return _final_h3_state(k, v, operators, initial_state, end)
+
+
+def ssm_conv(
+    u: Tensor,
+    operators: ChunkOperators,
+    *,
+    backend: str,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    with_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`flashconv.ssm_conv`, left to right, by the kernels of a backend."""
+    u = _positions_last(u)
+    pre, post = (None if x is None else _positions_last(x) for x in (pre_gate, post_gate))
+    state = None if initial_state is None else H3State(u[..., :0], initial_state)
+    y, end = _run(
+        post, u, pre, operators, state, backend,
+        with_output=True, with_end=with_state, filtered=False,
+    )  # fmt: skip
+    if not with_state:
+        return y, None
+    full = u.shape[-1] // CHUNK_LENGTH * CHUNK_LENGTH
+    diagonal = torch.view_as_complex(end)
+    if full < u.shape[-1]:
+        tail = u[..., full:]
+        gate = None if pre is None else pre[..., full:]
+        _, diagonal = chunked.ssm_conv(tail, operators, pre_gate=gate, initial_state=diagonal)
+    return y, diagonal
+
+
+def _run(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    operators: ChunkOperators,
+    state: H3State | None,
+    backend: str,
+    *,
+    with_output: bool,
+    with_end: bool,
+    filtered: bool = True,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(k.device.type, enabled=False):
+        filters = _filter_blocks(operators) if filtered else None
+        carry = None
+        if state is not None and filters is not None and state.shift.shape[-1] > 0:
+            carry = _filter_carry(state.shift, filters)
+        start = None
+        if state is not None:
+            start = as_real_pairs(state.diagonal.to(torch.complex64)).contiguous()
+        matrices = _kernel_matrices(operators, start)
+        inputs = (q, k, v, filters, *matrices[:4], carry, matrices[4])
+        needs = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        run = torch.ops.h3lm.h3_core_fwd
+        o, end, _ = run(*inputs, with_output, with_end, needs, backend)
+        return o, end[:, :, : operators.num_modes] if with_end else end
+
+
+def kernel_operators(operators: ChunkOperators) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """F, M, K, P and decay as `h3_core_fwd` takes them."""
+    M, K, P, decay, _ = _kernel_matrices(operators, None)
+    return _filter_blocks(operators), M, K, P, decay
+
+
+def _positions_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _filter_blocks(operators: ChunkOperators) -> Tensor:
+    """The short filter's operator in 2 blocks for up to 64 taps, else in 3."""
+    assert operators.F is not None
+    blocks = 2 if operators.n_taps <= CHUNK_LENGTH else 3
+    missing = blocks - operators.F.shape[1]
+    filters = F.pad(operators.F, (0, 0, 0, 0, 0, missing)) if missing else operators.F
+    return filters.contiguous()
+
+
+def _filter_carry(history: Tensor, filters: Tensor) -> Tensor:
+    """What the inputs before position 0 add to s in the first chunks, (B, D, reach T)."""
+    reach, T = filters.shape[1] - 1, filters.shape[2]
+    early = F.pad(history.to(filters.dtype), (reach * T - history.shape[-1], 0))
+    chunks = early.transpose(0, 1).unflatten(-1, (reach, T))  # [D, B, reach, T]
+    carry = [
+        sum(chunks[:, :, reach + c - m] @ filters[:, m].mT for m in range(c + 1, reach + 1))
+        for c in range(reach)
+    ]
+    return torch.cat(carry, -1).transpose(0, 1).contiguous()
+
+
+def _kernel_matrices(
+    operators: ChunkOperators, start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """M, K, P, decay and the start state, with modes filled up to a power of two."""
+    modes = operators.num_modes
+    M, K, P = (x.contiguous() for x in (operators.M, operators.K, operators.P))
+    decay = as_real_pairs(operators.decay.to(torch.complex64)).contiguous()
+    target = max(MIN_STATES, 1 << (2 * modes - 1).bit_length()) // 2
+    if missing := target - modes:
+        K = F.pad(K.unflatten(1, (2, modes)), (0, 0, 0, missing)).flatten(1, 2)
+        P = F.pad(P.unflatten(2, (2, modes)), (0, missing)).flatten(2, 3)
+        decay = F.pad(decay, (0, 0, 0, missing))
+        start = None if start is None else F.pad(start, (0, 0, 0, missing))
+    return M, K, P, decay, start
+
+
+def _final_h3_state(
+    k: Tensor, v: Tensor, operators: ChunkOperators, initial: H3State | None, end: Tensor
+) -> H3State:
+    """Carry the state after the last full chunk over the positions behind it."""
+    full = k.shape[-1] // CHUNK_LENGTH * CHUNK_LENGTH
+    count = operators.n_taps - 1
+    if initial is None:
+        window = F.pad(k[..., max(0, full - count) : full], (max(0, count - full), 0))
+    elif full >= count:
+        window = k[..., full - count : full]
+    else:
+        window = torch.cat([initial.shift.to(k.dtype), k[..., :full]], -1)[..., full:]
+    state = H3State(window, torch.view_as_complex(end))
+    if full == k.shape[-1]:
+        return state
+    return chunked.h3_end_state(k[..., full:], v[..., full:], operators, initial_state=state)
+
+
+def _kernels(backend: str, *tensors: Tensor | None) -> ModuleType:
+    """The kernels that run: Triton's wherever Hopper's fail their test or cannot copy a tensor.
+
+    Both save the same states, so that each takes over from the other.
+    """
+    from h3lm.flashconv.kernels import chunk_triton
+
+    given = [x for x in tensors if x is not None]
+    if backend == "gluon" and all(is_aligned(x) for x in given):
+        from h3lm.flashconv.kernels.self_test import hopper_kernels
+
+        return hopper_kernels(given[0].device) or chunk_triton
+    return chunk_triton
+
+
+@torch.library.custom_op("h3lm::h3_core_fwd", mutates_args=())
+def _forward(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    filters: Tensor | None,
+    M: Tensor,
+    K: Tensor,
+    P: Tensor,
+    decay: Tensor,
+    carry: Tensor | None,
+    start: Tensor | None,
+    with_output: bool,
+    with_end: bool,
+    save_states: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from h3lm.flashconv.kernels.launch import Operators
+
+    operators = Operators(filters, M, K, P, decay)
+    return _kernels(backend, q, k, v).forward(
+        q, k, v, operators, carry, start,
+        with_output=with_output, with_end=with_end, save_states=save_states,
+    )  # fmt: skip
+
+
+@_forward.register_fake
+def _(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    filters: Tensor | None,
+    M: Tensor,
+    K: Tensor,
+    P: Tensor,
+    decay: Tensor,
+    carry: Tensor | None,
+    start: Tensor | None,
+    with_output: bool,
+    with_end: bool,
+    save_states: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from h3lm.flashconv.kernels.launch import saved_states_shape
+
+    B, D, L = k.shape
+    modes = decay.shape[1]
+    o = k.new_empty((B, D, L) if with_output else (0,))
+    end = k.new_empty((B, D, modes, 2) if with_end else (0,), dtype=torch.float32)
+    shape = saved_states_shape(k, modes) if save_states else (0,)
+    return o, end, k.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("h3lm::h3_core_bwd", mutates_args=())
+def _backward(
+    do: Tensor,
+    dend: Tensor | None,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    filters: Tensor | None,
+    M: Tensor,
+    K: Tensor,
+    P: Tensor,
+    decay: Tensor,
+    carry: Tensor | None,
+    start: Tensor | None,
+    states: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    from h3lm.flashconv.kernels.launch import Operators
+
+    operators = Operators(filters, M, K, P, decay)
+    do = _positions_last(do)
+    grads = _kernels(backend, q, k, v, do).backward(
+        do, dend, q, k, v, operators, carry, start, states
+    )
+    return [x for x in grads.in_order() if x is not None]
+
+
+@_backward.register_fake
+def _(
+    do: Tensor,
+    dend: Tensor | None,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    filters: Tensor | None,
+    M: Tensor,
+    K: Tensor,
+    P: Tensor,
+    decay: Tensor,
+    carry: Tensor | None,
+    start: Tensor | None,
+    states: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    inputs = (q, k, v, filters, M, K, P, decay, carry, start)
+    dtypes = (*[k.dtype] * 3, *[torch.float32] * 7)
+    return [
+        k.new_empty(x.shape, dtype=dtype)
+        for x, dtype in zip(inputs, dtypes, strict=True)
+        if x is not None
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, with_end, _, ctx.backend = inputs
+    states = output[2]
+    ctx.mark_non_differentiable(*output[2 if with_end else 1 :])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, states)
+
+
+def _differentiate(
+    ctx: Any, do: Tensor | None, dend: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *tensors, states = ctx.saved_tensors
+    q, k, v, filters, M, K, P, decay, carry, start = tensors
+    if do is None:
+        do = torch.zeros_like(k)
+    dend = None if dend is None or not dend.numel() else dend.contiguous()
+    grads = iter(
+        torch.ops.h3lm.h3_core_bwd(
+            do, dend, q, k, v, filters, M, K, P, decay, carry, start, states, ctx.backend
+        )
+    )
+    given = [None if x is None else next(grads).to(x.dtype) for x in tensors]
+    return (*given, None, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -1,0 +1,340 @@
+"""The kernels against plain PyTorch: in Triton's interpreter on a CPU, compiled on a GPU.
+
+Every result and every gradient is compared with float64 by relative Frobenius norm.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from h3lm.flashconv import chunked, h3_core, h3_end_state, library, ssm_conv
+from h3lm.flashconv.dispatch import Problem, choose
+from h3lm.flashconv.state import H3State
+from h3lm.ssm.operators import ChunkOperators, DiagonalSystem
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+
+# half of the last place of each dtype, times 4 operands rounded on the way, as plain PyTorch does
+# that rounds between products; gradients of parameters are sums with cancellation: twice that
+FLOOR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+PARAMETERS = ("dtaps", "da", "db", "dc", "dskip")
+
+Run = Callable[..., tuple[Tensor, H3State | None]]
+
+
+def _system(D: int, modes: int) -> DiagonalSystem:
+    dt = torch.exp(torch.rand(D, 1, dtype=torch.float64) * 4.6 - 6.9)
+    poles = torch.complex(torch.tensor(-0.5).double(), math.pi * torch.arange(modes).double())
+    a = torch.exp(poles * dt)
+    c = torch.complex(torch.randn(D, modes), torch.randn(D, modes)) / 2
+    return DiagonalSystem(
+        a.to(DEVICE, torch.complex64), ((a - 1) / poles).to(DEVICE, torch.complex64),
+        c.to(DEVICE), torch.randn(D).to(DEVICE),
+    )  # fmt: skip
+
+
+def _leaves(B: int, D: int, L: int, modes: int, n_taps: int, dtype: torch.dtype, state: bool):
+    system = _system(D, modes)
+    leaves = {name: torch.randn(B, D, L).to(DEVICE, dtype) for name in "qkv"}
+    leaves |= {"taps": (torch.randn(D, n_taps) / n_taps**0.5).to(DEVICE)}
+    leaves |= {"a": system.a, "b": system.b, "c": system.c, "skip": system.skip}
+    if state:
+        leaves["shift"] = torch.randn(B, D, n_taps - 1).to(DEVICE, dtype)
+        leaves["x"] = torch.randn(B, D, modes, dtype=torch.complex64).to(DEVICE)
+    return leaves
+
+
+def _widened(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    wide = {True: torch.complex128, False: torch.float64}
+    return {name: x.to(wide[x.is_complex()]) for name, x in leaves.items()}
+
+
+def _everything(run: Run, leaves: dict[str, Tensor], final: bool) -> dict[str, Tensor]:
+    """Output, final state and every gradient, by name."""
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    state = H3State(leaves["shift"], leaves["x"]) if "x" in leaves else None
+    system = DiagonalSystem(*(leaves[name] for name in ("a", "b", "c", "skip")))
+    operators = system.chunk_operators(leaves["taps"])
+    o, end = run(leaves["q"], leaves["k"], leaves["v"], operators, state)
+    random = torch.Generator().manual_seed(1)
+
+    def weighed(x: Tensor) -> Tensor:
+        weight = torch.randn(x.shape, generator=random).to(x.device, x.dtype)
+        return (x * weight).sum(dtype=torch.float64)
+
+    loss = weighed(o)
+    results = {"o": o}
+    if final:
+        assert end is not None
+        results |= {"end shift": end.shift, "end x": torch.view_as_real(end.diagonal)}
+        loss = loss + weighed(end.shift) + weighed(torch.view_as_real(end.diagonal))
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    found = {f"d{name}": g for name, g in zip(leaves, grads, strict=True) if g is not None}
+    found |= results
+    return {n: (torch.view_as_real(g) if g.is_complex() else g).detach() for n, g in found.items()}
+
+
+def _check(run: Run, leaves: dict[str, Tensor], final: bool, dtype: torch.dtype) -> None:
+    exact = _everything(
+        lambda q, k, v, operators, state: chunked.h3_core(
+            q, k, v, operators, initial_state=state
+        ),
+        _widened(leaves), final,
+    )  # fmt: skip
+    found = _everything(run, leaves, final)
+    assert found.keys() == exact.keys()
+    for name, expected in exact.items():
+        error = float((found[name].double() - expected).norm() / (expected.norm() + 1e-30))
+        allowed = FLOOR[dtype] * (2 if name in PARAMETERS else 1)
+        assert error <= allowed, f"{name}: relative error {error:.1e}, allowed {allowed:.1e}"
+
+
+def _kernel(backend: str, final: bool) -> Run:
+    return lambda q, k, v, operators, state: library.h3_core(
+        q, k, v, operators, backend=backend, initial_state=state, with_state=final
+    )
+
+
+INTERPRETED = [
+    # B, D, L, modes, taps, state
+    (2, 2, 100, 8, 64, True),
+    (1, 1, 30, 8, 65, True),
+    (1, 1, 2200, 8, 64, True),
+    (5, 1, 1024, 8, 64, True),
+    (1, 2, 64, 12, 3, False),
+    (2, 1, 65, 8, 128, True),
+    (1, 1, 1, 8, 64, True),
+]
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # the interpreter
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_triton_kernels_equal_float64_on_small_problems(case: tuple) -> None:
+    *shape, state = case
+    leaves = _leaves(*shape, torch.float32, state)
+    _check(_kernel("triton", True), leaves, True, torch.float32)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_triton_kernels_in_half_precision() -> None:
+    leaves = _leaves(2, 1, 128, 8, 17, torch.float16, True)
+    _check(_kernel("triton", True), leaves, True, torch.float16)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_ssm_conv_and_end_state_run_by_the_same_kernels() -> None:
+    leaves = _leaves(2, 2, 200, 8, 64, torch.float32, True)
+    system = DiagonalSystem(*(leaves[name] for name in ("a", "b", "c", "skip")))
+    operators, plain = system.chunk_operators(leaves["taps"]), system.chunk_operators()
+    q, k, v = (leaves[name].requires_grad_() for name in "qkv")
+    state = H3State(leaves["shift"], leaves["x"])
+    end = library.h3_end_state(k, v, operators, backend="triton", initial_state=state)
+    expected = chunked.h3_end_state(k, v, operators, initial_state=state)
+    torch.testing.assert_close(end, expected, rtol=1e-4, atol=1e-5)
+    for gates in ({}, {"pre_gate": q}, {"post_gate": v}, {"pre_gate": q, "post_gate": v}):
+        y, x = library.ssm_conv(k, plain, backend="triton", initial_state=leaves["x"], **gates)
+        z, e = chunked.ssm_conv(k, plain, initial_state=leaves["x"], **gates)
+        torch.testing.assert_close((y, x), (z, e), rtol=1e-4, atol=1e-5)
+        inputs = [k, *gates.values()]
+        found, right = (torch.autograd.grad(out.square().sum(), inputs) for out in (y, z))
+        torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "backend", "word"),
+    [
+        ({}, "gluon", "Hopper"),
+        ({"length": 1000}, "triton", "multiples of 16"),
+        ({"aligned": False}, "triton", "multiples of 16"),
+        ({"capability": (8, 9)}, "triton", "Hopper GPUs"),
+        ({"capability": (8, 9), "num_modes": 64}, "torch", "160 KB"),
+        ({"capability": (7, 5)}, "torch", "8.0"),
+        ({"capability": None}, "torch", "NVIDIA"),
+        ({"num_modes": 16}, "triton", "d_state 64"),
+        ({"n_taps": 128}, "triton", "64 taps"),
+        ({"n_taps": 129}, "torch", "128 taps"),
+        ({"head_dim": 8}, "torch", "head_dim"),
+        ({"packed": True}, "torch", "cu_seqlens"),
+        ({"chunk_length": 32}, "torch", "chunks of 64"),
+        ({"has_triton": False}, "torch", "pip install triton"),
+    ],
+    ids=str,
+)
+def test_choice_follows_from_the_problem_and_says_why(
+    change: dict, backend: str, word: str
+) -> None:
+    problem = Problem(**{"length": 4096, "has_triton": True} | change)
+    choice = choose("h3_core", torch.device("cuda"), torch.bfloat16, "auto", problem)
+    assert choice.backend == backend
+    assert word in choice.reason
+
+
+def test_asking_for_what_a_backend_cannot_do_is_an_error() -> None:
+    for backend in ("triton", "gluon"):
+        with pytest.raises(ValueError, match=r"cannot run h3_core here: kernels need a CUDA"):
+            choose("h3_core", torch.device("cpu"), torch.bfloat16, backend, Problem(64))
+    problem = Problem(64, head_dim=2, has_triton=True)
+    with pytest.raises(ValueError, match="head_dim 1"):
+        choose("h3_core", torch.device("cuda"), torch.bfloat16, "triton", problem)
+
+
+COMPILED = [
+    # B, D, L, modes, taps, dtype, state
+    (1, 4, 8192, 32, 64, torch.bfloat16, False),
+    (4, 4, 2048, 32, 64, torch.bfloat16, True),
+    (3, 4, 1008, 32, 64, torch.bfloat16, True),
+    (2, 3, 4096 + 64 * 3 + 16, 32, 64, torch.bfloat16, True),
+    (5, 3, 512, 32, 64, torch.float16, True),
+    (1, 2, 16, 32, 64, torch.bfloat16, True),
+    (9, 2, 64, 32, 5, torch.bfloat16, True),
+]
+COMPILED_TRITON = [
+    (2, 4, 4097, 32, 64, torch.bfloat16, True),
+    (1, 4, 63, 32, 64, torch.bfloat16, True),
+    (3, 2, 300, 32, 128, torch.bfloat16, True),
+    (2, 2, 100, 64, 17, torch.float16, True),
+    (1, 2, 1, 32, 64, torch.bfloat16, True),
+    (2, 3, 2100, 8, 64, torch.bfloat16, False),
+    (2, 2, 2049, 32, 64, torch.float32, True),
+]
+CASES = [("triton", case) for case in COMPILED + COMPILED_TRITON]
+CASES += [pytest.param("gluon", case, marks=needs_hopper) for case in COMPILED]
+
+
+@pytest.fixture
+def _poisoned():
+    """Fill what is allocated with NaN, so that an unwritten output fails."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.filterwarnings("ignore")  # cuBLAS under deterministic mode
+@pytest.mark.parametrize(("backend", "case"), CASES, ids=str)
+def test_kernel_equals_float64_in_every_gradient(backend: str, case: tuple) -> None:
+    *shape, dtype, state = case
+    leaves = _leaves(*shape, dtype, state)
+    _check(_kernel(backend, True), leaves, True, dtype)
+    first, second = (_everything(_kernel(backend, True), leaves, True) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", pytest.param("gluon", marks=needs_hopper)])
+def test_any_strides_of_rows_and_channels(backend: str) -> None:
+    leaves = _leaves(3, 4, 512, 32, 64, torch.bfloat16, False)
+    for name in "qkv":  # (D, B, L) in memory, beside each other
+        leaves[name] = leaves[name].transpose(0, 1).contiguous().transpose(0, 1)
+    _check(_kernel(backend, False), leaves, False, torch.bfloat16)
+
+
+def _public_call(L: int, dtype: torch.dtype = torch.bfloat16):
+    leaves = _leaves(2, 4, L, 32, 64, dtype, False)
+    system = DiagonalSystem(*(leaves[name] for name in ("a", "b", "c", "skip")))
+    return [leaves[name].requires_grad_() for name in "qkv"], leaves["taps"], system
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_two_halves_with_a_state_equal_one_run() -> None:
+    (q, k, v), taps, system = _public_call(1024)
+    whole, end = h3_core(q, k, v, taps, system, return_final_state=True)
+    state = h3_end_state(k[..., :400], v[..., :400], taps, system)
+    rest, last = h3_core(
+        q[..., 400:], k[..., 400:], v[..., 400:], taps, system,
+        initial_state=state, return_final_state=True,
+    )  # fmt: skip
+    torch.testing.assert_close(rest, whole[..., 400:], rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(last.diagonal, end.diagonal, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_reversed_run_equals_plain_pytorch() -> None:
+    (q, k, v), taps, system = _public_call(500)
+    found, _ = h3_core(q, k, v, taps, system, reverse=True)
+    expected, _ = h3_core(q, k, v, taps, system, reverse=True, backend="torch")
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("backend", ["triton", pytest.param("gluon", marks=needs_hopper)])
+def test_opcheck(backend: str) -> None:
+    (q, k, v), taps, system = _public_call(256)
+    operators: ChunkOperators = system.chunk_operators(taps)
+    matrices = library.kernel_operators(operators)
+    inputs = (q, k, v, *matrices, None, None, True, True, True, backend)
+    torch.library.opcheck(torch.ops.h3lm.h3_core_fwd.default, inputs)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_in_one_graph(dynamic: bool) -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor, taps: Tensor, system: DiagonalSystem) -> Tensor:
+        return h3_core(q, k, v, taps, system)[0].sin()
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic)
+    for L in (256, 320, 384) if dynamic else (256,):
+        (q, k, v), taps, system = _public_call(L)
+        found, expected = compiled(q, k, v, taps, system), run(q, k, v, taps, system)
+        torch.testing.assert_close(found, expected)
+        grad = torch.autograd.grad(found.float().sum(), [q, k, v])
+        right = torch.autograd.grad(expected.float().sum(), [q, k, v])
+        torch.testing.assert_close(grad, right, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_runs_under_a_cuda_graph() -> None:
+    (q, k, v), taps, system = _public_call(512)
+    operators = system.chunk_operators(taps)
+    q, k, v = (x.detach() for x in (q, k, v))
+    expected, _ = h3_core(q, k, v, taps, operators)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found, _ = h3_core(q, k, v, taps, operators)
+    graph.replay()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_float16_products_up_to_its_range() -> None:
+    # |s v| and the states must stay below 65504: the stated range, here up to 3e4
+    leaves = _leaves(1, 2, 256, 32, 1, torch.float16, False)
+    leaves["taps"] = torch.ones_like(leaves["taps"])
+    leaves["k"] = leaves["k"].clamp(-1, 1) * 170
+    leaves["v"] = leaves["v"].clamp(-1, 1) * 170
+    leaves["q"] = leaves["q"] * 1e-3
+    leaves["c"], leaves["skip"] = leaves["c"] * 0, torch.ones_like(leaves["skip"])
+    system = DiagonalSystem(*(leaves[name] for name in ("a", "b", "c", "skip")))
+    o, _ = h3_core(*(leaves[name] for name in "qkv"), leaves["taps"], system)
+    expected = leaves["q"].float() * leaves["k"].float() * leaves["v"].float()
+    torch.testing.assert_close(o.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_ssm_conv_chooses_a_kernel() -> None:
+    (q, k, v), _, system = _public_call(500)
+    found, _ = ssm_conv(k, system, pre_gate=v, post_gate=q)
+    expected, _ = ssm_conv(k, system, pre_gate=v, post_gate=q, backend="torch")
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
