@@ -11,6 +11,7 @@ Source: Gu et al. 2022 (S4), sections 3.2 and 3.3 and Appendix C.3.
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -72,6 +73,10 @@ class DPLRSystem:
         Returns:
             Abar (H, N, N), Bbar (H, N) and the read-out row (H, N), float64. y = row x + skip u.
         """
+        return self._dense
+
+    @cached_property
+    def _dense(self) -> tuple[Tensor, Tensor, Tensor]:
         P, B, c = (_widen(x) for x in (self.P, self.B, self.c))
         wide = replace(
             self,
@@ -157,7 +162,7 @@ class DPLRSystem:
         """The state after the inputs `u`, all of them at once.
 
         Blocks of inputs become states by one matrix product, then neighbours are joined
-        pairwise, with Abar squared from level to level.
+        pairwise; both tables grow by squaring Abar.
 
         Args:
             u: Inputs, (B, H, L); L may be 0.
@@ -165,19 +170,19 @@ class DPLRSystem:
         """
         dtype = self.skip.dtype
         Abar, column, _ = self.dense()
-        L, block = u.shape[-1], min(_BLOCK, max(1, u.shape[-1]))
+        L = u.shape[-1]
         start = u.new_zeros(*u.shape[:2], Abar.shape[-1], dtype=dtype)
         if state is not None:
             carried = torch.linalg.matrix_power(Abar, L).to(dtype)
             start = (carried @ _as_real(state).to(dtype)[..., None])[..., 0]
-        columns = [column]
-        for _ in range(block - 1):
-            columns.append((Abar @ columns[-1][..., None])[..., 0])
-        into = torch.stack(columns[::-1], -1).to(dtype)  # [H, N, block], the newest input last
+        into, through = column[..., None], Abar
+        while into.shape[-1] < min(_BLOCK, L):
+            into = torch.cat([through @ into, into], -1)  # [H, N, block], the newest input last
+            through = through @ through
+        block = into.shape[-1]
         blocks = 1 << max(0, (-(-L // block) - 1).bit_length())
         padded = F.pad(u.to(dtype), (blocks * block - L, 0)).unflatten(-1, (blocks, block))
-        partial = padded @ into.mT  # [B, H, blocks, N]
-        through = torch.linalg.matrix_power(Abar, block)
+        partial = padded @ into.mT.to(dtype)  # [B, H, blocks, N]
         while partial.shape[-2] > 1:
             partial = partial[..., ::2, :] @ through.to(dtype).mT + partial[..., 1::2, :]
             through = through @ through
