@@ -319,3 +319,27 @@ def test_live_line_prints_seldom_where_there_is_no_terminal(capsys):
     progress("two")
     say("three")
     assert capsys.readouterr().out == "one\nthree\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["h3", "s4d", "gss", "s4", "linear_attention", "attention"])
+def test_captured_steps_on_a_gpu_train_as_steps_on_the_cpu(mixer):
+    def members():
+        return [member(seed, epochs=2, rate=r) for seed, r in ((0, 4e-3), (1, 1e-3))]
+
+    captured, plain = members(), members()
+    Ensemble(maker(mixer), captured, torch.device("cuda")).train()
+    Ensemble(maker(mixer), plain, CPU).train()
+    for one, other in zip(captured, plain, strict=True):
+        assert [step for step, _, _ in one.curve] == [step for step, _, _ in other.curve]
+        losses = [loss for _, loss, _ in one.curve]
+        assert losses == pytest.approx([loss for _, loss, _ in other.curve], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_dropout_differs_between_captured_steps_and_between_models():
+    # the same rows and start for both models: only their dropout can part them
+    same = [member(0, epochs=2), member(0, epochs=2)]
+    Ensemble(maker(dropout=0.5), same, torch.device("cuda")).train()
+    first, second = ([loss for _, loss, _ in m.curve] for m in same)
+    assert first != second
