@@ -78,7 +78,8 @@ def _read(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+        # torch names what it refused to build; garbage is refused at its first byte
+        if "Unsupported global" in str(error) or "not an allowed global" in str(error):
             raise UserError(
                 f"{path}: holds objects other than tensors, which could run code; not loaded"
             ) from None
