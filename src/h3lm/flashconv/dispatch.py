@@ -170,7 +170,6 @@ def is_aligned(x: Tensor) -> bool:
     return aligned and x.stride(2) == 1 and rows < 2**28
 
 
-@cache
 def capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of an NVIDIA GPU, None for any other device."""
     if device.type != "cuda" or torch.version.hip is not None:
