@@ -209,6 +209,15 @@ def test_what_was_run_is_not_run_again_and_more_seeds_are_added(finished):
     assert sum("already in" in line for line in said) == 2
 
 
+def test_processes_side_by_side_train_the_same(finished, tmp_path):
+    _, chosen, _ = finished
+    two = replace(chosen, seeds=(0,), search=False)
+    for folder, workers in (("one", 1), ("two", 2)):
+        run(two, tmp_path / folder, lambda line: None, workers=workers)
+    one, other = (Report.open(tmp_path / folder).runs for folder in ("one", "two"))
+    assert sorted(map(repr, one)) == sorted(map(repr, other))
+
+
 def test_best_of_the_search_is_one_rate_for_all_seeds(finished):
     report = Report.open(finished[0])
     runs = report.select("recall", "h3", "search")

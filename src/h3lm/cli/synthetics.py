@@ -33,6 +33,9 @@ def synthetics(
     out: Annotated[
         Path, Option(help="Folder of the report; what it holds is not run again.")
     ] = Path("runs/synthetics"),
+    workers: Annotated[
+        int, Option(min=0, help="Processes side by side, on a CPU; 0: one on each core.")
+    ] = 0,
     device: Annotated[str, Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Train mixers on tasks that tell them apart, and report what they can recall."""
@@ -54,4 +57,4 @@ def synthetics(
         num_pairs=num_pairs,
     )
     say, progress = live_line()
-    run(chosen, out, say, progress)
+    run(chosen, out, say, progress, workers=workers)

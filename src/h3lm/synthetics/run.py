@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -247,7 +250,39 @@ def model_config(mixer: str, setting: Setting) -> H3Config:
         raise UserError(f"mixer {mixer!r}: {error}") from None
 
 
-def run(plan: Plan, out: Path, say: Say = print, progress: Say | None = None) -> None:
+@dataclass(frozen=True)
+class Job:
+    """Models of one mixer on one setting, to be trained together.
+
+    Attributes:
+        name: Name of the setting.
+        setting: The setting.
+        mixer: The mixer, as it was asked for.
+        wanted: Kind, seed and recipe of each model.
+        device: Where to train.
+        out: Folder to write the best model and its picture to.
+    """
+
+    name: str
+    setting: Setting
+    mixer: str
+    wanted: tuple[tuple[str, int, Recipe], ...]
+    device: str
+    out: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job leaves for the report."""
+
+    runs: list[Run]
+    size: dict[str, int]
+    baselines: list[dict[str, Any]]
+
+
+def run(
+    plan: Plan, out: Path, say: Say = print, progress: Say | None = None, *, workers: int = 1
+) -> None:
     """Train everything of a plan and write report.json, report.md, the pictures and the models.
 
     Runs that the folder's report already holds are not run again.
@@ -257,40 +292,56 @@ def run(plan: Plan, out: Path, say: Say = print, progress: Say | None = None) ->
         out: Folder to write to; made if missing.
         say: Prints a line.
         progress: Shows a line that the next one replaces.
+        workers: Processes that train side by side, on a CPU; 0 for one on each core. With more
+            than one each shows its own progress.
 
     Raises:
         UserError: if the folder cannot be written, or the device is missing.
     """
     from h3lm.synthetics import plots
-    from h3lm.synthetics.trace import trace
 
     device = _device(plan.device)
     report = Report.open(out)
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # the models are so small that sharing an operation costs more
-    try:
-        for name, setting in plan.settings.items():
-            for mixer in plan.mixers:
-                members = _members(plan, name, setting, mixer, report)
-                if not members:
-                    say(f"{name} {mixer}: already in {out / 'report.json'}")
-                    continue
-                say(f"{name} {mixer}: {len(members)} model(s) on {device}")
-                _train(name, setting, mixer, members, report, device, progress)
-                say(f"{name} {mixer}: {report.summary(name, mixer)}")
-                best = max((m for _, m in members), key=lambda m: (m.last, -m.test_loss))
-                if best.model is not None:
-                    _save(best.model, out / "models" / f"{name}-{_file_name(mixer)}")
-                    if set(mixer.split("+")) == {"h3"} and name.startswith(("recall", "induction")):
-                        plots.plot_trace(trace(best.model, best.data), out / f"trace-{name}.png")
-                report.write()
-    finally:
-        torch.set_num_threads(threads)
+    jobs = []
+    for name, setting in plan.settings.items():
+        for mixer in plan.mixers:
+            wanted = _wanted(plan, name, setting, mixer, report)
+            if not wanted:
+                say(f"{name} {mixer}: already in {report.path}")
+                continue
+            say(f"{name} {mixer}: {len(wanted)} model(s) on {device}")
+            jobs.append(Job(name, setting, mixer, wanted, str(device), out))
+    if device.type != "cpu":
+        workers = 1
+    elif workers == 0:
+        workers = os.cpu_count() or 1
+    for job, outcome in _outcomes(jobs, min(workers, len(jobs)), progress):
+        report.add(job, outcome)
+        report.write()
+        say(f"{job.name} {job.mixer}: {report.summary(job.name, job.mixer)}")
     for path in plots.plot_report(report, out):
         say(f"written: {path}")
     say(report.markdown())
     say(f"written: {out / 'report.md'}, {out / 'report.json'}")
+
+
+def _outcomes(jobs: list[Job], workers: int, progress: Say | None) -> Iterator[tuple[Job, Outcome]]:
+    if workers <= 1:
+        for job in jobs:
+            yield job, _do(job, progress)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(_do_in_process, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _do_in_process(job: Job) -> Outcome:
+    return _do(job, live_line()[1])
 
 
 def live_line(interval_s: float = 30.0) -> tuple[Say, Say]:
@@ -316,93 +367,97 @@ def live_line(interval_s: float = 30.0) -> tuple[Say, Say]:
     return say, progress
 
 
-def _train(
-    name: str,
-    setting: Setting,
-    mixer: str,
-    members: list[tuple[str, Member]],
-    report: "Report",
-    device: torch.device,
-    progress: Say | None,
-) -> None:
-    config = model_config(mixer, setting)
+def _do(job: Job, progress: Say | None) -> Outcome:
+    """Train a job's models, and keep the best of them with a picture of what it does."""
+    from h3lm.synthetics import plots
+    from h3lm.synthetics.trace import trace
+
+    setting, config = job.setting, model_config(job.mixer, job.setting)
+    data = {
+        seed: setting.task.dataset(seed, num_train=setting.num_train, num_test=setting.num_test)
+        for seed in sorted({seed for _, seed, _ in job.wanted})
+    }
+    members = [Member(seed, recipe, data[seed]) for _, seed, recipe in job.wanted]
 
     def make(seed: int) -> H3ForCausalLM:
         torch.manual_seed(seed)
         return H3ForCausalLM(config)
 
-    ensemble = Ensemble(make, [member for _, member in members], device)
-
     def show(look: Look) -> None:
-        if progress is None:
-            return
-        left = look.elapsed_s / look.step * (look.total - look.step)
-        best, mean = max(look.accuracies), fmean(look.accuracies)
-        progress(
-            f"{name} {mixer}: step {look.step:,}/{look.total:,}, loss {fmean(look.losses):.3f}, "
-            f"accuracy {100 * mean:.1f} (best {100 * best:.1f}) %, "
-            f"{1000 * look.elapsed_s / look.step:.1f} ms/step, {left:.0f} s left at most"
-        )
+        if progress is not None:
+            progress(f"{job.name} {job.mixer}: {_describe(look)}")
 
-    ensemble.train(show)
-    longer = _score_longer(ensemble, setting, config)
-    report.sizes[f"{name} {mixer}"] = {
-        "parameters": sum(p.numel() for p in ensemble.model(0).parameters()),
-        "state_floats": state_floats(ensemble.model(0), setting.task.length),
+    threads = torch.get_num_threads()
+    if job.device == "cpu":
+        torch.set_num_threads(1)  # the models are so small that sharing an operation costs more
+    try:
+        ensemble = Ensemble(make, members, torch.device(job.device))
+        ensemble.train(show)
+        longer = _score_longer(ensemble, setting, config)
+    finally:
+        torch.set_num_threads(threads)
+    best = max(members, key=lambda m: (m.last, -m.test_loss))
+    assert best.model is not None
+    _save(best.model, job.out / "models" / f"{job.name}-{_file_name(job.mixer)}")
+    if set(job.mixer.split("+")) == {"h3"} and not job.name.startswith("mqar"):
+        plots.plot_trace(trace(best.model, best.data), job.out / f"trace-{job.name}.png")
+    steps = -(-setting.num_train // setting.recipe.batch_size)
+    runs = [
+        Run(
+            setting=job.name,
+            mixer=job.mixer,
+            kind=kind,
+            seed=member.seed,
+            learning_rate=member.recipe.learning_rate,
+            planned_steps=member.recipe.epochs * steps,
+            steps=member.steps,
+            accuracy=member.last,
+            best_accuracy=member.best,
+            test_loss=member.test_loss,
+            longer={str(length): scores[i] for length, scores in longer.items()},
+            curve=member.curve,
+        )
+        for i, ((kind, _, _), member) in enumerate(zip(job.wanted, members, strict=True))
+    ]
+    size = {
+        "parameters": sum(p.numel() for p in best.model.parameters()),
+        "state_floats": state_floats(best.model, setting.task.length),
     }
-    report.baselines[name] = [asdict(b) for b in _mean_baselines(m for _, m in members)]
-    for i, (kind, member) in enumerate(members):
-        report.runs.append(
-            Run(
-                setting=name,
-                mixer=mixer,
-                kind=kind,
-                seed=member.seed,
-                learning_rate=member.recipe.learning_rate,
-                planned_steps=member.recipe.epochs
-                * -(-setting.num_train // member.recipe.batch_size),
-                steps=member.steps,
-                accuracy=member.last,
-                best_accuracy=member.best,
-                test_loss=member.test_loss,
-                longer={str(length): scores[i] for length, scores in longer.items()},
-                curve=member.curve,
-            )
-        )
+    return Outcome(runs, size, [asdict(b) for b in _mean_baselines(data.values())])
 
 
-def _members(
+def _describe(look: Look) -> str:
+    per_step = look.elapsed_s / look.step
+    return (
+        f"step {look.step:,}/{look.total:,}, loss {fmean(look.losses):.3f}, "
+        f"accuracy {100 * fmean(look.accuracies):.1f} (best {100 * max(look.accuracies):.1f}) %, "
+        f"{1000 * per_step:.1f} ms/step, {per_step * (look.total - look.step):.0f} s left at most"
+    )
+
+
+def _wanted(
     plan: Plan, name: str, setting: Setting, mixer: str, report: "Report"
-) -> list[tuple[str, Member]]:
+) -> tuple[tuple[str, int, Recipe], ...]:
     """The models that the report does not hold yet; both kinds go into one ensemble."""
-    recipe = setting.recipe
+    recipe, steps = setting.recipe, -(-setting.num_train // setting.recipe.batch_size)
     if plan.max_steps is not None:
-        per_epoch = -(-setting.num_train // recipe.batch_size)
-        recipe = replace(recipe, epochs=max(1, plan.max_steps // per_epoch))
+        recipe = replace(recipe, epochs=max(1, plan.max_steps // steps))
     if not plan.early_stop:
         recipe = replace(recipe, stop_at=None)
     if plan.learning_rate is not None:
         recipe = replace(recipe, learning_rate=plan.learning_rate)
-    wanted = [("recipe", recipe)]
+    kinds = [("recipe", recipe)]
     if plan.search:
-        wanted += [
+        kinds += [
             ("search", replace(recipe, learning_rate=rate, epochs=SEARCH_LENGTH * recipe.epochs))
             for rate in SEARCH_RATES
         ]
-    steps = -(-setting.num_train // recipe.batch_size)
-    data: dict[int, Dataset] = {}
-    members = []
-    for kind, how in wanted:
-        for seed in plan.seeds:
-            key = (name, mixer, kind, seed, how.learning_rate, how.epochs * steps)
-            if key in report:
-                continue
-            if seed not in data:
-                data[seed] = setting.task.dataset(
-                    seed, num_train=setting.num_train, num_test=setting.num_test
-                )
-            members.append((kind, Member(seed, how, data[seed])))
-    return members
+    return tuple(
+        (kind, seed, how)
+        for kind, how in kinds
+        for seed in plan.seeds
+        if (name, mixer, kind, seed, how.learning_rate, how.epochs * steps) not in report
+    )
 
 
 def _score_longer(ensemble: Ensemble, setting: Setting, config: H3Config) -> dict[int, list[float]]:
@@ -474,6 +529,12 @@ class Report:
             for r in self.runs
         }
 
+    def add(self, job: Job, outcome: Outcome) -> None:
+        """Take up what a job left."""
+        self.runs += outcome.runs
+        self.sizes[f"{job.name} {job.mixer}"] = outcome.size
+        self.baselines[job.name] = outcome.baselines
+
     def write(self) -> None:
         """Write the JSON and the tables."""
         stored = {
@@ -489,8 +550,10 @@ class Report:
         return list(dict.fromkeys(run.setting for run in self.runs))
 
     def mixers(self, setting: str) -> list[str]:
-        """Mixers of a setting, in that order."""
-        return list(dict.fromkeys(r.mixer for r in self.runs if r.setting == setting))
+        """Mixers of a setting, the default ones first."""
+        found = dict.fromkeys(r.mixer for r in self.runs if r.setting == setting)
+        known = {mixer: i for i, mixer in enumerate(MIXERS_BY_DEFAULT)}
+        return sorted(found, key=lambda mixer: known.get(mixer, len(known)))
 
     def select(self, setting: str, mixer: str, kind: str) -> list[Run]:
         """Runs of one kind: those of the recipe, or those of the search's best rate.
@@ -584,10 +647,9 @@ def _spread(accuracies: list[float]) -> str:
     return mean if len(accuracies) == 1 else f"{mean} ± {100 * pstdev(accuracies):.1f}"
 
 
-def _mean_baselines(members: Iterable[Member]) -> list[Baseline]:
+def _mean_baselines(data: Iterable[Dataset]) -> list[Baseline]:
     """Baselines on the rows of each seed, averaged."""
-    data = {m.seed: m.data for m in members}
-    tables = [d.task.baselines(d) for d in data.values()]
+    tables = [d.task.baselines(d) for d in data]
     means = []
     for same in zip(*tables, strict=True):
         losses = [b.loss for b in same if b.loss is not None]
