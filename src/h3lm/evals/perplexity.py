@@ -44,7 +44,7 @@ class TextScore:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean over all tokens; never a mean of perplexities."""
+        """The exponential of the mean over all tokens; never a mean of perplexities."""
         return math.exp(self.loss)
 
     def bits_per(self, units: int) -> float:

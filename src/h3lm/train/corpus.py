@@ -80,7 +80,8 @@ def tokenizer_of(blocks: Blocks) -> "PreTrainedTokenizerFast":
     """The tokenizer that the blocks were made with."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(blocks.stream.tokenizer_folder)
+    found: Any = AutoTokenizer.from_pretrained(blocks.stream.tokenizer_folder)
+    return found
 
 
 class BlockDataset(Dataset[Block]):

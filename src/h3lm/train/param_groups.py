@@ -68,12 +68,12 @@ def parameter_groups(
 def describe_groups(groups: list[dict[str, Any]]) -> str:
     """A table of groups: sizes, rates, and which parameters."""
     lines = [f"{'parameters':>14} {'tensors':>8} {'rate':>9} {'decay':>6}  which"]
-    for group in groups:
-        kinds = sorted({name.split(".", 4)[-1] for name in group["names"]})
-        which = ", ".join(kinds) if len(kinds) <= 4 else f"{len(kinds)} kinds, everything else"
+    for i, group in enumerate(groups):
+        kinds = sorted({".".join(name.split(".")[-2:]) for name in group["names"]})
+        which = ", ".join(kinds) if i else "all others"
         size = sum(p.numel() for p in group["params"])
         lines.append(
             f"{size:>14,} {len(group['names']):>8} {group['lr']:>9.1e} "
-            f"{group['weight_decay']:>6.2f}  {which}"
+            f"{group['weight_decay']:>6.2f}  {which if len(groups) > 1 else 'all'}"
         )
     return "\n".join(lines)

@@ -33,6 +33,7 @@ class ProgressLine(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        """Start the line."""
         self.began, self.first = time.monotonic(), state.global_step
         self.shown_at = 0.0
         if self.console.is_terminal:
@@ -47,12 +48,14 @@ class ProgressLine(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
+        """Keep the newest losses."""
         self.loss = (logs or {}).get("loss", self.loss)
         self.validation = (logs or {}).get("eval_loss", self.validation)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        """Show where the run is."""
         now = time.monotonic()
         if now - self.shown_at < 0.2:
             return
@@ -80,6 +83,7 @@ class ProgressLine(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        """Take the line away."""
         if self.console.is_terminal:
             self.progress.stop()
 
@@ -93,6 +97,7 @@ class StopAfter(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        """Start the clock."""
         self.began = time.monotonic()
 
     @property
@@ -104,6 +109,7 @@ class StopAfter(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        """Stop when the time is over."""
         if self.progress >= 1.0:
             control.should_training_stop = True
 

@@ -1,5 +1,8 @@
 """A recipe: everything that decides a training run, as one typed model."""
 
+# ruff: noqa: RUF009 (`key` makes a dataclass field, anew for each)
+
+import contextlib
 import difflib
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
@@ -14,6 +17,11 @@ from h3lm.errors import UserError
 SHIPPED = files("h3lm.train") / "recipes"
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
+DURATIONS = ("steps", "epochs", "time_limit_s")
+POSITIVE = (
+    "block_length", "batch_size", "learning_rate", "ssm_max_learning_rate", "log_every",
+    "eval_every", "eval_stride", "save_every", "keep_checkpoints", "sample_tokens",
+)  # fmt: skip
 
 
 def key(default: Any, meaning: str, unit: str = "") -> Any:
@@ -82,20 +90,31 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check what contradicts itself."""
-        given = [n for n in ("steps", "epochs", "time_limit_s") if getattr(self, n) is not None]
+        given = [n for n in DURATIONS if getattr(self, n) is not None]
         if len(given) != 1:
             found = " and ".join(given) if given else "none of them"
             raise UserError(
                 f"a recipe says how long in one way, steps, epochs or time_limit_s: it has {found}"
             )
-        for name in (*given, "block_length", "batch_size", "learning_rate", "log_every"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}={getattr(self, name)} must be positive")
+        for name in (*given, *POSITIVE):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name}={value} must be positive")
+        for name in ("warmup_fraction", "decay_fraction", "floor_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)} must be from 0 to 1")
+        if self.eval_stride is not None and self.eval_stride > self.block_length:
+            raise UserError(
+                f"eval_stride={self.eval_stride} exceeds the context of an evaluation, "
+                f"block_length={self.block_length}"
+            )
+        if self.init_from is not None and (self.preset is not None or self.model):
+            raise UserError(
+                "init_from brings its own model: a recipe that has it gives no preset and no model"
+            )
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
-            raise UserError(
-                f"micro_batch_size={micro} must divide batch_size={self.batch_size}"
-            )
+            raise UserError(f"micro_batch_size={micro} must divide batch_size={self.batch_size}")
         for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
             if getattr(self, name) not in allowed:
                 raise UserError(
@@ -127,7 +146,12 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"{source}: no such recipe file")
-        text, name = path.read_text(encoding="utf-8"), path.stem
+        try:
+            text, name = path.read_text(encoding="utf-8"), path.stem
+        except OSError as error:
+            raise UserError(f"{source}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source}: byte {error.start} is not UTF-8") from None
     else:
         shipped = SHIPPED / f"{source}.yaml"
         if not shipped.is_file():
@@ -139,10 +163,21 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{source}: a recipe is a list of `key: value`, not {type(values).__name__}")
-    values = {"name": name} | values
-    for override in overrides:
-        _apply(values, override)
+        raise UserError(
+            f"{source}: a recipe is a list of `key: value`, not {type(values).__name__}"
+        )
+    values = dict[str, Any]({"name": name} | values)
+    changes = [_read_override(override) for override in overrides]
+    if any(key in DURATIONS and value is not None for key, value in changes):
+        values = {key: value for key, value in values.items() if key not in DURATIONS}
+    for key_, value in changes:
+        if key_.startswith("model."):
+            fields_ = values.get("model") or {}
+            if not isinstance(fields_, dict):
+                raise UserError(f"model={fields_!r} must be dict")
+            values["model"] = fields_ | {key_.removeprefix("model."): value}
+        else:
+            values[key_] = value
     return make_recipe(values)
 
 
@@ -185,29 +220,21 @@ def with_values(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def _explain_field(f: Field) -> str:
-    default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+    default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[operator]
     shown = "null" if default is None else repr(default)
     kind = str(get_type_hints(Recipe)[f.name]).replace("<class '", "").replace("'>", "")
     unit = f" {f.metadata['unit']}" if f.metadata["unit"] else ""
     return f"{f.name} ({kind}, default {shown}{unit}): {f.metadata['meaning']}"
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _read_override(override: str) -> tuple[str, Any]:
     name, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"{override!r}: write an override as key=value")
     try:
-        value = yaml.safe_load(text)
+        return name, yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"{override!r}: cannot read the value") from None
-    if name.startswith("model."):
-        values["model"] = {**(values.get("model") or {}), name.removeprefix("model."): value}
-        return
-    values[name] = value
-    if name in ("steps", "epochs", "time_limit_s") and value is not None:
-        for other in ("steps", "epochs", "time_limit_s"):
-            if other != name:
-                values.pop(other, None)
 
 
 def _convert(name: str, value: Any) -> Any:
@@ -216,10 +243,8 @@ def _convert(name: str, value: Any) -> Any:
     if value is None and type(None) in allowed:
         return None
     if isinstance(value, str) and float in allowed:  # YAML reads 6e-4 as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
         return float(value)
     plain = tuple(t if isinstance(t, type) else t.__origin__ for t in allowed)

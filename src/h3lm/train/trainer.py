@@ -58,6 +58,8 @@ class H3Trainer(Trainer):
         arguments: As for `Trainer`.
     """
 
+    model: H3ForCausalLM
+
     def __init__(self, recipe: Recipe, valid: HeldOut | None, **arguments: Any) -> None:
         self.recipe, self.valid = recipe, valid
         self.clock = None if recipe.time_limit_s is None else StopAfter(recipe.time_limit_s)
@@ -99,7 +101,7 @@ class H3Trainer(Trainer):
                 progress = step / num_training_steps if clock is None else clock.progress
                 return learning_rate_factor(self.recipe, progress)
 
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), factor)
         return self.lr_scheduler
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -193,6 +195,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
         model=model,
         args=arguments,
         train_dataset=BlockDataset(blocks),
+        eval_dataset=[],  # `evaluate` has the text, but the library insists
         data_collator=BlockCollator(recipe.reset_state_at_documents),
         callbacks=[ProgressLine(recipe, console)],
     )
@@ -239,6 +242,7 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
         torch_compile=recipe.compile,
         dataloader_drop_last=True,
         remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to=[],
     )
@@ -246,7 +250,7 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
-def _checkpointing(wanted: bool) -> dict[str, bool]:
+def _checkpointing(wanted: bool) -> dict[str, Any]:
     """The library's argument for it, which 5.23 renamed."""
     names = TrainingArguments.__dataclass_fields__
     new = "activation_checkpointing" in names
@@ -267,13 +271,12 @@ def _finish(trainer: H3Trainer, tokenizer: Any, seconds: float, console: Console
         "precision": "bf16" if trainer.args.bf16 else "fp32",
     }
     metrics = trainer.evaluate()
-    if metrics:
-        summary |= _validation_summary(trainer, metrics["eval_loss"])
+    if trainer.valid is not None:
+        loss = metrics["eval_loss"]
+        summary |= _validation_summary(recipe, trainer.valid, loss)
         unit = "character" if trainer.valid.characters else "token"
         console.print(
-            f"validation loss {metrics['eval_loss']:.4f} nats, {bits(metrics['eval_loss']):.4f} "
-            f"bits per {unit}",
-            highlight=False,
+            f"validation loss {loss:.4f} nats, {bits(loss):.4f} bits per {unit}", highlight=False
         )
     plot_losses(trainer.state.log_history, folder / "loss.png", recipe.name)
     if recipe.sample:
@@ -293,14 +296,14 @@ def _finish(trainer: H3Trainer, tokenizer: Any, seconds: float, console: Console
     return Result(folder, summary)
 
 
-def _validation_summary(trainer: H3Trainer, loss: float) -> dict[str, Any]:
-    unit = "char" if trainer.valid.characters else "token"
+def _validation_summary(recipe: Recipe, valid: HeldOut, loss: float) -> dict[str, Any]:
+    unit = "char" if valid.characters else "token"
     return {
         "val_loss": loss,
         f"val_bits_per_{unit}": bits(loss),
-        "val_tokens": len(trainer.valid.tokens) - trainer.valid.first,
-        "val_context": trainer.recipe.block_length,
-        "val_stride": trainer.recipe.eval_stride or trainer.recipe.block_length,
+        "val_tokens": len(valid.tokens) - valid.first,
+        "val_context": recipe.block_length,
+        "val_stride": recipe.eval_stride or recipe.block_length,
     }
 
 

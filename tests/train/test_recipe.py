@@ -1,0 +1,115 @@
+from dataclasses import fields
+
+import pytest
+import torch
+
+from h3lm.errors import UserError
+from h3lm.models import H3ForCausalLM
+from h3lm.train.recipe import Recipe, explain, load_recipe, make_recipe, shipped_recipes
+from h3lm.train.trainer import build_config
+
+
+def test_unknown_keys_are_errors_that_name_the_nearest():
+    with pytest.raises(UserError, match=r"unknown recipe key 'learningrate'.*'learning_rate'"):
+        make_recipe({"steps": 1, "learningrate": 1e-3})
+    with pytest.raises(UserError, match="no recipe 'demon'; did you mean 'demo'"):
+        load_recipe("demon")
+    with pytest.raises(UserError, match="unknown recipe key 'stepps'; did you mean 'steps'"):
+        explain("stepps")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 1, "epochs": 1.0}, "one way, .*: it has steps and epochs"),
+        ({}, "it has none of them"),
+        ({"steps": 0}, "steps=0 must be positive"),
+        ({"steps": 1, "batch_size": 8, "micro_batch_size": 3}, "micro_batch_size=3 must divide"),
+        ({"steps": 1, "schedule": "sine"}, "'sine' is not one of cosine, linear, constant"),
+        ({"steps": 1, "learning_rate": "fast"}, "learning_rate='fast' must be float"),
+        ({"steps": True}, "steps=True must be int"),
+        ({"steps": 1, "name": None}, "name=None must be str"),
+        ({"steps": 1, "model": "large"}, "model='large' must be dict"),
+        ({"steps": 1, "eval_stride": 9, "block_length": 8}, "eval_stride=9 exceeds"),
+        ({"steps": 1, "warmup_fraction": 1.5}, "warmup_fraction=1.5 must be from 0 to 1"),
+        ({"steps": 1, "save_every": 0}, "save_every=0 must be positive"),
+        ({"steps": 1, "init_from": "m", "preset": "125m"}, "no preset and no model"),
+    ],
+)
+def test_contradictions_and_wrong_types_are_one_line(values, message):
+    with pytest.raises(UserError, match=message) as error:
+        make_recipe(values)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_replace_values_and_fields_of_the_model(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("steps: 10\nlearning_rate: 6e-4\nmodel: {hidden_size: 32, d_state: 16}\n")
+    recipe = load_recipe(str(path), ["learning_rate=3e-4", "model.d_state=8", "mixers=[h3, h3]"])
+    assert recipe.name == "mine"
+    assert recipe.learning_rate == 3e-4
+    assert recipe.model == {"hidden_size": 32, "d_state": 8}
+    assert recipe.mixers == ["h3", "h3"]
+    assert load_recipe(str(path), ["epochs=2"]).steps is None
+    with pytest.raises(UserError, match="it has steps and epochs"):
+        load_recipe(str(path), ["epochs=2", "steps=3"])
+    with pytest.raises(UserError, match="write an override as key=value"):
+        load_recipe(str(path), ["steps"])
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"steps: [1", "not YAML"),
+        (b"- steps", "a recipe is a list of `key: value`"),
+        (b"name: caf\xe9", "byte 9 is not UTF-8"),
+    ],
+)
+def test_files_that_are_no_recipes_are_one_line(tmp_path, contents, message):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(contents)
+    with pytest.raises(UserError, match=message) as error:
+        load_recipe(str(path))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no such recipe file"):
+        load_recipe(str(tmp_path / "missing.yaml"))
+
+
+def test_a_written_recipe_is_read_back_the_same(tmp_path):
+    recipe = load_recipe("demo", ["seed=3", "eval_every=5"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(str(path)) == recipe
+
+
+def test_every_key_is_explained_with_type_default_and_meaning():
+    lines = explain().splitlines()
+    assert len(lines) == len(fields(Recipe))
+    for line, field in zip(lines, fields(Recipe), strict=True):
+        assert line.startswith(f"{field.name} (")
+        assert line.endswith(field.metadata["meaning"])
+    assert explain("block_length") == (
+        "block_length (int, default 1024 tokens): length of a training example"
+    )
+
+
+def test_every_shipped_recipe_has_a_description_and_builds_its_model():
+    recipes = shipped_recipes()
+    assert "demo" in recipes
+    for name, description in recipes.items():
+        assert description, name
+        recipe = load_recipe(name)
+        with torch.device("meta"):
+            model = H3ForCausalLM(build_config(recipe, 50257))
+        assert model.num_parameters() > 0
+
+
+def test_fields_of_the_model_that_do_not_exist_or_fit_are_one_line():
+    with pytest.raises(UserError, match="H3Config has no field hiden_size"):
+        build_config(make_recipe({"steps": 1, "model": {"hiden_size": 8}}), 100)
+    with pytest.raises(UserError, match="no preset '3b'"):
+        build_config(make_recipe({"steps": 1, "preset": "3b"}), 100)
+    with pytest.raises(UserError, match="must divide"):
+        build_config(make_recipe({"steps": 1, "model": {"num_attention_heads": 5}}), 100)
+    config = build_config(make_recipe({"steps": 1}), 100)
+    assert config.vocab_size == 104  # a multiple of 8

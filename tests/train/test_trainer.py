@@ -1,0 +1,167 @@
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from torch.nn.functional import cross_entropy
+
+from h3lm import H3ForCausalLM
+from h3lm.data.blocks import Blocks, TokenStream
+from h3lm.errors import UserError
+from h3lm.models.folders import load_model
+from h3lm.train.corpus import BlockCollator, BlockDataset
+from h3lm.train.trainer import build_config, train
+
+
+def run(recipe):
+    shown = io.StringIO()
+    return train(recipe, Console(file=shown, width=200)), shown.getvalue()
+
+
+def losses(folder):
+    entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def test_a_run_leaves_model_tokenizer_curve_log_recipe_and_summary(tiny):
+    recipe = tiny(sample="it was", sample_tokens=20, eval_every=3)
+    result, shown = run(recipe)
+    folder = result.folder
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary == result.summary
+    assert summary["tokens_seen"] == 6 * 4 * 16
+    assert summary["val_bits_per_token"] == pytest.approx(summary["val_loss"] / math.log(2))
+    assert len(summary["sample"]) > 0
+    assert (folder / "loss.png").stat().st_size > 1000
+    assert len(losses(folder)) == 6
+    assert load_model(folder / "model").num_parameters() == summary["parameters"]
+    assert (folder / "model" / "tokenizer.json").is_file()
+    evaluations = [e for e in (folder / "log.jsonl").read_text().splitlines() if "eval_loss" in e]
+    assert len(evaluations) == 3  # at steps 3 and 6, and by the final weights
+    for shown_text in ("all others", "validation loss", str(folder / "model")):
+        assert shown_text in shown
+
+
+def test_the_same_recipe_gives_the_same_run(tiny, tmp_path):
+    run(tiny(output_dir=str(tmp_path / "a")))
+    run(tiny(output_dir=str(tmp_path / "b")))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    run(tiny(output_dir=str(tmp_path / "c"), seed=1))
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_the_losses_are_those_of_a_loop_written_by_hand(tiny):
+    """Adam, schedule, clipping and the mean over tokens are what the recipe says."""
+    recipe = tiny(steps=3, max_grad_norm=0.5, warmup_fraction=0.5, learning_rate=1e-3, mixers="h3")
+    recipe.model["embedding_dropout"] = 0.0
+    result, _ = run(recipe)
+    torch.manual_seed(recipe.seed)
+    model = H3ForCausalLM(build_config(recipe, len(_tokenizer(recipe))))
+    own = [p for n, p in model.named_parameters() if _own_rate(n)]
+    rest = [p for n, p in model.named_parameters() if not _own_rate(n)]
+    groups = [{"params": rest, "weight_decay": 0.1}, {"params": own, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    blocks = Blocks(recipe.data, "train", 16)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(recipe.seed))
+    expected = []
+    for step in range(3):
+        ids = torch.stack(
+            [torch.from_numpy(blocks[int(i)].tokens) for i in order[4 * step : 4 * step + 4]]
+        )
+        logits = model.train()(ids[:, :-1]).logits
+        loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        t, w = step / 3, 0.5
+        rate = 1e-6 + (1e-3 - 1e-6) * t / w if t < w else 0.5 * (1 + math.cos(math.pi * t))
+        rate = rate if t < w else 1e-4 + 9e-4 * rate
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert losses(result.folder) == pytest.approx(expected, abs=2e-5)
+
+
+def _own_rate(name):
+    return "_ssm" in name and not name.endswith((".C", ".D"))
+
+
+def _tokenizer(recipe):
+    from h3lm.train.corpus import tokenizer_of
+
+    return tokenizer_of(Blocks(recipe.data, "train", recipe.block_length))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, tmp_path):
+    whole = tiny(output_dir=str(tmp_path / "a"))
+    parts = tiny(output_dir=str(tmp_path / "b"), micro_batch_size=1)
+    for recipe in (whole, parts):
+        recipe.model["embedding_dropout"] = 0.0
+        run(recipe)
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny, tmp_path):
+    run(tiny(output_dir=str(tmp_path / "a"), steps=3))
+    run(tiny(output_dir=str(tmp_path / "b"), steps=3, gradient_checkpointing=True))
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
+
+
+def test_documents_of_a_block_do_not_leak_into_each_other(tiny):
+    recipe = tiny()
+    blocks = Blocks(recipe.data, "train", 64)
+    number = next(i for i in range(len(blocks)) if len(blocks[i].document_starts))
+    block = blocks[number]
+    start = int(block.document_starts[0])
+    other = block.tokens.copy()
+    other[:start] = other[:start][::-1]
+    torch.manual_seed(0)
+    model = H3ForCausalLM(build_config(recipe, len(_tokenizer(recipe)))).eval()
+    for apart in (True, False):
+        collate = BlockCollator(reset_state_at_documents=apart)
+        same = []
+        for tokens in (block.tokens, other):
+            batch = collate([block._replace(tokens=tokens)] * 2)
+            batch = {name: batch[name] for name in batch if "labels" not in name}
+            same.append(model(**batch).logits[:, start:])
+        assert torch.equal(*same) == apart
+
+
+def test_every_token_but_the_first_is_a_target_once(tiny):
+    blocks = Blocks(tiny().data, "train", 16)
+    dataset, collate = BlockDataset(blocks), BlockCollator()
+    batch = collate([dataset[i] for i in range(len(dataset))])
+    stream = TokenStream(tiny().data, "train")
+    expected = torch.from_numpy(stream[1 : 1 + 16 * len(dataset)])
+    assert torch.equal(batch["labels"].flatten(), expected)
+    assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
+
+
+def test_a_clock_ends_a_run_of_limited_time(tiny):
+    result, _ = run(tiny(steps=None, time_limit_s=0.5))
+    assert 0.5 <= result.summary["train_seconds"] < 5
+    assert result.summary["steps"] > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ""}, "the recipe has no data"),
+        ({"data": "nowhere"}, "no prepared data here"),
+        ({"block_length": 100_000}, "shorter than a block"),
+        ({"model": {"vocab_size": 8}}, "the train tokens go up to id"),
+    ],
+)
+def test_data_that_cannot_be_used_are_one_line(tiny, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        train(tiny(**changes), Console(file=io.StringIO()))
+    assert "\n" not in str(error.value)
+
+
+def test_an_output_path_that_cannot_be_written_is_one_line(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write there"):
+        train(tiny(output_dir=str(tmp_path / "file" / "run")), Console(file=io.StringIO()))
