@@ -14,7 +14,7 @@ from torch import Tensor
 
 from h3lm.flashconv import chunked, h3_core, h3_end_state, library, ssm_conv
 from h3lm.flashconv.dispatch import Problem, choose
-from h3lm.flashconv.state import H3State
+from h3lm.flashconv.state import H3State, diagonal_shape
 from h3lm.ssm.operators import ChunkOperators, DiagonalSystem
 
 GPU = torch.cuda.is_available()
@@ -44,14 +44,18 @@ def _system(D: int, modes: int) -> DiagonalSystem:
     )  # fmt: skip
 
 
-def _leaves(B: int, D: int, L: int, modes: int, n_taps: int, dtype: torch.dtype, state: bool):
-    system = _system(D, modes)
+def _leaves(
+    B: int, D: int, L: int, modes: int, n_taps: int, dtype: torch.dtype, state: bool,
+    head_dim: int = 1,
+) -> dict[str, Tensor]:  # fmt: skip
+    system = _system(D // head_dim, modes)
     leaves = {name: torch.randn(B, D, L).to(DEVICE, dtype) for name in "qkv"}
     leaves |= {"taps": (torch.randn(D, n_taps) / n_taps**0.5).to(DEVICE)}
     leaves |= {"a": system.a, "b": system.b, "c": system.c, "skip": system.skip}
     if state:
         leaves["shift"] = torch.randn(B, D, n_taps - 1).to(DEVICE, dtype)
-        leaves["x"] = torch.randn(B, D, modes, dtype=torch.complex64).to(DEVICE)
+        shape = diagonal_shape(B, D // head_dim, head_dim, modes)
+        leaves["x"] = torch.randn(shape, dtype=torch.complex64).to(DEVICE)
     return leaves
 
 
@@ -85,10 +89,12 @@ def _everything(run: Run, leaves: dict[str, Tensor], final: bool) -> dict[str, T
     return {n: (torch.view_as_real(g) if g.is_complex() else g).detach() for n, g in found.items()}
 
 
-def _check(run: Run, leaves: dict[str, Tensor], final: bool, dtype: torch.dtype) -> None:
+def _check(
+    run: Run, leaves: dict[str, Tensor], final: bool, dtype: torch.dtype, head_dim: int = 1
+) -> None:
     exact = _everything(
         lambda q, k, v, operators, state: chunked.h3_core(
-            q, k, v, operators, initial_state=state
+            q, k, v, operators, head_dim=head_dim, initial_state=state
         ),
         _widened(leaves), final,
     )  # fmt: skip
@@ -100,9 +106,16 @@ def _check(run: Run, leaves: dict[str, Tensor], final: bool, dtype: torch.dtype)
         assert error <= allowed, f"{name}: relative error {error:.1e}, allowed {allowed:.1e}"
 
 
-def _kernel(backend: str, final: bool) -> Run:
+def _kernel(backend: str, final: bool, head_dim: int = 1) -> Run:
     return lambda q, k, v, operators, state: library.h3_core(
-        q, k, v, operators, backend=backend, initial_state=state, with_state=final
+        q,
+        k,
+        v,
+        operators,
+        backend=backend,
+        head_dim=head_dim,
+        initial_state=state,
+        with_state=final,
     )
 
 
@@ -125,6 +138,15 @@ def test_triton_kernels_equal_float64_on_small_problems(case: tuple) -> None:
     *shape, state = case
     leaves = _leaves(*shape, torch.float32, state)
     _check(_kernel("triton", True), leaves, True, torch.float32)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("head_dim", [2, 4])
+def test_triton_kernels_with_heads_of_several_channels(head_dim: int) -> None:
+    leaves = _leaves(2, head_dim, 100, 8, 64, torch.float32, True, head_dim)
+    run = _kernel("triton", True, head_dim)
+    _check(run, leaves, True, torch.float32, head_dim)
 
 
 @needs_triton
@@ -167,7 +189,8 @@ def test_ssm_conv_and_end_state_run_by_the_same_kernels() -> None:
         ({"num_modes": 16}, "triton", "d_state 64"),
         ({"n_taps": 128}, "triton", "64 taps"),
         ({"n_taps": 129}, "torch", "128 taps"),
-        ({"head_dim": 8}, "torch", "head_dim"),
+        ({"head_dim": 8}, "gluon", "Hopper"),
+        ({"head_dim": 3}, "torch", "head_dim"),
         ({"packed": True}, "torch", "cu_seqlens"),
         ({"chunk_length": 32}, "torch", "chunks of 64"),
         ({"has_triton": False}, "torch", "pip install triton"),
@@ -187,7 +210,7 @@ def test_asking_for_what_a_backend_cannot_do_is_an_error() -> None:
     for backend in ("triton", "gluon"):
         with pytest.raises(ValueError, match=r"cannot run h3_core here: kernels need a CUDA"):
             choose("h3_core", torch.device("cpu"), torch.bfloat16, backend, Problem(64))
-    problem = Problem(64, head_dim=2, has_triton=True)
+    problem = Problem(64, head_dim=3, has_triton=True)
     with pytest.raises(ValueError, match="head_dim 1"):
         choose("h3_core", torch.device("cuda"), torch.bfloat16, "triton", problem)
 
@@ -237,6 +260,15 @@ def test_kernel_equals_float64_in_every_gradient(backend: str, case: tuple) -> N
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", pytest.param("gluon", marks=needs_hopper)])
+@pytest.mark.parametrize("head_dim", [2, 8])
+def test_heads_of_several_channels_in_every_gradient(backend: str, head_dim: int) -> None:
+    leaves = _leaves(2, 2 * head_dim, 1040, 32, 64, torch.bfloat16, True, head_dim)
+    run = _kernel(backend, True, head_dim)
+    _check(run, leaves, True, torch.bfloat16, head_dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", pytest.param("gluon", marks=needs_hopper)])
 def test_any_strides_of_rows_and_channels(backend: str) -> None:
     leaves = _leaves(3, 4, 512, 32, 64, torch.bfloat16, False)
     for name in "qkv":  # (D, B, L) in memory, beside each other
@@ -280,12 +312,13 @@ def test_opcheck(backend: str) -> None:
     (q, k, v), taps, system = _public_call(256)
     operators: ChunkOperators = system.chunk_operators(taps)
     matrices = library.kernel_operators(operators)
-    inputs = (q, k, v, *matrices, None, None, True, True, True, backend)
+    inputs = (q, k, v, *matrices, None, None, 1, True, True, True, backend)
     torch.library.opcheck(torch.ops.h3lm.h3_core_fwd.default, inputs)
 
 
 @pytest.mark.gpu
 @needs_triton
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_in_one_graph(dynamic: bool) -> None:
     def run(q: Tensor, k: Tensor, v: Tensor, taps: Tensor, system: DiagonalSystem) -> Tensor:

@@ -16,6 +16,7 @@ KERNEL_OPS = ("h3_core", "h3_end_state", "ssm_conv")
 
 CHUNK_LENGTH = 64
 MAX_TAPS = 128
+HEAD_DIMS = (1, 2, 4, 8)
 MAX_MODES = 64
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 96 KB are enough for a half dtype and d_state 64: every GPU from 8.0 on has 99 KB
@@ -125,8 +126,8 @@ def _triton_lacks(op: str, device: torch.device, dtype: torch.dtype, problem: Pr
         return "float32 and d_state over 64 need 160 KB of shared memory for a program"
     if dtype not in TRITON_DTYPES or not problem.complex64:
         return "kernels take bfloat16, float16 and float32, with complex64 systems"
-    if problem.head_dim > 1:
-        return "kernels take head_dim 1"
+    if problem.head_dim not in HEAD_DIMS:
+        return f"kernels take head_dim 1, 2, 4 and 8, not {problem.head_dim}"
     if problem.packed:
         return "kernels take no cu_seqlens"
     if problem.num_modes > MAX_MODES:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from h3lm.flashconv import chunked
 from h3lm.flashconv.dispatch import CHUNK_LENGTH, is_aligned
-from h3lm.flashconv.state import H3State, as_real_pairs
+from h3lm.flashconv.state import H3State, as_real_pairs, diagonal_shape
 from h3lm.ssm.operators import ChunkOperators
 
 MIN_STATES = 16
@@ -30,13 +30,17 @@ def h3_core(
     operators: ChunkOperators,
     *,
     backend: str,
+    head_dim: int = 1,
     initial_state: H3State | None = None,
     with_state: bool = True,
 ) -> tuple[Tensor, H3State | None]:
-    """`flashconv.h3_core` for `head_dim` 1, left to right, by the kernels of a backend."""
+    """`flashconv.h3_core`, left to right, by the kernels of a backend."""
     q, k, v = (_positions_last(x) for x in (q, k, v))
-    o, end = _run(q, k, v, operators, initial_state, backend, with_output=True, with_end=with_state)
-    return o, _final_h3_state(k, v, operators, initial_state, end) if with_state else None
+    o, end = _run(
+        q, k, v, operators, initial_state, backend,
+        with_output=True, with_end=with_state, head_dim=head_dim,
+    )  # fmt: skip
+    return o, _final_h3_state(k, v, operators, initial_state, end, head_dim) if with_state else None
 
 
 def h3_end_state(
@@ -45,12 +49,16 @@ def h3_end_state(
     operators: ChunkOperators,
     *,
     backend: str,
+    head_dim: int = 1,
     initial_state: H3State | None = None,
 ) -> H3State:
-    """`flashconv.h3_end_state` for `head_dim` 1, by the kernels of a backend."""
+    """`flashconv.h3_end_state`, by the kernels of a backend."""
     k, v = _positions_last(k), _positions_last(v)
-    _, end = _run(None, k, v, operators, initial_state, backend, with_output=False, with_end=True)
-    return _final_h3_state(k, v, operators, initial_state, end)
+    _, end = _run(
+        None, k, v, operators, initial_state, backend, with_output=False,
+        with_end=True, head_dim=head_dim,
+    )  # fmt: skip
+    return _final_h3_state(k, v, operators, initial_state, end, head_dim)
 
 
 def ssm_conv(
@@ -92,6 +100,7 @@ def _run(
     *,
     with_output: bool,
     with_end: bool,
+    head_dim: int = 1,
     filtered: bool = True,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(k.device.type, enabled=False):
@@ -99,14 +108,17 @@ def _run(
         carry = None
         if state is not None and filters is not None and state.shift.shape[-1] > 0:
             carry = _filter_carry(state.shift, filters)
+            if head_dim > 1:  # channel of k in its pairs
+                carry = carry.repeat_interleave(head_dim, 1)
         start = None
         if state is not None:
             start = as_real_pairs(state.diagonal.to(torch.complex64)).contiguous()
+            start = start.flatten(1, -3)
         matrices = _kernel_matrices(operators, start)
         inputs = (q, k, v, filters, *matrices[:4], carry, matrices[4])
         needs = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         run = torch.ops.h3lm.h3_core_fwd
-        o, end, _ = run(*inputs, with_output, with_end, needs, backend)
+        o, end, _ = run(*inputs, head_dim, with_output, with_end, needs, backend)
         return o, end[:, :, : operators.num_modes] if with_end else end
 
 
@@ -158,7 +170,12 @@ def _kernel_matrices(
 
 
 def _final_h3_state(
-    k: Tensor, v: Tensor, operators: ChunkOperators, initial: H3State | None, end: Tensor
+    k: Tensor,
+    v: Tensor,
+    operators: ChunkOperators,
+    initial: H3State | None,
+    end: Tensor,
+    head_dim: int,
 ) -> H3State:
     """Carry the state after the last full chunk over the positions behind it."""
     full = k.shape[-1] // CHUNK_LENGTH * CHUNK_LENGTH
@@ -169,10 +186,15 @@ def _final_h3_state(
         window = k[..., full - count : full]
     else:
         window = torch.cat([initial.shift.to(k.dtype), k[..., :full]], -1)[..., full:]
-    state = H3State(window, torch.view_as_complex(end))
+    heads, modes = k.shape[1] // head_dim, operators.num_modes
+    diagonal = torch.view_as_complex(end.contiguous())
+    shape = diagonal_shape(k.shape[0], heads, head_dim, modes)
+    state = H3State(window, diagonal.reshape(shape))
     if full == k.shape[-1]:
         return state
-    return chunked.h3_end_state(k[..., full:], v[..., full:], operators, initial_state=state)
+    return chunked.h3_end_state(
+        k[..., full:], v[..., full:], operators, head_dim=head_dim, initial_state=state
+    )
 
 
 def _kernels(backend: str, *tensors: Tensor | None) -> ModuleType:
@@ -202,6 +224,7 @@ def _forward(
     decay: Tensor,
     carry: Tensor | None,
     start: Tensor | None,
+    head_dim: int,
     with_output: bool,
     with_end: bool,
     save_states: bool,
@@ -212,7 +235,7 @@ def _forward(
     operators = Operators(filters, M, K, P, decay)
     return _kernels(backend, q, k, v).forward(
         q, k, v, operators, carry, start,
-        with_output=with_output, with_end=with_end, save_states=save_states,
+        head_dim=head_dim, with_output=with_output, with_end=with_end, save_states=save_states,
     )  # fmt: skip
 
 
@@ -228,6 +251,7 @@ def _(
     decay: Tensor,
     carry: Tensor | None,
     start: Tensor | None,
+    head_dim: int,
     with_output: bool,
     with_end: bool,
     save_states: bool,
@@ -238,8 +262,8 @@ def _(
     B, D, L = k.shape
     modes = decay.shape[1]
     o = k.new_empty((B, D, L) if with_output else (0,))
-    end = k.new_empty((B, D, modes, 2) if with_end else (0,), dtype=torch.float32)
-    shape = saved_states_shape(k, modes) if save_states else (0,)
+    end = k.new_empty((B, D * head_dim, modes, 2) if with_end else (0,), dtype=torch.float32)
+    shape = saved_states_shape(k, modes, head_dim) if save_states else (0,)
     return o, end, k.new_empty(shape, dtype=torch.float32)
 
 
@@ -258,6 +282,7 @@ def _backward(
     carry: Tensor | None,
     start: Tensor | None,
     states: Tensor,
+    head_dim: int,
     backend: str,
 ) -> list[Tensor]:
     from h3lm.flashconv.kernels.launch import Operators
@@ -265,7 +290,7 @@ def _backward(
     operators = Operators(filters, M, K, P, decay)
     do = _positions_last(do)
     grads = _kernels(backend, q, k, v, do).backward(
-        do, dend, q, k, v, operators, carry, start, states
+        do, dend, q, k, v, operators, carry, start, states, head_dim=head_dim
     )
     return [x for x in grads.in_order() if x is not None]
 
@@ -285,6 +310,7 @@ def _(
     carry: Tensor | None,
     start: Tensor | None,
     states: Tensor,
+    head_dim: int,
     backend: str,
 ) -> list[Tensor]:
     inputs = (q, k, v, filters, M, K, P, decay, carry, start)
@@ -297,7 +323,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, with_end, _, ctx.backend = inputs
+    *tensors, ctx.head_dim, _, with_end, _, ctx.backend = inputs
     states = output[2]
     ctx.mark_non_differentiable(*output[2 if with_end else 1 :])
     ctx.set_materialize_grads(False)
@@ -314,11 +340,25 @@ def _differentiate(
     dend = None if dend is None or not dend.numel() else dend.contiguous()
     grads = iter(
         torch.ops.h3lm.h3_core_bwd(
-            do, dend, q, k, v, filters, M, K, P, decay, carry, start, states, ctx.backend
+            do,
+            dend,
+            q,
+            k,
+            v,
+            filters,
+            M,
+            K,
+            P,
+            decay,
+            carry,
+            start,
+            states,
+            ctx.head_dim,
+            ctx.backend,
         )
     )
     given = [None if x is None else next(grads).to(x.dtype) for x in tensors]
-    return (*given, None, None, None, None)
+    return (*given, None, None, None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)

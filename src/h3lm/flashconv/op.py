@@ -51,6 +51,8 @@ def h3_core(
 
     Forward and backward, any device. State and accumulation are float32 for half inputs.
     L may be 0, 1, odd, prime or millions; memory grows linearly with it.
+    On a GPU the kernels round operands of products to the dtype of q: in float16 the products s v
+    and q do, and the states, must stay below 65504; bfloat16 has no such limit.
 
     Args:
         q, k, v: (B, D, L), float32, bfloat16, float16 or float64, one dtype; L contiguous is
@@ -102,7 +104,7 @@ def h3_core(
         )
     elif choice.backend in KERNELS:
         o, state = library.h3_core(
-            q, k, v, _operators(system, taps), backend=choice.backend,
+            q, k, v, _operators(system, taps), backend=choice.backend, head_dim=head_dim,
             initial_state=initial_state, with_state=return_final_state,
         )  # fmt: skip
     else:
@@ -150,8 +152,9 @@ def h3_end_state(
         )[1]
     if choice.backend in KERNELS:
         return library.h3_end_state(
-            k, v, _operators(system, taps), backend=choice.backend, initial_state=initial_state
-        )
+            k, v, _operators(system, taps), backend=choice.backend, head_dim=head_dim,
+            initial_state=initial_state,
+        )  # fmt: skip
     return chunked.h3_end_state(
         k, v, _operators(system, taps),
         head_dim=head_dim, initial_state=initial_state, cu_seqlens=cu_seqlens,

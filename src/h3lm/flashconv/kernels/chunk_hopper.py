@@ -34,6 +34,7 @@ from h3lm.flashconv.kernels.launch import (
     plan,
     saved_states_shape,
     strides,
+    summed_output,
 )
 from h3lm.flashconv.kernels.tile import (
     T,
@@ -46,6 +47,7 @@ from h3lm.flashconv.kernels.tile import (
     join_states,
     load_complex,
     load_row_states,
+    members,
     mode_of_row,
     part_of_row,
     place_all,
@@ -159,21 +161,21 @@ def tile_masks(row, position, B, L, row_in_tile, inner, ROWS: gl.constexpr, EVEN
 
 @gluon.jit
 def forward_copies(
-    q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, channel,
+    q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, key, value,
     q_row, q_channel, k_row, k_channel, v_row, v_channel,
     B, L, row_in_tile, inner, ROWS: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of a tile: k, k one chunk back (h), v and q."""
     position = tile * (C // ROWS * T)
     mask, mask_back = tile_masks(row, position, B, L, row_in_tile, inner, ROWS, EVEN)
-    k_base = tile_base(k, row, channel, position, k_row, k_channel)
+    k_base = tile_base(k, row, key, position, k_row, k_channel)
     k_at = in_tile_offsets(row_in_tile, inner, k_row, ROWS)
     copy(k_tile, k_base + k_at, mask, EVEN)
     copy(h_tile, k_base - T + k_at, mask_back, False)
-    v_base = tile_base(v, row, channel, position, v_row, v_channel)
+    v_base = tile_base(v, row, value, position, v_row, v_channel)
     copy(v_tile, v_base + in_tile_offsets(row_in_tile, inner, v_row, ROWS), mask, EVEN)
     if q is not None:
-        q_base = tile_base(q, row, channel, position, q_row, q_channel)
+        q_base = tile_base(q, row, key, position, q_row, q_channel)
         copy(q_tile, q_base + in_tile_offsets(row_in_tile, inner, q_row, ROWS), mask, EVEN)
     async_copy.commit_group()
 
@@ -190,7 +192,7 @@ def forward_kernel(
     q, k, v, o, F, M, K, P, decay, carry, start, end, tile_states,
     q_row, q_channel, k_row, k_channel, v_row, v_channel,
     B, D, L, rows_per_program, tiles,
-    ROWS: gl.constexpr, EVEN: gl.constexpr,
+    ROWS: gl.constexpr, EVEN: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     """Forward pass; strides and the length are multiples of 16, o is contiguous."""
     STAGES: gl.constexpr = 2
@@ -198,6 +200,7 @@ def forward_kernel(
     dtype: gl.constexpr = k.dtype.element_ty
     mma: gl.constexpr = PRODUCT_4
     channel = gl.program_id(0) % D
+    head, key, value = members(channel, HEAD_DIM)
     first_row = gl.program_id(0) // D * rows_per_program
     time = gl.arange(0, T, gl.SliceLayout(0, COPY_4))
     column = gl.arange(0, C, gl.SliceLayout(1, COPY_4))
@@ -213,12 +216,12 @@ def forward_kernel(
     square = column[:, None] * T + time[None, :]
     state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
     state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
-    F0 = to_shared(F + channel * 2 * T * T, square, dtype)
-    F1 = to_shared(F + channel * 2 * T * T + T * T, square, dtype)
-    K_c = to_shared(K + channel * N * T, state_row[:, None] * T + time[None, :], dtype)
+    F0 = to_shared(F + key * 2 * T * T, square, dtype)
+    F1 = to_shared(F + key * 2 * T * T + T * T, square, dtype)
+    K_c = to_shared(K + head * N * T, state_row[:, None] * T + time[None, :], dtype)
     if o is not None:
-        M_c = to_shared(M + channel * T * T, square, dtype)
-        P_c = to_shared(P + channel * N * T, column[:, None] * N + state_column[None, :], dtype)
+        M_c = to_shared(M + head * T * T, square, dtype)
+        P_c = to_shared(P + head * N * T, column[:, None] * N + state_column[None, :], dtype)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     h_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
@@ -226,7 +229,7 @@ def forward_kernel(
         q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     else:
         q_tiles = v_tiles
-    decay_re, decay_im = load_complex(decay + channel * N, modes, None)
+    decay_re, decay_im = load_complex(decay + head * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
     chunk_im = decay_im[:, None]
@@ -235,7 +238,7 @@ def forward_kernel(
 
     forward_copies(
         q, k, v, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
-        0, first_row, channel, q_row, q_channel, k_row, k_channel, v_row, v_channel,
+        0, first_row, key, value, q_row, q_channel, k_row, k_channel, v_row, v_channel,
         B, L, row_in_tile, inner, ROWS, EVEN,
     )  # fmt: skip
     steps = rows_per_program // ROWS * tiles
@@ -253,19 +256,19 @@ def forward_kernel(
             next_row = first_row + (step + 1) // tiles * ROWS
             forward_copies(
                 q, k, v, q_tiles.index(other), k_tiles.index(other), h_tiles.index(other),
-                v_tiles.index(other), (step + 1) % tiles, next_row, channel,
+                v_tiles.index(other), (step + 1) % tiles, next_row, key, value,
                 q_row, q_channel, k_row, k_channel, v_row, v_channel,
                 B, L, row_in_tile, inner, ROWS, EVEN,
             )  # fmt: skip
 
         s = warpgroup_mma(F0, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma(F1, h_tile.permute((1, 0)), s, is_async=True)
-        value = v_tile.permute((1, 0)).load(mma)
+        v_values = v_tile.permute((1, 0)).load(mma)
         s = warpgroup_mma_wait(0, deps=[s])
         if carry is not None:
             if tile == 0:
                 s += load_carry(carry, tile_row, channel, B, D, ROWS, mma)
-        v_tile.permute((1, 0)).store((s * value.to(gl.float32)).to(dtype))
+        v_tile.permute((1, 0)).store((s * v_values.to(gl.float32)).to(dtype))
         publish()
         w = v_tile
 
@@ -377,17 +380,17 @@ def backward_tile(step, first_row, tiles, ROWS: gl.constexpr):
 
 @gluon.jit
 def backward_copies(
-    q, k, v, do, q_tile, k_tile, h_tile, v_tile, do_tile, tile, row, channel,
+    q, k, v, do, q_tile, k_tile, h_tile, v_tile, do_tile, tile, row, key, value,
     q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
     B, L, row_in_tile, inner, ROWS: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of a tile: do, and what `forward_copies` copies."""
     position = tile * (C // ROWS * T)
     mask, _ = tile_masks(row, position, B, L, row_in_tile, inner, ROWS, EVEN)
-    do_base = tile_base(do, row, channel, position, do_row, do_channel)
+    do_base = tile_base(do, row, value, position, do_row, do_channel)
     copy(do_tile, do_base + in_tile_offsets(row_in_tile, inner, do_row, ROWS), mask, EVEN)
     forward_copies(
-        q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, channel,
+        q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, key, value,
         q_row, q_channel, k_row, k_channel, v_row, v_channel,
         B, L, row_in_tile, inner, ROWS, EVEN,
     )  # fmt: skip
@@ -399,7 +402,7 @@ def backward_kernel(
     dF, dM, dK, dP, ddecay, dcarry, dstart,
     q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
     B, D, L, rows_per_program, tiles,
-    ROWS: gl.constexpr, EVEN: gl.constexpr,
+    ROWS: gl.constexpr, EVEN: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     """Every gradient in one launch, tiles from last to first; arguments as in plain Triton."""
     STAGES: gl.constexpr = 2
@@ -409,6 +412,7 @@ def backward_kernel(
     vector: gl.constexpr = gl.SliceLayout(1, MODES_8)
     program = gl.program_id(0)
     channel = program % D
+    head, key, value = members(channel, HEAD_DIM)
     first_row = program // D * rows_per_program
     time = gl.arange(0, T, gl.SliceLayout(0, COPY_8))
     column = gl.arange(0, C, gl.SliceLayout(1, COPY_8))
@@ -427,11 +431,11 @@ def backward_kernel(
     square = column[:, None] * T + time[None, :]
     state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
     state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
-    F0 = to_shared(F + channel * 2 * T * T, square, dtype)
-    F1 = to_shared(F + channel * 2 * T * T + T * T, square, dtype)
-    K_c = to_shared(K + channel * N * T, state_row[:, None] * T + time[None, :], dtype)
-    M_c = to_shared(M + channel * T * T, square, dtype)
-    P_c = to_shared(P + channel * N * T, column[:, None] * N + state_column[None, :], dtype)
+    F0 = to_shared(F + key * 2 * T * T, square, dtype)
+    F1 = to_shared(F + key * 2 * T * T + T * T, square, dtype)
+    K_c = to_shared(K + head * N * T, state_row[:, None] * T + time[None, :], dtype)
+    M_c = to_shared(M + head * T * T, square, dtype)
+    P_c = to_shared(P + head * N * T, column[:, None] * N + state_column[None, :], dtype)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     h_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
@@ -448,7 +452,7 @@ def backward_kernel(
     dv_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
     x_totals = gl.allocate_shared_memory(gl.float32, [N // 2, 8, 2], TOTALS)
     g_totals = gl.allocate_shared_memory(gl.float32, [N // 2, 8, 2], TOTALS)
-    decay_re, decay_im = load_complex(decay + channel * N, modes, None)
+    decay_re, decay_im = load_complex(decay + head * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
     chunk_im = decay_im[:, None]
@@ -470,7 +474,7 @@ def backward_kernel(
     tile, tile_row = backward_tile(0, first_row, tiles, ROWS)
     backward_copies(
         q, k, v, do, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
-        do_tiles.index(0), tile, tile_row, channel,
+        do_tiles.index(0), tile, tile_row, key, value,
         q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
         B, L, row_in_tile, inner, ROWS, EVEN,
     )  # fmt: skip
@@ -509,12 +513,12 @@ def backward_kernel(
         d_out = do_tile.permute((1, 0)).load(mma).to(gl.float32)
         gate = q_tile.permute((1, 0)).load(mma).to(gl.float32)
         dy_tile.permute((1, 0)).store((gate * d_out).to(dtype))
-        value = v_tile.permute((1, 0)).load(mma)
+        v_values = v_tile.permute((1, 0)).load(mma)
         s = warpgroup_mma_wait(0, deps=[s])
         if carry is not None:
             if tile == 0:
                 s += load_carry(carry, tile_row, channel, B, D, ROWS, mma)
-        w_tile.permute((1, 0)).store((s * value.to(gl.float32)).to(dtype))
+        w_tile.permute((1, 0)).store((s * v_values.to(gl.float32)).to(dtype))
         s = s.to(dtype)
         publish()
 
@@ -528,7 +532,7 @@ def backward_kernel(
             next_tile, next_row = backward_tile(step + 1, first_row, tiles, ROWS)
             backward_copies(
                 q, k, v, do, q_tiles.index(other), k_tiles.index(other), h_tiles.index(other),
-                v_tiles.index(other), do_tiles.index(other), next_tile, next_row, channel,
+                v_tiles.index(other), do_tiles.index(other), next_tile, next_row, key, value,
                 q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
                 B, L, row_in_tile, inner, ROWS, EVEN,
             )  # fmt: skip
@@ -640,24 +644,26 @@ def forward(
     carry: Tensor | None,
     start: Tensor | None,
     *,
+    head_dim: int,
     with_output: bool,
     with_end: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward pass: arguments and results as in `chunk_triton.forward`."""
-    B, D, L = k.shape
+    B, D, L = k.shape[0], k.shape[1] * head_dim, k.shape[2]  # D counts pairs of channels
     walk = plan(B, D, L, C.value, slots=2 * multiprocessors(k.device))
     o = k.new_empty((B, D, L) if with_output else (0,))
     end = k.new_empty((B, D, N.value // 2, 2) if with_end else (0,), dtype=torch.float32)
-    shape = saved_states_shape(k, N.value // 2) if save_states else (0,)
+    shape = saved_states_shape(k, N.value // 2, head_dim) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
     forward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, o if with_output else None, *operators, carry, start, end if with_end else None,
         states if states.numel() else None,
         *strides(q), *strides(k), *strides(v), B, D, L, walk.rows_per_program, walk.tiles,
-        ROWS=walk.rows_per_tile, EVEN=walk.is_even(B, L, C.value), num_warps=4,
+        ROWS=walk.rows_per_tile, EVEN=walk.is_even(B, L, C.value),
+        HEAD_DIM=head_dim, num_warps=4,
     )  # fmt: skip
-    return o, end, states
+    return summed_output(o, head_dim) if with_output else o, end, states
 
 
 def backward(
@@ -670,17 +676,20 @@ def backward(
     carry: Tensor | None,
     start: Tensor | None,
     states: Tensor,
+    *,
+    head_dim: int,
 ) -> Gradients:
     """Launch the backward pass: arguments and results as in `chunk_triton.backward`."""
-    B, D, L = k.shape
+    B, D, L = k.shape[0], k.shape[1] * head_dim, k.shape[2]  # D counts pairs of channels
     walk = plan(B, D, L, C.value, slots=multiprocessors(k.device))
-    grads = Gradients.empty(q, k, v, operators, carry, start, parts=walk.programs_per_channel)
+    grads = Gradients.empty(q, k, v, operators, carry, start, walk, head_dim)
     backward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, do, grads.q, grads.k, grads.v, *operators, carry, start,
         states if states.numel() else None, dend,
         grads.F, grads.M, grads.K, grads.P, grads.decay, grads.carry, grads.start,
         *strides(q), *strides(k), *strides(v), *strides(do),
         B, D, L, walk.rows_per_program, walk.tiles,
-        ROWS=walk.rows_per_tile, EVEN=walk.is_even(B, L, C.value), num_warps=8,
+        ROWS=walk.rows_per_tile, EVEN=walk.is_even(B, L, C.value),
+        HEAD_DIM=head_dim, num_warps=8,
     )  # fmt: skip
-    return grads.summed()
+    return grads.summed(head_dim)

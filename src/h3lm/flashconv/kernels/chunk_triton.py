@@ -33,6 +33,7 @@ from h3lm.flashconv.kernels.launch import (
     plan,
     saved_states_shape,
     strides,
+    summed_output,
     tile_chunks,
 )
 from h3lm.flashconv.kernels.tile import (
@@ -46,6 +47,7 @@ from h3lm.flashconv.kernels.tile import (
     join_states,
     load_complex,
     load_row_states,
+    members,
     mode_of_row,
     part_of_row,
     power8,
@@ -121,6 +123,7 @@ def forward_kernel(
     q_row, q_channel, k_row, k_channel, v_row, v_channel, o_row, o_channel,
     B, D, L, rows_per_program, tiles,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Forward pass; a tile holds ROWS rows of C / ROWS chunks."""
@@ -128,6 +131,7 @@ def forward_kernel(
     GROUPS: tl.constexpr = C // 8
     dtype: tl.constexpr = k.dtype.element_ty
     channel = tl.program_id(0) % D
+    head, key, value = members(channel, HEAD_DIM)
     first_row = tl.program_id(0) // D * rows_per_program
     i = tl.arange(0, T)
     in_tile = chunk_of_column(tl.arange(0, C))
@@ -137,15 +141,15 @@ def forward_kernel(
     zero = tl.zeros([N // 2, GROUPS], tl.float32)
     full_chunks = L // T
 
-    K_c, P_c = load_state_operators(K, P, channel, N)
+    K_c, P_c = load_state_operators(K, P, head, N)
     if o is not None:
-        M_c = load_square(M, channel)
+        M_c = load_square(M, head)
     if F is not None:
-        F0 = load_square(F, channel * BLOCKS)
-        F1 = load_square(F, channel * BLOCKS + 1)
-        F2 = load_square(F, channel * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
+        F0 = load_square(F, key * BLOCKS)
+        F1 = load_square(F, key * BLOCKS + 1)
+        F2 = load_square(F, key * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
     modes = tl.arange(0, N // 2)
-    decay_re, decay_im = load_complex(decay + channel * N, modes, None)
+    decay_re, decay_im = load_complex(decay + head * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
     chunk_im = decay_im[:, None]
@@ -162,7 +166,7 @@ def forward_kernel(
         mask = valid & (position < L)
         wide_row = row.to(tl.int64)[:, None]
 
-        k_base = k + wide_row * k_row + channel.to(tl.int64) * k_channel
+        k_base = k + wide_row * k_row + key.to(tl.int64) * k_channel
         k_tile = load_tile(k_base + position, mask, EVEN)
         if F is not None:
             w, _, _ = filter_inputs(
@@ -176,7 +180,7 @@ def forward_kernel(
         else:
             w = tl.trans(k_tile).to(tl.float32)
         if v is not None:
-            v_base = v + wide_row * v_row + channel.to(tl.int64) * v_channel
+            v_base = v + wide_row * v_row + value.to(tl.int64) * v_channel
             w *= tl.trans(load_tile(v_base + position, mask, EVEN)).to(tl.float32)
         w = w.to(dtype)
 
@@ -218,7 +222,7 @@ def forward_kernel(
             y = tl.dot(M_c, w, input_precision=PRECISION)
             y = tl.dot(P_c, x.to(dtype), y, input_precision=PRECISION)
             if q is not None:
-                q_base = q + wide_row * q_row + channel.to(tl.int64) * q_channel
+                q_base = q + wide_row * q_row + key.to(tl.int64) * q_channel
                 y *= tl.trans(load_tile(q_base + position, mask, EVEN)).to(tl.float32)
             o_base = o + wide_row * o_row + channel.to(tl.int64) * o_channel
             store_tile(o_base + position, tl.trans(y.to(dtype)), mask, EVEN)
@@ -231,6 +235,7 @@ def backward_kernel(
     q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
     B, D, L, rows_per_program, tiles,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr,
     DATA: tl.constexpr, FILTER: tl.constexpr, SYSTEM: tl.constexpr,
 ):  # fmt: skip
@@ -245,6 +250,7 @@ def backward_kernel(
     dtype: tl.constexpr = k.dtype.element_ty
     program = tl.program_id(0)
     channel = program % D
+    head, key, value = members(channel, HEAD_DIM)
     first_row = program // D * rows_per_program
     i = tl.arange(0, T)
     in_tile = chunk_of_column(tl.arange(0, C))
@@ -255,17 +261,17 @@ def backward_kernel(
     zero = tl.zeros([N // 2, GROUPS], tl.float32)
     full_chunks = L // T
 
-    M_c = load_square(M, channel)
-    K_c, P_c = load_state_operators(K, P, channel, N)
+    M_c = load_square(M, head)
+    K_c, P_c = load_state_operators(K, P, head, N)
     if F is not None:
-        F0 = load_square(F, channel * BLOCKS)
-        F1 = load_square(F, channel * BLOCKS + 1)
-        F2 = load_square(F, channel * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
+        F0 = load_square(F, key * BLOCKS)
+        F1 = load_square(F, key * BLOCKS + 1)
+        F2 = load_square(F, key * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
         sum_F = tl.zeros([T, T], tl.float32)
         sum_F1 = sum_F
         lower = i[:, None] >= i[None, :]
     modes = tl.arange(0, N // 2)
-    decay_re, decay_im = load_complex(decay + channel * N, modes, None)
+    decay_re, decay_im = load_complex(decay + head * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
     chunk_im = decay_im[:, None]
@@ -288,9 +294,8 @@ def backward_kernel(
         valid = (row < B)[:, None]
         mask = valid & (position < L)
         wide_row = row.to(tl.int64)[:, None]
-        wide_channel = channel.to(tl.int64)
 
-        k_base = k + wide_row * k_row + wide_channel * k_channel
+        k_base = k + wide_row * k_row + key.to(tl.int64) * k_channel
         k_tile = load_tile(k_base + position, mask, EVEN)
         if F is not None:
             s, k_before, k_early = filter_inputs(
@@ -304,15 +309,15 @@ def backward_kernel(
         else:
             s = tl.trans(k_tile).to(tl.float32)
         if v is not None:
-            v_base = v + wide_row * v_row + wide_channel * v_channel
+            v_base = v + wide_row * v_row + value.to(tl.int64) * v_channel
             v_tile = tl.trans(load_tile(v_base + position, mask, EVEN))
             w = (s * v_tile.to(tl.float32)).to(dtype)
         else:
             w = s.to(dtype)
-        do_base = do + wide_row * do_row + wide_channel * do_channel
+        do_base = do + wide_row * do_row + value.to(tl.int64) * do_channel
         do_tile = tl.trans(load_tile(do_base + position, mask, EVEN))
         if q is not None:
-            q_base = q + wide_row * q_row + wide_channel * q_channel
+            q_base = q + wide_row * q_row + key.to(tl.int64) * q_channel
             q_tile = tl.trans(load_tile(q_base + position, mask, EVEN))
             dy = (q_tile.to(tl.float32) * do_tile.to(tl.float32)).to(dtype)
         else:
@@ -450,6 +455,7 @@ def forward(
     carry: Tensor | None,
     start: Tensor | None,
     *,
+    head_dim: int,
     with_output: bool,
     with_end: bool,
     save_states: bool,
@@ -460,13 +466,13 @@ def forward(
         o (B, D, L) or empty; the state after the last full chunk, (B, D, N/2, 2), or empty; the
         state before each tile, (B, D, tiles, N/2, 2), empty unless it is to be saved and needed.
     """
-    B, D, L = k.shape
+    B, D, L = k.shape[0], k.shape[1] * head_dim, k.shape[2]  # D counts pairs of channels
     N = operators.K.shape[1]
     C = tile_chunks(k.dtype)
-    walk = plan(B, D, L, C, slots=2 * multiprocessors(k.device))
+    walk = plan(B, D, L, C, slots=8 * multiprocessors(k.device))
     o = k.new_empty((B, D, L) if with_output else (0,))
     end = k.new_empty((B, D, N // 2, 2) if with_end else (0,), dtype=torch.float32)
-    shape = saved_states_shape(k, N // 2) if save_states else (0,)
+    shape = saved_states_shape(k, N // 2, head_dim) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
     forward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, o if with_output else None, *operators.rounded(k.dtype), carry, start,
@@ -475,10 +481,10 @@ def forward(
         *strides(q), *strides(k), *strides(v), *strides(o if with_output else None),
         B, D, L, walk.rows_per_program, walk.tiles,
         N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
-        PRECISION=product_precision(k.dtype), EVEN=walk.is_even(B, L, C),
+        HEAD_DIM=head_dim, PRECISION=product_precision(k.dtype), EVEN=walk.is_even(B, L, C),
         num_warps=4, num_stages=1,
     )  # fmt: skip
-    return o, end, states
+    return summed_output(o, head_dim) if with_output else o, end, states
 
 
 def backward(
@@ -491,13 +497,15 @@ def backward(
     carry: Tensor | None,
     start: Tensor | None,
     states: Tensor,
+    *,
+    head_dim: int,
 ) -> Gradients:
     """Launch the backward pass, with the states that the forward pass saved."""
-    B, D, L = k.shape
+    B, D, L = k.shape[0], k.shape[1] * head_dim, k.shape[2]  # D counts pairs of channels
     N = operators.K.shape[1]
     C = tile_chunks(k.dtype)
     walk = plan(B, D, L, C, slots=2 * multiprocessors(k.device))
-    grads = Gradients.empty(q, k, v, operators, carry, start, parts=walk.programs_per_channel)
+    grads = Gradients.empty(q, k, v, operators, carry, start, walk, head_dim)
     rounded = operators.rounded(k.dtype)
     # one launch for each kind of sum: together they do not fit in the registers
     for part in ("DATA", "FILTER", "SYSTEM"):
@@ -511,7 +519,8 @@ def backward(
             *strides(q), *strides(k), *strides(v), *strides(do),
             B, D, L, walk.rows_per_program, walk.tiles,
             N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
-            PRECISION=product_precision(k.dtype), EVEN=walk.is_even(B, L, C), **asked,
+            HEAD_DIM=head_dim, PRECISION=product_precision(k.dtype),
+            EVEN=walk.is_even(B, L, C), **asked,
             num_warps=4, num_stages=1,
         )  # fmt: skip
-    return grads.summed()
+    return grads.summed(head_dim)

@@ -97,6 +97,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def summed_output(o: Tensor, head_dim: int) -> Tensor:
+    """Outputs of pairs of channels (i, j), added over i."""
+    if head_dim == 1:
+        return o
+    return o.unflatten(1, (-1, head_dim, head_dim)).sum(2).flatten(1, 2)
+
+
 @dataclass(frozen=True)
 class Gradients:
     """Gradients of a backward pass; those of operators with a leading axis of partial sums."""
@@ -121,32 +128,57 @@ class Gradients:
         operators: Operators,
         carry: Tensor | None,
         start: Tensor | None,
-        parts: int,
+        walk: Walk,
+        head_dim: int,
     ) -> "Gradients":
-        """Uninitialised gradients, with `parts` partial sums for each channel."""
+        """Uninitialised gradients for each pair of channels, with the partial sums of a walk."""
+        B, D, L = k.shape
+        pairs = D * head_dim
 
-        def like(x: Tensor | None) -> Tensor | None:
-            return None if x is None else k.new_empty(x.shape, dtype=x.dtype)
+        def data(x: Tensor | None) -> Tensor | None:
+            return None if x is None else k.new_empty(B, pairs, L)
 
         def partial(x: Tensor) -> Tensor:
-            return k.new_empty((parts, *x.shape), dtype=torch.float32)
+            shape = (walk.programs_per_channel, pairs, *x.shape[1:])
+            return k.new_empty(shape, dtype=torch.float32)
+
+        def like(x: Tensor | None) -> Tensor | None:
+            return None if x is None else k.new_empty(x.shape, dtype=torch.float32)
 
         F, M, K, P, decay = operators
         return cls(
-            like(q), k.new_empty(k.shape), like(v), None if F is None else partial(F), partial(M),
-            partial(K), partial(P), partial(decay), like(carry), like(start),
+            data(q), k.new_empty(B, pairs, L), data(v), None if F is None else partial(F),
+            partial(M), partial(K), partial(P), partial(decay), like(carry), like(start),
         )  # fmt: skip
 
-    def summed(self) -> "Gradients":
-        """Add the partial sums, in a fixed order."""
+    def summed(self, head_dim: int) -> "Gradients":
+        """Add partial sums, and pairs of channels that share a tensor, in a fixed order."""
 
-        def total(x: Tensor) -> Tensor:
-            return x[0] if len(x) == 1 else x.sum(0)
+        def total(x: Tensor, shared: tuple[int, ...]) -> Tensor:
+            x = x[0] if len(x) == 1 else x.sum(0)
+            if head_dim > 1:
+                x = x.unflatten(0, (-1, head_dim, head_dim)).sum(shared)
+            return x.flatten(0, 1) if head_dim > 1 and len(shared) == 1 else x
 
+        def over(x: Tensor | None, axis: int) -> Tensor | None:
+            if x is None or head_dim == 1:
+                return x
+            return x.unflatten(1, (-1, head_dim, head_dim)).sum(axis).flatten(1, 2)
+
+        dk = over(self.k, 3)
+        assert dk is not None
         return Gradients(
-            self.q, self.k, self.v, None if self.F is None else total(self.F), total(self.M),
-            total(self.K), total(self.P), total(self.decay), self.carry, self.start,
-        )  # fmt: skip
+            q=over(self.q, 3),
+            k=dk,
+            v=over(self.v, 2),
+            F=None if self.F is None else total(self.F, (2,)),
+            M=total(self.M, (1, 2)),
+            K=total(self.K, (1, 2)),
+            P=total(self.P, (1, 2)),
+            decay=total(self.decay, (1, 2)),
+            carry=self.carry,
+            start=self.start,
+        )
 
     def in_order(self) -> tuple[Tensor | None, ...]:
         """All gradients, in the order of the fields."""
@@ -158,8 +190,8 @@ def tile_chunks(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 64
 
 
-def saved_states_shape(k: Tensor, modes: int) -> tuple[int, ...]:
+def saved_states_shape(k: Tensor, modes: int, head_dim: int) -> tuple[int, ...]:
     """Shape of the states before tiles; none are saved where one tile holds several rows."""
-    B, D, L = k.shape
+    B, D, L = k.shape[0], k.shape[1] * head_dim, k.shape[2]
     walk = plan(B, D, L, tile_chunks(k.dtype), slots=1)
     return (B, D, walk.tiles, modes, 2) if walk.rows_per_tile == 1 else (0,)

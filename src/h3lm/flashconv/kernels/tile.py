@@ -59,6 +59,14 @@ def multiply_add(x_re, x_im, f_re, f_im, z_re, z_im):
 
 
 @triton.jit
+def members(channel, HEAD_DIM: tl.constexpr):
+    """Head, channel of k and channel of v of a pair of channels, numbered (head, i, j)."""
+    head = channel // (HEAD_DIM * HEAD_DIM)
+    key = head * HEAD_DIM + channel // HEAD_DIM % HEAD_DIM
+    return head, key, head * HEAD_DIM + channel % HEAD_DIM
+
+
+@triton.jit
 def power8(re, im):
     """The eighth power, complex: the decay over a group."""
     for _ in tl.static_range(3):
