@@ -124,14 +124,15 @@ def test_tied_system_shares_its_modes_and_starts_at_unit_size():
 
 
 def test_unknown_output_is_refused():
-    with pytest.raises(ValueError, match="output='gated' is not one of linear, glu"):
+    # the suite's type checker refuses such words before the layer does
+    with pytest.raises((ValueError, TypeError), match="gated"):
         S4D(4, 8, output="gated")
     with pytest.raises(ValueError, match="even"):
         S4D(4, 7)
-    with pytest.raises(ValueError, match="discretization='euler'"):
+    with pytest.raises((ValueError, TypeError), match="euler"):
         S4D(4, 8, tied=True, discretization="euler")
     with pytest.raises(ValueError, match="dt_min"):
         S4D(4, 8, tied=True, dt_min=0.0)
-    mask = torch.ones(1, 3)
+    mask = torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="not both"):
         S4D(4, 8)(torch.zeros(1, 3, 4), mask=mask, cu_seqlens=torch.tensor([0, 3]))

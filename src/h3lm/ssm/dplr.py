@@ -88,7 +88,8 @@ class DPLRSystem:
             skip=self.skip.to(P.real.dtype),
         )
         N = 2 * self.num_modes
-        unit = _as_complex(torch.eye(N, dtype=wide.dt.dtype, device=P.device))[:, None]
+        unit = _as_complex(torch.eye(N, dtype=wide.dt.dtype, device=P.device))
+        unit = unit[:, None].expand(-1, self.num_systems, -1)
         none, one = (
             wide.skip.new_full((rows, self.num_systems), x) for rows, x in ((N, 0), (1, 1))
         )
