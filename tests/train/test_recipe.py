@@ -6,7 +6,7 @@ import torch
 from h3lm.errors import UserError
 from h3lm.models import H3ForCausalLM
 from h3lm.train.recipe import Recipe, explain, load_recipe, make_recipe, shipped_recipes
-from h3lm.train.trainer import build_config
+from h3lm.train.run import build_config
 
 
 def test_unknown_keys_are_errors_that_name_the_nearest():

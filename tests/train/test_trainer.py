@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from h3lm import H3ForCausalLM
 from h3lm.data.blocks import Blocks, TokenStream
 from h3lm.errors import UserError
 from h3lm.models.folders import load_model
-from h3lm.train.corpus import BlockCollator, BlockDataset
-from h3lm.train.trainer import build_config, train
+from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
+from h3lm.train.run import build_config, train
 
 
 def run(recipe):
@@ -39,7 +40,7 @@ def test_a_run_leaves_model_tokenizer_curve_log_recipe_and_summary(tiny):
     assert load_model(folder / "model").num_parameters() == summary["parameters"]
     assert (folder / "model" / "tokenizer.json").is_file()
     evaluations = [e for e in (folder / "log.jsonl").read_text().splitlines() if "eval_loss" in e]
-    assert len(evaluations) == 3  # at steps 3 and 6, and by the final weights
+    assert len(evaluations) == 2  # at steps 3 and 6, which are the final weights
     for shown_text in ("all others", "validation loss", str(folder / "model")):
         assert shown_text in shown
 
@@ -64,11 +65,11 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(tiny):
     groups = [{"params": rest, "weight_decay": 0.1}, {"params": own, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     blocks = Blocks(recipe.data, "train", 16)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(recipe.seed))
+    order = list(BlockOrder(len(blocks), 12, recipe.seed))
     expected = []
     for step in range(3):
         ids = torch.stack(
-            [torch.from_numpy(blocks[int(i)].tokens) for i in order[4 * step : 4 * step + 4]]
+            [torch.from_numpy(blocks[i].tokens) for i in order[4 * step : 4 * step + 4]]
         )
         logits = model.train()(ids[:, :-1]).logits
         loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -165,3 +166,53 @@ def test_an_output_path_that_cannot_be_written_is_one_line(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write there"):
         train(tiny(output_dir=str(tmp_path / "file" / "run")), Console(file=io.StringIO()))
+
+
+def test_bf16_is_autocast_over_fp32_weights(tiny, monkeypatch):
+    seen = set()
+    forward = H3ForCausalLM.forward
+
+    def watched(self, *arguments, **named):
+        weights = {parameter.dtype for parameter in self.parameters()}
+        seen.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), *weights))
+        return forward(self, *arguments, **named)
+
+    monkeypatch.setattr(H3ForCausalLM, "forward", watched)
+    result, shown = run(tiny(steps=2, precision="bf16"))
+    assert seen == {(True, torch.bfloat16, torch.float32)}
+    assert result.summary["precision"] == "bf16"
+    assert "in bfloat16 autocast on cpu" in shown
+
+
+def test_data_that_were_altered_are_named_before_training(tiny, blocks, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(blocks, copied)
+    shard = copied / "train-00000.tokens.npy"
+    contents = bytearray(shard.read_bytes())
+    contents[-1] ^= 1
+    shard.write_bytes(contents)
+    with pytest.raises(UserError, match=r"train-00000.tokens.npy: altered: its sha256"):
+        run(tiny(data=str(copied)))
+    shard.write_bytes(contents[:-1])
+    with pytest.raises(UserError, match=r"train-00000.tokens.npy: truncated or altered"):
+        run(tiny(data=str(copied), verify_data=False))
+
+
+def test_speed_time_left_and_passes_are_logged(tiny):
+    result, _ = run(tiny())
+    entries = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+    logged = [entry for entry in entries if "loss" in entry]
+    assert all(entry["tokens_per_s"] > 0 for entry in logged)
+    assert logged[-1]["seconds_left"] == 0
+    assert logged[0]["seconds_left"] > 0
+    assert logged[-1]["epoch"] == pytest.approx(24 / len(Blocks(tiny().data, "train", 16)))
+
+
+def test_tensorboard_gets_the_log_where_it_is_installed(tiny):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result, _ = run(tiny())
+    events = accumulator.EventAccumulator(str(result.folder / "tensorboard"))
+    events.Reload()
+    for name in ("train/loss", "train/tokens_per_s", "train/seconds_left"):
+        assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4, 5, 6]
+    assert "eval/loss" in events.Tags()["scalars"]

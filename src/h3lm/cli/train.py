@@ -25,6 +25,6 @@ def train(
         return
     if recipe is None:
         raise UserError("name a recipe file or a shipped recipe; `h3lm recipes` lists them")
-    from h3lm.train.trainer import train as run
+    from h3lm.train.run import train as run
 
     run(recipes.load_recipe(recipe, overrides or []))

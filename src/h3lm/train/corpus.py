@@ -1,5 +1,6 @@
 """The training data of a recipe, as torch sees them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from h3lm.data.blocks import Block, Blocks, TokenStream
 from h3lm.data.prepare import prepare
@@ -82,6 +83,32 @@ def tokenizer_of(blocks: Blocks) -> "PreTrainedTokenizerFast":
 
     found: Any = AutoTokenizer.from_pretrained(blocks.stream.tokenizer_folder)
     return found
+
+
+class BlockOrder(Sampler[int]):
+    """Which block comes when, over the whole run: one permutation after the other.
+
+    It depends on the seed alone, not on the number of processes or on how a batch is divided;
+    every pass takes every block once, and a batch may hold the end of one and the beginning of
+    the next.
+
+    Args:
+        num_blocks: Blocks there are.
+        total: Blocks that the run takes.
+        seed: Seed of the permutations.
+    """
+
+    def __init__(self, num_blocks: int, total: int, seed: int) -> None:
+        self.num_blocks, self.total, self.seed = num_blocks, total, seed
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(-(-self.total // self.num_blocks)):
+            left = self.total - number * self.num_blocks
+            order = np.random.default_rng([self.seed, number]).permutation(self.num_blocks)
+            yield from order[:left].tolist()
 
 
 class BlockDataset(Dataset[Block]):

@@ -8,16 +8,106 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
-from h3lm.train.recipe import Recipe
+from h3lm.train.parallel import first_says
+
+
+class Clock(TrainerCallback):
+    """How long a run has trained, earlier starts included; ends it when its time is over.
+
+    With several processes the first one's clock counts, so that all have the same learning rate
+    and stop at the same step.
+
+    Args:
+        limit_s: When to stop; never if None.
+        before_s: Seconds that earlier starts have trained.
+    """
+
+    def __init__(self, limit_s: float | None, before_s: float = 0.0) -> None:
+        self.limit_s, self.before_s = limit_s, before_s
+        self.began: float | None = None
+        self.progress = 0.0 if limit_s is None else min(1.0, before_s / limit_s)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds trained so far."""
+        now = 0.0 if self.began is None else time.monotonic() - self.began
+        return self.before_s + now
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock."""
+        self.began = time.monotonic()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Agree on the time before the learning rate is set."""
+        if self.limit_s is not None:
+            elapsed = first_says(self.elapsed_s, args.device)
+            self.progress = min(1.0, elapsed / self.limit_s)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Stop when the time is over, with a checkpoint if the run writes any."""
+        if self.limit_s is not None and self.progress >= 1.0:
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != SaveStrategy.NO
+
+
+class Speed(TrainerCallback):
+    """Tokens a second, part of the hardware's peak, and time left.
+
+    Args:
+        clock: The run's clock.
+        tokens_per_step: Tokens of an optimiser step, over all processes.
+        peak_tokens_per_s: What the hardware could do at most, if known.
+    """
+
+    def __init__(
+        self, clock: Clock, tokens_per_step: int, peak_tokens_per_s: float | None = None
+    ) -> None:
+        self.clock, self.tokens_per_step = clock, tokens_per_step
+        self.peak_tokens_per_s = peak_tokens_per_s
+        self.first = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Remember where this start began."""
+        self.first = state.global_step
+
+    def figures(self, state: TrainerState) -> dict[str, float]:
+        """`tokens_per_s`, `seconds_left`, and `mfu` where the peak is known, since this start."""
+        elapsed = self.clock.elapsed_s - self.clock.before_s
+        steps = state.global_step - self.first
+        if steps <= 0 or elapsed <= 0:
+            return {}
+        rate = steps * self.tokens_per_step / elapsed
+        if self.clock.limit_s is not None:
+            left = max(0.0, self.clock.limit_s - self.clock.elapsed_s)
+        else:
+            left = (state.max_steps - state.global_step) * elapsed / steps
+        figures = {"tokens_per_s": rate, "seconds_left": left}
+        if self.peak_tokens_per_s is not None:
+            figures["mfu"] = rate / self.peak_tokens_per_s
+        return figures
+
+    def done(self, state: TrainerState) -> float:
+        """How much of the run is done, from 0 to 1."""
+        if self.clock.limit_s is not None:
+            return min(1.0, self.clock.elapsed_s / self.clock.limit_s)
+        return state.global_step / max(1, state.max_steps)
 
 
 class ProgressLine(TrainerCallback):
     """A live line with step, loss, tokens/s and time left; a plain line now and then in a log."""
 
-    def __init__(self, recipe: Recipe, console: Console) -> None:
-        self.recipe, self.console = recipe, console
-        self.tokens_per_step = recipe.batch_size * recipe.block_length
+    def __init__(self, speed: Speed, console: Console) -> None:
+        self.speed, self.console = speed, console
         self.loss: float | None = None
         self.validation: float | None = None
         self.progress = Progress(
@@ -34,7 +124,6 @@ class ProgressLine(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Start the line."""
-        self.began, self.first = time.monotonic(), state.global_step
         self.shown_at = 0.0
         if self.console.is_terminal:
             self.progress.start()
@@ -60,58 +149,40 @@ class ProgressLine(TrainerCallback):
         if now - self.shown_at < 0.2:
             return
         self.shown_at = now
-        elapsed = now - self.began
-        done = self._done(state, elapsed)
-        rate = (state.global_step - self.first) * self.tokens_per_step / elapsed
-        left = elapsed * (1 - done) / done if done else 0.0
-        loss = "" if self.loss is None else f"loss {self.loss:.3f}  "
-        valid = "" if self.validation is None else f"valid {self.validation:.3f}  "
-        text = f"{loss}{valid}{rate:,.0f} tokens/s  {left:,.0f} s left"
+        text = self._text(state)
         if self.console.is_terminal:
+            done = self.speed.done(state)
             self.progress.update(self.task, completed=done, step=state.global_step, text=text)
             self.progress.refresh()
         elif now - self.plain_at > 15:
             self.plain_at = now
             self.console.print(f"step {state.global_step}  {text}", highlight=False)
 
-    def _done(self, state: TrainerState, elapsed: float) -> float:
-        if self.recipe.time_limit_s is not None:
-            return min(1.0, elapsed / self.recipe.time_limit_s)
-        steps = state.max_steps - self.first
-        return (state.global_step - self.first) / steps if steps else 1.0
+    def _text(self, state: TrainerState) -> str:
+        figures = self.speed.figures(state)
+        parts = []
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.3f}")
+        if self.validation is not None:
+            parts.append(f"valid {self.validation:.3f}")
+        if figures:
+            parts.append(f"{figures['tokens_per_s']:,.0f} tokens/s")
+        if "mfu" in figures:
+            parts.append(f"{figures['mfu']:.1%} of peak")
+        if figures:
+            parts.append(f"{figures['seconds_left']:,.0f} s left")
+        return "  ".join(parts)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Take the line away."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also when a run ends before its time."""
         if self.console.is_terminal:
             self.progress.stop()
-
-
-class StopAfter(TrainerCallback):
-    """Ends the run when its time is over."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Start the clock."""
-        self.began = time.monotonic()
-
-    @property
-    def progress(self) -> float:
-        """From 0 to 1."""
-        began = getattr(self, "began", None)
-        return 0.0 if began is None else min(1.0, (time.monotonic() - began) / self.seconds)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Stop when the time is over."""
-        if self.progress >= 1.0:
-            control.should_training_stop = True
 
 
 def write_log(history: list[dict[str, Any]], path: Path) -> None:

@@ -17,6 +17,7 @@ from h3lm.errors import UserError
 SHIPPED = files("h3lm.train") / "recipes"
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
+PARALLEL = ("ddp", "fsdp")
 DURATIONS = ("steps", "epochs", "time_limit_s")
 POSITIVE = (
     "block_length", "batch_size", "learning_rate", "ssm_max_learning_rate", "log_every",
@@ -24,9 +25,9 @@ POSITIVE = (
 )  # fmt: skip
 
 
-def key(default: Any, meaning: str, unit: str = "") -> Any:
-    """A recipe key with its meaning and unit."""
-    metadata = {"meaning": meaning, "unit": unit}
+def key(default: Any, meaning: str, unit: str = "", *, free: bool = False) -> Any:
+    """A recipe key with its meaning and unit; a free one may change when a run is resumed."""
+    metadata = {"meaning": meaning, "unit": unit, "free": free}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -36,10 +37,12 @@ def key(default: Any, meaning: str, unit: str = "") -> Any:
 class Recipe:
     """Everything that decides a training run; `explain` gives each key's meaning."""
 
-    name: str = key("", "what the run is called")
-    description: str = key("", "one line for `h3lm recipes`")
-    data: str = key("", "folder of prepared blocks, or `tinyshakespeare` for the text we ship")
-    output_dir: str = key("", "where checkpoints and results go; runs/NAME if empty")
+    name: str = key("", "what the run is called", free=True)
+    description: str = key("", "one line for `h3lm recipes`", free=True)
+    data: str = key(
+        "", "folder of prepared blocks, or `tinyshakespeare` for the text we ship", free=True
+    )
+    output_dir: str = key("", "where checkpoints and results go; runs/NAME if empty", free=True)
     seed: int = key(0, "seed of the weights, the order of blocks, and dropout")
 
     preset: str | None = key(None, "size of the model: 125m, 355m, 1.3b, 2.7b")
@@ -55,7 +58,10 @@ class Recipe:
     block_length: int = key(1024, "length of a training example", "tokens")
     batch_size: int = key(32, "blocks of one optimiser step, over all processes", "blocks")
     micro_batch_size: int | None = key(
-        None, "blocks that a process takes through the model at once; all if null", "blocks"
+        None,
+        "blocks that a process takes through the model at once; all if null",
+        "blocks",
+        free=True,
     )
 
     learning_rate: float = key(6e-4, "peak learning rate")
@@ -72,21 +78,26 @@ class Recipe:
     floor_fraction: float = key(0.1, "the floor, as a part of the peak")
 
     precision: str = key("auto", "bf16 (autocast, fp32 weights), fp32, or auto: what is fast here")
-    gradient_checkpointing: bool = key(False, "recompute blocks in the backward pass")
-    compile: bool = key(False, "compile the model with torch.compile")
+    gradient_checkpointing: bool = key(False, "recompute blocks in the backward pass", free=True)
+    compile: bool = key(False, "compile the model with torch.compile", free=True)
     reset_state_at_documents: bool = key(
         False, "start every document of a block from an empty state; the paper does not"
     )
 
-    log_every: int = key(10, "how often the loss is logged", "steps")
-    eval_every: int | None = key(None, "how often the validation loss is taken", "steps")
+    log_every: int = key(10, "how often the loss is logged", "steps", free=True)
+    eval_every: int | None = key(None, "how often the validation loss is taken", "steps", free=True)
     eval_stride: int | None = key(
-        None, "new tokens of each evaluation window of block_length; all if null", "tokens"
+        None,
+        "new tokens of each evaluation window of block_length; all if null",
+        "tokens",
+        free=True,
     )
-    save_every: int | None = key(None, "how often a checkpoint is written", "steps")
-    keep_checkpoints: int = key(2, "how many of them are kept", "checkpoints")
-    sample: str = key("", "prompt to continue when the run is done; no sample if empty")
-    sample_tokens: int = key(300, "length of that sample", "tokens")
+    verify_data: bool = key(True, "compare the data's checksums at the start", free=True)
+    parallel: str = key("ddp", "ddp, or fsdp to shard the model, with several processes", free=True)
+    save_every: int | None = key(None, "how often a checkpoint is written", "steps", free=True)
+    keep_checkpoints: int = key(2, "how many of them are kept", "checkpoints", free=True)
+    sample: str = key("", "prompt to continue when the run is done; no sample if empty", free=True)
+    sample_tokens: int = key(300, "length of that sample", "tokens", free=True)
 
     def __post_init__(self) -> None:
         """Check what contradicts itself."""
@@ -115,7 +126,9 @@ class Recipe:
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise UserError(f"micro_batch_size={micro} must divide batch_size={self.batch_size}")
-        for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, allowed in (
+            ("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL),
+        ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise UserError(
                     f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
@@ -125,6 +138,14 @@ class Recipe:
     def folder(self) -> Path:
         """Where the run keeps everything."""
         return Path(self.output_dir or f"runs/{self.name or 'unnamed'}")
+
+    def decisive(self) -> dict[str, Any]:
+        """The keys that decide what a run computes.
+
+        Where the data lie is not among them; what they are is told by their index.
+        """
+        values = asdict(self)
+        return {f.name: values[f.name] for f in fields(self) if not f.metadata["free"]}
 
     def to_yaml(self) -> str:
         """The whole recipe, resolved."""

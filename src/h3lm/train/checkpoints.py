@@ -1,0 +1,251 @@
+"""Checkpoints that a crash cannot damage.
+
+    checkpoints/
+      checkpoint-1000/       whole, since it has its final name
+        checkpoint.json      what it belongs to, and its files with their sizes
+      unfinished/            what is being written, or was when the process died
+
+A checkpoint is written aside, flushed to the disk and then renamed; older ones are removed after
+that. (The library's trainer writes into the final folder, and resumes from the highest number.)
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import SafetensorError
+
+from h3lm.errors import UserError
+
+MANIFEST = "checkpoint.json"
+UNFINISHED = "unfinished"
+NAME = re.compile(r"checkpoint-(\d+)")
+# Kinds of files without which nothing can go on, each by the names it may have
+NEEDED = (
+    ("config.json",),
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("tokenizer.json", "tokenizer_config.json"),
+    ("optimizer.pt", "optimizer.bin", "optimizer_0"),
+    ("scheduler.pt",),
+    ("rng_state.pth", "rng_state_0.pth"),
+    ("trainer_state.json",),
+)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class RunPoint:
+    """What a checkpoint belongs to and how far the run was.
+
+    Attributes:
+        step: Optimiser steps done.
+        blocks_seen: Training blocks taken, the position in the data.
+        elapsed_s: Seconds trained, all starts together.
+        processes: Number of processes that trained.
+        recipe: The recipe's keys that decide the run.
+        data: What tells prepared data apart.
+        model: The model's configuration.
+    """
+
+    step: int
+    blocks_seen: int
+    elapsed_s: float
+    processes: int
+    recipe: dict[str, Any]
+    data: str
+    model: dict[str, Any]
+
+    def check_same_run(self, other: Self, folder: Path) -> None:
+        """Refuse to go on with another run's checkpoint.
+
+        Args:
+            other: The run that wants to go on from here.
+            folder: Where this checkpoint lies.
+
+        Raises:
+            UserError: naming everything that differs.
+        """
+        different = [
+            f"{name}={_short(mine[name])} there, {_short(yours[name])} now"
+            for mine, yours in ((self.recipe, other.recipe), (self.model, other.model))
+            for name in sorted(mine.keys() & yours.keys())  # an older h3lm had fewer
+            if mine[name] != yours[name]
+        ]
+        if self.data != other.data:
+            different.append("the prepared data are not the same")
+        if different:
+            raise UserError(
+                f"{folder} is of another run: {'; '.join(different)}. Give another output_dir, or "
+                f"remove {folder.parent} to start anew"
+            )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint.
+
+    Attributes:
+        folder: Where it lies.
+        point: What it belongs to.
+        files: Sizes of its files in bytes, by name.
+    """
+
+    folder: Path
+    point: RunPoint
+    files: dict[str, int]
+
+    def check_files(self) -> None:
+        """Check that every file is there and as long as it was.
+
+        Raises:
+            UserError: naming the first that is not.
+        """
+        remedy = f"bring it back, or remove {self.folder} to go on from an earlier checkpoint"
+        for names in NEEDED:
+            if not any(name in self.files for name in names):
+                raise UserError(f"{self.folder}: the checkpoint has no {names[0]}: {remedy}")
+        for name, size in self.files.items():
+            try:
+                found = (self.folder / name).stat().st_size
+            except OSError:
+                raise UserError(f"{self.folder}: the checkpoint lacks {name}: {remedy}") from None
+            if found != size:
+                raise UserError(
+                    f"{self.folder / name}: {found:,} bytes instead of {size:,}: {remedy}"
+                )
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint of a run.
+
+    Args:
+        folder: The run's `checkpoints`.
+
+    Returns:
+        The checkpoint, if there is one, and a line for each newer one that was passed over
+        because it was never finished.
+
+    Raises:
+        UserError: if a file of the checkpoint is missing or has another size.
+    """
+    passed = []
+    if (folder / UNFINISHED).exists():
+        passed.append(
+            f"passing over a checkpoint whose writing was cut short: {folder / UNFINISHED}"
+        )
+    for _, path in sorted(_numbered(folder), reverse=True):
+        try:
+            fields = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            checkpoint = Checkpoint(path, RunPoint(**fields["point"]), fields["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            passed.append(
+                f"passing over a checkpoint that is not whole, without {MANIFEST}: {path}"
+            )
+            continue
+        checkpoint.check_files()
+        return checkpoint, passed
+    return None, passed
+
+
+def begin(folder: Path) -> Path:
+    """Make room for writing a checkpoint.
+
+    Returns:
+        An empty folder; the checkpoint goes into a folder of its own in it.
+    """
+    aside = folder / UNFINISHED
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def finish(folder: Path, point: RunPoint, keep: int) -> Path:
+    """Give a written checkpoint its final name, then remove the oldest.
+
+    Args:
+        folder: The run's `checkpoints`.
+        point: What the checkpoint belongs to.
+        keep: How many stay.
+
+    Returns:
+        Where the checkpoint lies.
+    """
+    name = f"checkpoint-{point.step}"
+    written, final = folder / UNFINISHED / name, folder / name
+    files = [path for path in sorted(written.rglob("*")) if path.is_file()]
+    sizes = {str(path.relative_to(written)): path.stat().st_size for path in files}
+    manifest = written / MANIFEST
+    manifest.write_text(
+        json.dumps({"point": asdict(point), "files": sizes}, indent=1) + "\n", encoding="utf-8"
+    )
+    for path in (*files, manifest, *(p for p in written.rglob("*") if p.is_dir()), written):
+        _flush(path)
+    if final.exists():  # not whole, or of a run that went on from an earlier one
+        shutil.rmtree(final)
+    written.rename(final)
+    _flush(folder)
+    shutil.rmtree(folder / UNFINISHED)
+    for _, path in sorted(_numbered(folder))[:-keep]:
+        shutil.rmtree(path)
+    return final
+
+
+@contextlib.contextmanager
+def failing_in_one_line(folder: Path) -> Iterator[None]:
+    """Turn a failed write of a checkpoint into one line; what was written aside is removed.
+
+    Raises:
+        UserError: naming the reason and the newest checkpoint that is whole.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch tells a failed write by a RuntimeError without an errno
+        told = ("Writer failed", "iostream error", "file write failed")
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in told):
+            raise
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        steps = [step for step, path in _numbered(folder) if (path / MANIFEST).is_file()]
+        rest = f"checkpoint-{max(steps)} there is whole" if steps else "there is no earlier one"
+        reason = str(error).splitlines()[0]
+        if isinstance(error, RuntimeError):
+            reason = f"write error, as on a full disk: {reason}"
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        raise UserError(
+            f"{folder}: a checkpoint could not be written ({reason}); {rest}: make space and run "
+            "the same command again"
+        ) from error
+
+
+def is_no_space(error: OSError) -> bool:
+    """Whether a write failed because of the disk, a quota, or a limit on file sizes."""
+    return error.errno in NO_SPACE
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    found = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return [(int(match[1]), path) for match, path in found if match]
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

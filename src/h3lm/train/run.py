@@ -1,0 +1,288 @@
+"""A recipe run from data to a trained model folder, or from where it was interrupted."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import TrainerCallback, set_seed
+from transformers.utils import logging as library_logging
+
+from h3lm.data.blocks import INDEX_FILE, Blocks
+from h3lm.errors import UserError
+from h3lm.models import H3Config, H3ForCausalLM
+from h3lm.models.folders import fit_tokenizer, load_model, save_model
+from h3lm.models.generation import continue_ids
+from h3lm.train import checkpoints
+from h3lm.train.checkpoints import Checkpoint
+from h3lm.train.corpus import (
+    BlockCollator,
+    BlockDataset,
+    HeldOut,
+    held_out,
+    prepared_folder,
+    tokenizer_of,
+)
+from h3lm.train.parallel import is_first, wait_for_all, world_size
+from h3lm.train.param_groups import describe_groups, parameter_groups
+from h3lm.train.progress import Clock, ProgressLine, Speed, plot_losses, write_log
+from h3lm.train.recipe import Recipe
+from h3lm.train.throughput import FORMULA, flops_per_token, peak_flops
+from h3lm.train.trainer import NO_LIMIT, H3Trainer, training_arguments
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind.
+
+    Attributes:
+        folder: The run's folder; the trained model lies in `model` in it.
+        summary: What `summary.json` there says.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+def train(recipe: Recipe, console: Console | None = None) -> Result:
+    """Run a recipe; where its folder has a checkpoint of the same recipe, go on from there.
+
+    Raises:
+        UserError: if the recipe, its data or its folder cannot be used, the loss is not finite,
+            or there is no space left.
+    """
+    console = console or Console()
+    if not is_first():
+        console = Console(quiet=True)
+    try:
+        return _train(recipe, console)
+    except OSError as error:
+        if not checkpoints.is_no_space(error):
+            raise
+        where = error.filename or recipe.folder
+        raise UserError(f"{where}: cannot be written: {error.strerror}") from error
+
+
+def _train(recipe: Recipe, console: Console) -> Result:
+    arguments = training_arguments(recipe)  # several processes find each other here
+    library_logging.disable_progress_bar()
+    checkpoint = _find_checkpoint(recipe, console)
+    blocks = _open_blocks(recipe)
+    tokenizer = tokenizer_of(blocks)
+    set_seed(recipe.seed)
+    model = _make_model(recipe, len(tokenizer))
+    blocks.stream.check_vocabulary(model.config.vocab_size)
+    fit_tokenizer(model, tokenizer)
+
+    clock = Clock(recipe.time_limit_s, checkpoint.point.elapsed_s if checkpoint else 0.0)
+    arguments.max_steps = _number_of_steps(recipe, len(blocks), clock, checkpoint)
+    speed = Speed(clock, recipe.batch_size * recipe.block_length, _peak_rate(recipe, model))
+    line = ProgressLine(speed, console)
+    callbacks: list[TrainerCallback] = [clock, speed]
+    if is_first():
+        callbacks += [line, *_tensorboard(recipe.folder)]
+    trainer = H3Trainer(
+        recipe,
+        held_out(recipe, blocks, tokenizer),
+        clock=clock,
+        speed=speed,
+        data=_fingerprint(blocks),
+        model=model,
+        args=arguments,
+        train_dataset=BlockDataset(blocks),
+        eval_dataset=[],  # `evaluate` has the text, but the library insists
+        data_collator=BlockCollator(recipe.reset_state_at_documents),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    if checkpoint is not None:
+        checkpoint.point.check_same_run(trainer.point(checkpoint.point.step), checkpoint.folder)
+        _say_resumed(checkpoint, console)
+    _write_recipe(recipe)
+    _describe(trainer, len(blocks), console)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+    finally:
+        line.close()
+        if is_first() and trainer.state.log_history:
+            write_log(trainer.state.log_history, recipe.folder / "log.jsonl")
+    return _finish(trainer, tokenizer, console)
+
+
+def build_config(recipe: Recipe, vocab_size: int) -> H3Config:
+    """The model that a recipe describes.
+
+    Raises:
+        UserError: if its fields are unknown or do not fit together.
+    """
+    chosen = {"vocab_size": -8 * (-vocab_size // 8)} | dict(recipe.model)
+    try:
+        if recipe.preset is not None:
+            return H3Config.from_preset(recipe.preset, recipe.mixers, **chosen)
+        unknown = sorted(set(chosen) - set(H3Config().to_dict()))
+        if unknown:
+            raise ValueError(f"H3Config has no field {', '.join(unknown)}")
+        return H3Config(mixers=recipe.mixers, **chosen)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the recipe's model: {' '.join(str(error).split())}") from None
+
+
+def _find_checkpoint(recipe: Recipe, console: Console) -> Checkpoint | None:
+    folder = recipe.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there: {error.strerror}") from None
+    checkpoint, passed = checkpoints.newest(folder / "checkpoints")
+    for words in passed:
+        console.print(words, highlight=False)
+    return checkpoint
+
+
+def _open_blocks(recipe: Recipe) -> Blocks:
+    """The training blocks; the first process prepares and verifies what is not."""
+    if is_first():
+        data = prepared_folder(recipe)
+        blocks = Blocks(data, "train", recipe.block_length)
+        if recipe.verify_data:
+            blocks.stream.index.verify(data)
+    wait_for_all()
+    return Blocks(prepared_folder(recipe), "train", recipe.block_length)
+
+
+def _fingerprint(blocks: Blocks) -> str:
+    return hashlib.sha256((blocks.stream.folder / INDEX_FILE).read_bytes()).hexdigest()
+
+
+def _make_model(recipe: Recipe, vocab_size: int) -> H3ForCausalLM:
+    if recipe.init_from is not None:
+        return load_model(recipe.init_from)
+    return H3ForCausalLM(build_config(recipe, vocab_size))
+
+
+def _number_of_steps(
+    recipe: Recipe, num_blocks: int, clock: Clock, checkpoint: Checkpoint | None
+) -> int:
+    if recipe.steps is not None:
+        return recipe.steps
+    if recipe.epochs is not None:
+        return max(1, math.ceil(recipe.epochs * num_blocks / recipe.batch_size))
+    over = checkpoint is not None and clock.progress >= 1.0
+    return checkpoint.point.step if checkpoint is not None and over else NO_LIMIT
+
+
+def _peak_rate(recipe: Recipe, model: H3ForCausalLM) -> float | None:
+    """Tokens a second at the peak of all processes' hardware."""
+    peak = peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if peak is None:
+        return None
+    return peak * world_size() / flops_per_token(model, recipe.block_length)
+
+
+def _tensorboard(folder: Path) -> list[TrainerCallback]:
+    from transformers.integrations import TensorBoardCallback
+
+    try:
+        callback = TensorBoardCallback()
+    except RuntimeError:  # not installed
+        return []
+    callback.logging_dir = str(folder / "tensorboard")
+    return [callback]
+
+
+def _say_resumed(checkpoint: Checkpoint, console: Console) -> None:
+    point = checkpoint.point
+    words = f"resuming at step {point.step:,} from {checkpoint.folder}"
+    if point.processes != world_size():
+        words += (
+            f", written by {point.processes} processes and read by {world_size()}: "
+            "random numbers (dropout) will be others"
+        )
+    console.print(words, highlight=False)
+
+
+def _write_recipe(recipe: Recipe) -> None:
+    if is_first():
+        (recipe.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+
+def _describe(trainer: H3Trainer, num_blocks: int, console: Console) -> None:
+    recipe, model = trainer.recipe, trainer.model
+    precision = "bfloat16 autocast" if trainer.args.bf16 else "float32"
+    several = f", {world_size()} processes" if world_size() > 1 else ""
+    console.print(
+        f"{recipe.name}: {model.num_parameters():,} parameters in {precision} on "
+        f"{trainer.args.device}{several}, {num_blocks:,} blocks of {recipe.block_length} tokens",
+        highlight=False,
+    )
+    groups = parameter_groups(
+        model,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        ssm_max_learning_rate=recipe.ssm_max_learning_rate,
+    )
+    console.print(describe_groups(groups), highlight=False)
+    if trainer.speed.peak_tokens_per_s is not None:
+        console.print(FORMULA, highlight=False)
+
+
+def _finish(trainer: H3Trainer, tokenizer: Any, console: Console) -> Result:
+    """Save, evaluate, draw and sample; print where things lie."""
+    recipe, model, folder = trainer.recipe, trainer.model, trainer.recipe.folder
+    metrics = trainer.evaluate()
+    summary: dict[str, Any] = {
+        "name": recipe.name,
+        "parameters": model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "tokens_seen": trainer.state.global_step * recipe.batch_size * recipe.block_length,
+        "train_seconds": round(trainer.trained_s, 2),
+        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "processes": world_size(),
+    }
+    if not is_first():
+        return Result(folder, summary)
+    save_model(model, folder / "model", tokenizer)
+    write_log(trainer.state.log_history, folder / "log.jsonl")
+    if trainer.valid is not None:
+        loss = metrics["eval_loss"]
+        summary |= _validation_summary(recipe, trainer.valid, loss)
+        unit = "character" if trainer.valid.characters else "token"
+        console.print(
+            f"validation loss {loss:.4f} nats, {bits(loss):.4f} bits per {unit}", highlight=False
+        )
+    plot_losses(trainer.state.log_history, folder / "loss.png", recipe.name)
+    if recipe.sample:
+        model.eval()
+        ids = tokenizer(recipe.sample, return_tensors="pt", add_special_tokens=False).input_ids
+        pieces = continue_ids(
+            model, tokenizer, ids.to(model.device), max_new_tokens=recipe.sample_tokens
+        )
+        summary["sample"] = "".join(pieces)
+        console.print(summary["sample"], highlight=False, markup=False)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    console.print(
+        f"model {folder / 'model'}\nloss curve {folder / 'loss.png'}\n"
+        f"summary {folder / 'summary.json'}",
+        highlight=False,
+    )
+    return Result(folder, summary)
+
+
+def _validation_summary(recipe: Recipe, valid: HeldOut, loss: float) -> dict[str, Any]:
+    unit = "char" if valid.characters else "token"
+    return {
+        "val_loss": loss,
+        f"val_bits_per_{unit}": bits(loss),
+        "val_tokens": len(valid.tokens) - valid.first,
+        "val_context": recipe.block_length,
+        "val_stride": recipe.eval_stride or recipe.block_length,
+    }
+
+
+def bits(nats: float) -> float:
+    """Nats as bits."""
+    return nats / math.log(2)

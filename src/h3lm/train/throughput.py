@@ -1,0 +1,51 @@
+"""How much of the hardware a run uses."""
+
+import torch
+from torch import nn
+
+from h3lm.layers import H3, CausalAttention
+
+# Dense bfloat16 peak of a GPU, TFLOP/s, by a part of its name. Source: NVIDIA's data sheets.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "4090": 165.0,
+}
+FORMULA = (
+    "operations of a token: 6 N + 6 L d per attention layer + 3 d d_state (2 + 7 head_dim) per H3 "
+    "layer; N parameters, L block_length, d hidden_size; recomputation is not counted"
+)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 operations a second that a device can do at most, if known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = (rate for part, rate in PEAK_TFLOPS.items() if part in name)
+    return next((rate * 1e12 for rate in found), None)
+
+
+def flops_per_token(model: nn.Module, length: int) -> float:
+    """Operations that training on one token takes, forward and backward.
+
+    6 for each parameter (a tied head counts once, with the embedding that costs nothing); scores
+    and values of causal attention, 2 L d forward on average; of H3's recurrences, by definition,
+    2 for each tap of each channel of the shift, and 14 for each complex mode (half of d_state) of
+    each of the d head_dim channels of the diagonal SSM. Backward is twice forward.
+
+    Args:
+        model: The model.
+        length: L, length of a sequence.
+    """
+    forward = 2.0 * sum(p.numel() for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, CausalAttention):
+            forward += 2.0 * length * module.d_model
+        elif isinstance(module, H3):
+            forward += 2.0 * module.d_model * module.d_state
+            forward += 7.0 * module.d_model * module.head_dim * module.d_state
+    return 3.0 * forward

@@ -1,0 +1,284 @@
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from h3lm.errors import UserError
+from h3lm.models import H3ForCausalLM
+from h3lm.train import checkpoints
+from h3lm.train.run import train
+
+from .conftest import TINY, h3lm
+
+
+def run(recipe) -> str:
+    shown = io.StringIO()
+    train(recipe, Console(file=shown, width=300))
+    return shown.getvalue()
+
+
+def losses(folder: Path) -> list[float]:
+    entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    """Run a recipe in this process as if it had died after a step."""
+
+    def start(recipe, step: int) -> None:
+        finish = checkpoints.finish
+
+        def finish_and_die(folder, point, keep):
+            place = finish(folder, point, keep)
+            if point.step == step:
+                raise KeyboardInterrupt
+            return place
+
+        monkeypatch.setattr(checkpoints, "finish", finish_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe)
+        monkeypatch.undo()
+
+    return start
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_10_of_20_steps_and_resumed_is_bit_equal(recipe_file, tmp_path):
+    recipe = recipe_file(steps=20, save_every=5, micro_batch_size=2, eval_every=7)
+    straight = h3lm("train", recipe, f"output_dir={tmp_path / 'straight'}", cwd=tmp_path)
+    killed = h3lm("train", recipe, f"output_dir={tmp_path / 'killed'}", "steps=20", cwd=tmp_path)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "killed" / "checkpoints" / "checkpoint-10").exists():
+        assert time.monotonic() < deadline
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model").exists()
+    killed.communicate()
+    resumed = h3lm("train", recipe, f"output_dir={tmp_path / 'killed'}", cwd=tmp_path)
+    output, errors = resumed.communicate(timeout=100)
+    assert resumed.returncode == 0, errors
+    assert "resuming at step 1" in output
+    assert straight.communicate(timeout=100)[1] == ""
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    assert len(losses(tmp_path / "straight")) == 20
+    first, second = weights(tmp_path / "straight"), weights(tmp_path / "killed")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_point_of_a_save_harms_no_earlier_checkpoint(recipe_file, tmp_path):
+    recipe = recipe_file(steps=4, save_every=2, keep_checkpoints=1)
+    script = Path(__file__).parent / "save_killed.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(recipe), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    straight, *kills = map(json.loads, done.stdout.splitlines())
+    assert straight["calls"] > 30
+    assert len(kills) == 23
+    for kill in kills:
+        expected = signal.SIGKILL if kill["kind"] == "call" else signal.SIGXFSZ
+        assert kill["signal"] == expected, kill
+        assert kill["newest"] in (2, 4), kill
+        assert f"checkpoint-{kill['newest']}" in kill["names"], kill
+        assert kill["resumed"] == 0, (kill, done.stderr)
+        assert kill["losses"] == straight["straight"], kill
+    # the kills fell before, in the middle of and after the final rename
+    assert {kill["newest"] for kill in kills} == {2, 4}
+    assert any("unfinished" in kill["names"] for kill in kills)
+    assert any({"checkpoint-2", "checkpoint-4"} <= set(kill["names"]) for kill in kills)
+
+
+def test_a_checkpoint_holds_all_that_a_run_needs(tiny):
+    recipe = tiny(save_every=2, keep_checkpoints=2)
+    run(recipe)
+    assert names(recipe.folder) == ["checkpoint-4", "checkpoint-6"]
+    folder = recipe.folder / "checkpoints" / "checkpoint-4"
+    checkpoint, passed = checkpoints.newest(folder.parent)
+    assert checkpoint.folder.name == "checkpoint-6"
+    assert passed == []
+    assert checkpoint.point.step == 6
+    assert checkpoint.point.blocks_seen == 24
+    for kinds in checkpoints.NEEDED:
+        assert any((folder / name).is_file() for name in kinds), kinds
+    assert H3ForCausalLM.from_pretrained(folder).num_parameters() > 0
+
+
+def test_a_finished_run_trains_no_step_more(tiny):
+    recipe = tiny(save_every=4)
+    run(recipe)
+    before = losses(recipe.folder), weights(recipe.folder)
+    assert "resuming at step 6" in run(recipe)
+    after = losses(recipe.folder), weights(recipe.folder)
+    assert before[0] == after[0]
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+
+
+def test_what_does_not_decide_the_run_may_change(tiny, stopped_at, tmp_path):
+    changes = {"micro_batch_size": 4, "eval_every": 1, "save_every": 3, "log_every": 1}
+    run(tiny(output_dir=str(tmp_path / "straight")))
+    stopped_at(tiny(save_every=2), 4)
+    run(tiny(**changes))
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert len(json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-2])) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate=0.0006 there, 0.001 now"),
+        ({"steps": 8}, "steps=6 there, 8 now"),
+        ({"mixers": "h3"}, "mixers=hybrid there, h3 now"),
+        ({"model": {**TINY["model"], "hidden_size": 32}}, "hidden_size=16 there, 32 now"),
+    ],
+)
+def test_another_recipes_or_models_folder_is_refused(tiny, stopped_at, changes, message):
+    recipe = tiny(save_every=2)
+    stopped_at(recipe, 2)
+    before = (recipe.folder / "recipe.yaml").read_bytes()
+    with pytest.raises(UserError, match=message) as error:
+        run(tiny(save_every=2, **changes))
+    assert "checkpoint-2 is of another run" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert names(recipe.folder) == ["checkpoint-2"]
+    assert (recipe.folder / "recipe.yaml").read_bytes() == before
+
+
+def test_data_prepared_anew_in_another_way_are_refused(tiny, stopped_at, tmp_path):
+    from h3lm.data.prepare import prepare
+
+    stopped_at(tiny(save_every=2), 2)
+    (tmp_path / "other.txt").write_text("it was the age of wisdom " * 60)
+    prepare(
+        tmp_path / "other.txt", tmp_path / "other", tokenizer="characters", block_length=16,
+        progress=False, workers=1,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="the prepared data are not the same"):
+        run(tiny(data=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("kinds", checkpoints.NEEDED, ids=lambda kinds: kinds[0])
+def test_a_missing_or_shortened_file_of_a_checkpoint_is_named(tiny, stopped_at, kinds):
+    recipe = tiny(save_every=2)
+    stopped_at(recipe, 4)
+    folder = recipe.folder / "checkpoints" / "checkpoint-4"
+    path = next(folder / name for name in kinds if (folder / name).exists())
+    whole = path.read_bytes()
+    path.unlink()
+    with pytest.raises(UserError, match=f"checkpoint-4: the checkpoint lacks {path.name}"):
+        run(recipe)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=f"{path.name}: .* bytes instead of"):
+        run(recipe)
+    assert names(recipe.folder) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_half_written_newest_folder_is_passed_over(tiny, stopped_at, tmp_path):
+    run(tiny(output_dir=str(tmp_path / "straight")))
+    recipe = tiny(save_every=2)
+    stopped_at(recipe, 4)
+    folder = recipe.folder / "checkpoints"
+    (folder / "checkpoint-4" / checkpoints.MANIFEST).unlink()
+    (folder / "unfinished" / "checkpoint-6").mkdir(parents=True)
+    (folder / "checkpoint-notes").mkdir()
+    shown = run(recipe)
+    assert f"without checkpoint.json: {folder / 'checkpoint-4'}" in shown
+    assert f"cut short: {folder / 'unfinished'}" in shown
+    assert "resuming at step 2 " in shown
+    assert losses(recipe.folder) == losses(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_no_space_stops_with_one_line_and_harms_no_checkpoint(tiny, stopped_at, recipe_file):
+    recipe = tiny(save_every=2, steps=6)
+    stopped_at(recipe, 2)
+    folder = recipe.folder / "checkpoints"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    limit = max(map(len, before.values())) - 1000
+
+    def limit_file_size():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "h3lm", "train", str(recipe_file(save_every=2, steps=6))],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        preexec_fn=limit_file_size,
+        timeout=100,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "a checkpoint could not be written" in done.stderr
+    assert "checkpoint-2 there is whole" in done.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    run(recipe)
+    assert names(recipe.folder) == ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tiny, monkeypatch, number, log_every
+):
+    forward, calls = H3ForCausalLM.forward, 0
+
+    def breaking(self, *arguments, **named):
+        nonlocal calls
+        output = forward(self, *arguments, **named)
+        calls += self.training
+        if calls == 5:
+            output.loss = output.loss * number
+        return output
+
+    monkeypatch.setattr(H3ForCausalLM, "forward", breaking)
+    recipe = tiny(steps=12, save_every=2, log_every=log_every)
+    with pytest.raises(UserError, match="not finite at step 5; the last good checkpoint is") as e:
+        run(recipe)
+    assert "checkpoint-4" in str(e.value)
+    assert names(recipe.folder)[-1] == "checkpoint-4"
+    assert len(losses(recipe.folder)) >= 1
+    assert "\n" not in str(e.value)
+
+
+def test_limited_time_counts_what_was_trained_before(tiny, stopped_at):
+    recipe = tiny(steps=None, time_limit_s=1.5, save_every=3)
+    stopped_at(recipe, 3)
+    point = checkpoints.newest(recipe.folder / "checkpoints")[0].point
+    assert 0 < point.elapsed_s < 1.5
+    path = recipe.folder / "checkpoints" / "checkpoint-3" / checkpoints.MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["point"]["elapsed_s"] = 1.2  # as if it had been slow
+    path.write_text(json.dumps(manifest))
+    began = time.monotonic()
+    run(recipe)
+    summary = json.loads((recipe.folder / "summary.json").read_text())
+    assert 1.5 <= summary["train_seconds"] < 1.2 + time.monotonic() - began
+    steps = summary["steps"]
+    run(recipe)  # nothing is left to do
+    assert json.loads((recipe.folder / "summary.json").read_text())["steps"] == steps
