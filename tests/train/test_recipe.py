@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 import torch
@@ -93,15 +93,80 @@ def test_every_key_is_explained_with_type_default_and_meaning():
     )
 
 
-def test_every_shipped_recipe_has_a_description_and_builds_its_model():
-    recipes = shipped_recipes()
-    assert "demo" in recipes
-    for name, description in recipes.items():
-        assert description, name
-        recipe = load_recipe(name)
-        with torch.device("meta"):
-            model = H3ForCausalLM(build_config(recipe, 50257))
-        assert model.num_parameters() > 0
+FAMILIES = {"": "hybrid", "-h3": "h3", "-transformer": "attention"}
+SMALL = ("wikitext2", "eltec", "eltec-bytes")
+PAPERS = {  # paper: table of section 4, and the parameter counts of the release
+    "125m": (6e-4, 256, 800_000),
+    "355m": (3e-4, 256, 800_000),
+    "1.3b": (2e-4, 512, 400_000),
+    "2.7b": (1.6e-4, 512, 400_000),
+}
+
+
+def config_of(name):
+    return build_config(load_recipe(name), 257 if "bytes" in name else 50257)
+
+
+def parameters_of(name):
+    with torch.device("meta"):
+        return H3ForCausalLM(config_of(name)).num_parameters()
+
+
+def test_recipes_are_shipped_for_each_text_and_size_in_three_families():
+    expected = {name + end for name in (*SMALL, *PAPERS) for end in FAMILIES} | {"demo"}
+    assert set(shipped_recipes()) == expected
+    assert all(shipped_recipes().values())
+
+
+@pytest.mark.parametrize("end", FAMILIES)
+@pytest.mark.parametrize("name", [*SMALL, *PAPERS])
+def test_shipped_recipes_differ_by_their_mixers_alone(name, end):
+    recipe, hybrid = load_recipe(name + end), load_recipe(name)
+    assert recipe.mixers == FAMILIES[end]
+    mixers = set(config_of(name + end).mixers)
+    assert mixers == {"h3", "attention"} if not end else mixers == {FAMILIES[end]}
+    differing = {k for k, v in asdict(recipe).items() if v != asdict(hybrid)[k]}
+    assert differing <= {"name", "description", "mixers", "model"}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("end", FAMILIES)
+def test_small_recipes_have_about_30_million_parameters(name, end):
+    assert parameters_of(name + end) == pytest.approx(30e6, rel=0.05)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_recipes_have_the_papers_hyperparameters(name):
+    recipe = load_recipe(name)
+    rate, batch, steps = PAPERS[name]
+    assert (recipe.learning_rate, recipe.batch_size, recipe.steps) == (rate, batch, steps)
+    assert recipe.block_length == 2048
+    assert (recipe.beta1, recipe.beta2, recipe.weight_decay) == (0.9, 0.999, 0.1)
+    assert (recipe.warmup_fraction, recipe.decay_fraction) == (0.01, 0.75)
+    assert (recipe.floor_fraction, recipe.max_grad_norm, recipe.seed) == (0.1, 1.0, 2222)
+    config = config_of(name)
+    assert (config.embedding_dropout, config.residual_dropout) == (0.1, 0.0)
+    assert config.attention_dropout == 0.1
+
+
+@pytest.mark.parametrize("end", FAMILIES)
+@pytest.mark.parametrize("name", [*SMALL, *PAPERS, "demo"])
+def test_every_shipped_recipe_builds_its_model(name, end):
+    if name != "demo":
+        assert parameters_of(name + end) > 25e6
+    assert load_recipe(name).description
+
+
+def test_a_recipe_can_say_only_what_differs_from_its_base(tmp_path):
+    base, mine = tmp_path / "base.yaml", tmp_path / "mine.yaml"
+    base.write_text("steps: 10\nbatch_size: 8\nmodel: {hidden_size: 32, d_state: 16}\n")
+    mine.write_text(f"base: {base}\nepochs: 2\nmodel: {{d_state: 8}}\n")
+    recipe = load_recipe(str(mine))
+    assert (recipe.name, recipe.steps, recipe.epochs, recipe.batch_size) == ("mine", None, 2.0, 8)
+    assert recipe.model == {"hidden_size": 32, "d_state": 8}
+    base.write_text(f"base: {mine}\n")
+    with pytest.raises(UserError, match="its base is itself"):
+        load_recipe(str(mine))
 
 
 def test_fields_of_the_model_that_do_not_exist_or_fit_are_one_line():

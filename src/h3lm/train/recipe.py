@@ -155,6 +155,8 @@ class Recipe:
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, or one that is shipped, by its name.
 
+    A file that says `base: OTHER` (a file or a shipped recipe) holds only what differs from it.
+
     Args:
         source: Path of a YAML file, or the name of a shipped recipe.
         overrides: `key=value` each; `model.FIELD=value` for a field of the model.
@@ -163,31 +165,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: if there is no such recipe, a key is unknown (names the nearest), a value has
             the wrong type, or values contradict each other.
     """
-    path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"{source}: no such recipe file")
-        try:
-            text, name = path.read_text(encoding="utf-8"), path.stem
-        except OSError as error:
-            raise UserError(f"{source}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{source}: byte {error.start} is not UTF-8") from None
-    else:
-        shipped = SHIPPED / f"{source}.yaml"
-        if not shipped.is_file():
-            near = _nearest(source, shipped_recipes())
-            raise UserError(f"there is no recipe {source!r}{near}; `h3lm recipes` lists them")
-        text, name = shipped.read_text(encoding="utf-8"), source
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{source}: a recipe is a list of `key: value`, not {type(values).__name__}"
-        )
-    values = dict[str, Any]({"name": name} | values)
+    values = _read_values(source)
     changes = [_read_override(override) for override in overrides]
     if any(key in DURATIONS and value is not None for key, value in changes):
         values = {key: value for key, value in values.items() if key not in DURATIONS}
@@ -200,6 +178,52 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         else:
             values[key_] = value
     return make_recipe(values)
+
+
+def _read_values(source: str, inside: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a file says, over what its `base` says if it has one; fields of the model one by one."""
+    if source in inside:
+        raise UserError(f"{source}: its base is itself, by {' -> '.join((*inside, source))}")
+    text, name = _read_source(source)
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{source}: a recipe is a list of `key: value`, not {type(values).__name__}"
+        )
+    values = dict[str, Any]({"name": name} | values)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    values_of_base = _read_values(str(base), (*inside, source))
+    if any(values.get(name) is not None for name in DURATIONS):
+        values_of_base = {k: v for k, v in values_of_base.items() if k not in DURATIONS}
+    models = [v["model"] for v in (values_of_base, values) if isinstance(v.get("model"), dict)]
+    merged = values_of_base | values
+    if len(models) == 2:
+        merged["model"] = models[0] | models[1]
+    return merged
+
+
+def _read_source(source: str) -> tuple[str, str]:
+    """Text and name of a recipe file or a shipped recipe."""
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"{source}: no such recipe file")
+        try:
+            return path.read_text(encoding="utf-8"), path.stem
+        except OSError as error:
+            raise UserError(f"{source}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source}: byte {error.start} is not UTF-8") from None
+    shipped = SHIPPED / f"{source}.yaml"
+    if not shipped.is_file():
+        near = _nearest(source, shipped_recipes())
+        raise UserError(f"there is no recipe {source!r}{near}; `h3lm recipes` lists them")
+    return shipped.read_text(encoding="utf-8"), source
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
