@@ -41,7 +41,11 @@ types: env
 
 check: env
 	@echo "== pytest"
-	@$(BIN)/python -m pytest --jaxtyping-packages=h3lm.ssm,h3lm.flashconv,h3lm.layers,beartype.beartype
+	@$(BIN)/python -m pytest
+	@echo "== pytest, shapes and dtypes of every call checked"
+	@$(BIN)/python -m pytest tests/ssm tests/layers tests/flashconv -k "not mistake" \
+	  --jaxtyping-packages=h3lm.ssm,h3lm.flashconv,h3lm.layers,beartype.beartype
+	@echo "== examples in docstrings"
 	@$(BIN)/python -m pytest --doctest-modules src/h3lm/flashconv/op.py src/h3lm/data/tokenizers.py
 
 test-gpu:

@@ -1,5 +1,7 @@
 """The H3 core: plain PyTorch against the definition, states, packing, direction, mistakes."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -97,7 +99,7 @@ def test_packed_rows_equal_separate_sequences(head_dim, lengths, T, stateful, re
     actual = run_with_gradients("torch", q, k, v, diagonal, shift, state, T, **options)
     assert_close(actual, expected)
     with torch.no_grad():
-        for s, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for s, (a, b) in enumerate(pairwise(bounds)):
             alone, _ = h3_core(
                 q[..., a:b], k[..., a:b], v[..., a:b], shift.taps(), diagonal.system(),
                 head_dim=head_dim, reverse=reverse,
@@ -195,9 +197,7 @@ def test_step_continues_the_core(head_dim):
     q, k, v = inputs(2, 4, 40)
     with torch.no_grad():
         taps, system = shift.taps(), diagonal.system()
-        expected, end = h3_core(
-            q, k, v, taps, system, head_dim=head_dim, return_final_state=True
-        )
+        expected, end = h3_core(q, k, v, taps, system, head_dim=head_dim, return_final_state=True)
         _, state = h3_core(
             q[..., :30], k[..., :30], v[..., :30], taps, system,
             head_dim=head_dim, return_final_state=True,

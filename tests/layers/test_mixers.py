@@ -1,6 +1,7 @@
 """What every mixer promises, whatever it is made of."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_a_masked_single_step_moves_nothing(layer, u):
 def test_packed_equals_separate(layer, u):
     bounds = [0, 1, 14, 15, LENGTH]
     packed, _ = layer(u[:1], cu_seqlens=torch.tensor(bounds))
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         assert_close(packed[:, start:end], layer(u[:1, start:end])[0])
 
 

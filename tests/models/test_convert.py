@@ -106,7 +106,7 @@ def test_a_mistake_lists_the_keys(tmp_path, weights):
     with pytest.raises(UserError, match=r"misshapen: .*down_proj\.bias is \(3,\) instead of"):
         convert(tmp_path, weights | {name: torch.zeros(3)})
     head = {"lm_head.weight": torch.zeros_like(weights["lm_head.weight"])}
-    with pytest.raises(UserError, match="lm_head.weight differs from the embedding"):
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding"):
         convert(tmp_path, weights | head)
 
 

@@ -150,4 +150,3 @@ def _describe(device: torch.device) -> str:
         f"device {properties.name}, sm_{properties.major}{properties.minor}, "
         f"{properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
     )
-

@@ -2,8 +2,8 @@
 
 import os
 import sys
+from typing import Any
 
-import click
 import typer
 
 from h3lm import __version__
@@ -14,6 +14,11 @@ from h3lm.cli.prepare import prepare
 from h3lm.cli.synthetics import synthetics
 from h3lm.cli.train import train
 from h3lm.errors import UserError
+
+# typer 0.29 carries a click of its own, earlier ones use the package: the base of their errors
+UsageMistake: type[Any] = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
 
 app = typer.Typer(
     name="h3lm",
@@ -43,16 +48,16 @@ def main() -> None:
     """Run the command line; mistakes of the user end in one line and a non-zero status."""
     try:
         status = app(standalone_mode=False)
-    except click.ClickException as error:
-        _fail(error.format_message().replace("\n", " "), error.exit_code)
+    except UsageMistake as error:
+        _fail(" ".join(error.format_message().split()), error.exit_code)
     except UserError as error:
         if os.environ.get("H3LM_TRACEBACK"):
             raise
         _fail(str(error), 1)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except BrokenPipeError:  # `h3lm recipes | head`
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (nobody reads on)
         status = 0
     sys.exit(status if isinstance(status, int) else 0)
 

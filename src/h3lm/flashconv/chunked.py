@@ -112,16 +112,14 @@ def _gated_input(
     head_dim: int,
     initial_state: H3State | None,
 ) -> Tensor:
-    """w = (taps * k) v for every pair of channels of a head, (H, pairs, rows, chunks, T)."""
+    """W = (taps * k) v for every pair of channels of a head, (H, pairs, rows, chunks, T)."""
     s = _short_filter(k, operators, cut, initial_state and initial_state.shift)
     value = cut.split(v.to(s.dtype))
     w = _to_heads(s, head_dim)[:, :, None] * _to_heads(value, head_dim)[:, None]
     return w.flatten(1, 2)
 
 
-def _short_filter(
-    k: Tensor, operators: ChunkOperators, cut: Cut, history: Tensor | None
-) -> Tensor:
+def _short_filter(k: Tensor, operators: ChunkOperators, cut: Cut, history: Tensor | None) -> Tensor:
     """s_c = sum_m F_m k_{c-m}, the chunks before the first one taken from the history."""
     assert operators.F is not None
     reach = operators.F.shape[1] - 1
@@ -187,9 +185,7 @@ def _scan(
         return _scan_serial(e, first, keep, _decay(operators, stride))
     groups = -(-count // _SCAN_GROUP)
     fill = groups * _SCAN_GROUP - count
-    grouped = tuple(
-        F.pad(x, (0, 0, 0, fill)).unflatten(-2, (groups, _SCAN_GROUP)) for x in e
-    )
+    grouped = tuple(F.pad(x, (0, 0, 0, fill)).unflatten(-2, (groups, _SCAN_GROUP)) for x in e)
     kept = None if keep is None else F.pad(keep, (0, fill), value=1.0).view(groups, _SCAN_GROUP)
     zero = torch.zeros_like(grouped[0][..., 0, :])
     one_more = tuple(F.pad(x, (0, 0, 0, 1)) for x in grouped)

@@ -72,6 +72,7 @@ class DenseCut(Cut):
         self.length, self.T = length, T
 
     def split(self, x: Tensor) -> Tensor:
+        """Cut, (B, D, L) to (D, rows, chunks, T)."""
         missing = self.chunks * self.T - self.length
         x = x.transpose(0, 1)
         if missing:
@@ -79,22 +80,28 @@ class DenseCut(Cut):
         return x.unflatten(-1, (self.chunks, self.T))
 
     def merge(self, y: Tensor) -> Tensor:
+        """Put chunks back, (D, rows, chunks, T) to (B, D, L)."""
         return y.flatten(-2)[..., : self.length].transpose(0, 1)
 
     def delay(self, x: Tensor, past: Tensor, m: int) -> Tensor:
+        """Give each chunk what the chunk m before it has."""
         return torch.cat([past, x], 2)[:, :, : self.chunks]
 
     def seed(self, start: Pair, into: Pair) -> tuple[Pair, Pair, Tensor | None]:
+        """Put the sequences' start states into a scan."""
         return start, into, None
 
     def last(self, x: Tensor) -> Tensor:
+        """Take the last chunk of each sequence."""
         return x[..., -1, :]
 
     def last_lengths(self, device: torch.device) -> Tensor:
+        """Count the positions in it."""
         used = self.length - (self.chunks - 1) * self.T
         return torch.full((self.sequences,), used, device=device)
 
     def last_inputs(self, k: Tensor, count: int, before: Tensor | None) -> Tensor:
+        """Take the last values of k of each sequence."""
         if before is None:
             missing = max(0, count - self.length)
             return F.pad(k, (missing, 0))[..., self.length + missing - count :]
@@ -125,19 +132,23 @@ class PackedCut(Cut):
         self._starts, self._ends = bounds[:-1].to(device), bounds[1:].to(device)
 
     def split(self, x: Tensor) -> Tensor:
+        """Cut, (B, D, L) to (D, rows, chunks, T)."""
         padded = F.pad(x.transpose(0, 1), (0, 1))
         return padded[..., self._source].unflatten(-1, (self.chunks, self.T))
 
     def merge(self, y: Tensor) -> Tensor:
+        """Put chunks back, (D, rows, chunks, T) to (B, D, L)."""
         return y.flatten(-2)[..., self._slot].transpose(0, 1)
 
     def delay(self, x: Tensor, past: Tensor, m: int) -> Tensor:
+        """Give each chunk what the chunk m before it has."""
         both = torch.cat([x, past.reshape(x.shape[0], 1, -1, x.shape[-1])], 2)
         here = torch.arange(self.chunks, device=x.device) - m
         before = self.chunks + self._sequence * m + self._in_sequence
         return both[:, :, torch.where(self._in_sequence >= m, here, before)]
 
     def seed(self, start: Pair, into: Pair) -> tuple[Pair, Pair, Tensor | None]:
+        """Put the sequences' start states into a scan."""
         keep = torch.ones(self.chunks, device=self._first.device, dtype=into[0].dtype)
         keep = keep.index_fill(0, self._first[1:] - 1, 0.0)  # the chunk before a start
         seeded = [
@@ -148,12 +159,15 @@ class PackedCut(Cut):
         return first, (seeded[0], seeded[1]), keep
 
     def last(self, x: Tensor) -> Tensor:
+        """Take the last chunk of each sequence."""
         return x[..., 0, self._last, :]
 
     def last_lengths(self, device: torch.device) -> Tensor:
+        """Count the positions in it."""
         return self._last_lengths
 
     def last_inputs(self, k: Tensor, count: int, before: Tensor | None) -> Tensor:
+        """Take the last values of k of each sequence."""
         if before is None:
             before = k.new_zeros(self.sequences, k.shape[1], count)
         both = torch.cat([k[0], before.to(k.dtype).transpose(0, 1).flatten(1)], 1)

@@ -4,7 +4,7 @@ They check what they are given, choose an implementation, and handle what all im
 share: direction, the empty sequence, chunk operators made from a system.
 """
 
-from typing import Literal
+from itertools import pairwise
 
 import torch
 from jaxtyping import Complex, Float, Integer
@@ -171,7 +171,7 @@ def ssm_conv(
     return_final_state: bool = False,
     cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
     reverse: bool = False,
-    method: Literal["auto", "chunks"] = "auto",
+    method: str = "auto",
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "B H L"], Complex[Tensor, "S H half"] | None]:
     """Run one diagonal SSM for each channel, with optional gates before and after.
@@ -251,7 +251,7 @@ def fft_conv(
     pre_gate: Float[Tensor, "B D L"] | None = None,
     post_gate: Float[Tensor, "B D L"] | None = None,
     f_reverse: Float[Tensor, "D Lr"] | None = None,
-    mode: Literal["causal", "circular"] = "causal",
+    mode: str = "causal",
     backend: str = "auto",
 ) -> Float[Tensor, "B D L"]:
     """Convolve each channel with a filter of its own, with optional gates and skip.
@@ -411,7 +411,7 @@ def _reference_ssm_conv(
 
 def _slices(cu_seqlens: Tensor) -> list[slice]:
     bounds = cu_seqlens.tolist()
-    return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [slice(start, end) for start, end in pairwise(bounds)]
 
 
 def _reversed(
@@ -475,7 +475,7 @@ def _check_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
     capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
     if not (torch.compiler.is_compiling() or capturing):
         bounds = cu_seqlens.tolist()
-        increasing = all(b > a for a, b in zip(bounds, bounds[1:], strict=False))
+        increasing = all(b > a for a, b in pairwise(bounds))
         if bounds[0] != 0 or bounds[-1] != x.shape[-1] or not increasing:
             raise ValueError(
                 f"cu_seqlens must increase from 0 to the length {x.shape[-1]}, got {bounds}"

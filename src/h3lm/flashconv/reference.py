@@ -23,8 +23,8 @@ def h3_core(
 ) -> tuple[Tensor, H3State]:
     """One row of `flashconv.h3_core` after the other positions, left to right.
 
-        s_t = sum_j taps_j k_{t-j};   w_ij = s_i v_j;   x = a x + b w;
-        y = 2 Re(c x) + skip w;       o_j = sum_i q_i y_ij
+    s_t = sum_j taps_j k_{t-j};   w_ij = s_i v_j;   x = a x + b w;
+    y = 2 Re(c x) + skip w;       o_j = sum_i q_i y_ij
     """
     B, D, L = q.shape
     H, wide = D // head_dim, torch.promote_types(torch.promote_types(q.dtype, taps.dtype), _F32)

@@ -22,9 +22,7 @@ class H3State(NamedTuple):
     diagonal: Tensor
 
 
-def diagonal_shape(
-    rows: int, num_heads: int, head_dim: int, num_modes: int
-) -> tuple[int, ...]:
+def diagonal_shape(rows: int, num_heads: int, head_dim: int, num_modes: int) -> tuple[int, ...]:
     """Shape of `H3State.diagonal`."""
     if head_dim == 1:
         return rows, num_heads, num_modes

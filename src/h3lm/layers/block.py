@@ -36,7 +36,7 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_name = mixer_name
         self.norm1 = nn.LayerNorm(sizes.d_model, eps=norm_eps)
-        self.mixer = mixer(mixer_name).build(sizes)
+        self.mixer: Any = mixer(mixer_name).build(sizes)
         self.norm2 = nn.LayerNorm(sizes.d_model, eps=norm_eps)
         self.mlp = MLP(sizes.d_model, d_inner)
         self.dropout = nn.Dropout(dropout)

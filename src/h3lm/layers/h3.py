@@ -1,7 +1,7 @@
 """The H3 layer."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -14,8 +14,7 @@ from h3lm.layers.prepared import Prepared
 from h3lm.layers.projection import project_channel_first, project_channel_last
 from h3lm.layers.unpad import Unpadded
 from h3lm.ssm import ChunkOperators, DiagonalSSM, ShiftSSM
-from h3lm.ssm.diagonal import Discretization
-from h3lm.ssm.hippo import DiagonalInit
+from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH
 
 
 class H3(nn.Module):
@@ -37,6 +36,8 @@ class H3(nn.Module):
         init: Start of the diagonal SSM's A: "lin", "inv" or "legs".
         discretization: "bilinear" or "zoh".
         dt_min, dt_max: Range of the step sizes at the start.
+        chunk_length: Inputs of a chunk of state passing; rows that are always shorter run faster
+            with a shorter one.
         backend: Implementation of the core, see `flashconv.h3_core`.
         device: Where the parameters are made.
         dtype: Dtype of the projections; the SSMs are float32 always.
@@ -52,10 +53,11 @@ class H3(nn.Module):
         head_dim: int = 1,
         *,
         bias: bool = True,
-        init: DiagonalInit = "lin",
-        discretization: Discretization = "bilinear",
+        init: str = "lin",
+        discretization: str = "bilinear",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
+        chunk_length: int = DEFAULT_CHUNK_LENGTH,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -64,7 +66,7 @@ class H3(nn.Module):
         if head_dim < 1 or d_model % head_dim:
             raise ValueError(f"head_dim={head_dim} must divide d_model={d_model}")
         self.d_model, self.d_state, self.head_dim = d_model, d_state, head_dim
-        self.backend = backend
+        self.chunk_length, self.backend = chunk_length, backend
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=bias, device=device, dtype=dtype)
         self.shift_ssm = ShiftSSM(d_model, d_state, device=device)
         self.diagonal_ssm = DiagonalSSM(
@@ -186,7 +188,7 @@ class H3(nn.Module):
     def _make_operators(self) -> tuple[Tensor, ChunkOperators]:
         with torch.autocast(self.shift_ssm.B.device.type, enabled=False):
             taps = self.shift_ssm.taps()
-            return taps, self.diagonal_ssm.system().chunk_operators(taps)
+            return taps, self.diagonal_ssm.system().chunk_operators(taps, self.chunk_length)
 
     @staticmethod
     def pack_state(state: H3State) -> tuple[Tensor, Tensor]:
@@ -198,12 +200,12 @@ class H3(nn.Module):
         """Inverse of `pack_state`."""
         return H3State(conv, from_real_pairs(recurrent))
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "H3":
         """Switch mode; drops the operators, since an optimiser may have run in between."""
         self._prepared.drop()
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "H3":
         self._prepared.drop()
         return super()._apply(fn, recurse)
 

@@ -28,7 +28,7 @@ def project_channel_last(linear: nn.Module, o: Tensor) -> Tensor:
     """
     B, d_in, L = o.shape
     rows = o.transpose(0, 1).reshape(d_in, B * L).T
-    return linear(rows).view(B, L, -1)
+    return linear(rows).unflatten(0, (B, L))
 
 
 def _is_plain(linear: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,12 +91,12 @@ class Recurrence(nn.Module):
         """Inverse of `pack_state`."""
         return RecurrentState(from_real_pairs(recurrent))
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "Recurrence":
         """Switch mode; drops what was prepared, since an optimiser may have run in between."""
         self._prepared.drop()
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Recurrence":
         self._prepared.drop()
         return super()._apply(fn, recurse)
 

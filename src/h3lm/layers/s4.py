@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from h3lm import flashconv
 from h3lm.layers.recurrence import BackwardReadout, Recurrence, RecurrentState, spans_of, zero_state
-from h3lm.layers.s4d import Output, check_output, finish, refuse_state
+from h3lm.layers.s4d import check_output, finish, refuse_state
 from h3lm.layers.unpad import Unpadded
 from h3lm.ssm.dplr import DPLRSSM, DPLRSystem
 
@@ -39,7 +39,7 @@ class S4(Recurrence):
         d_model: int,
         d_state: int = 64,
         *,
-        output: Output = "glu",
+        output: str = "glu",
         bidirectional: bool = False,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
@@ -48,7 +48,7 @@ class S4(Recurrence):
         super().__init__()
         check_output(output)
         self.d_model, self.d_state = d_model, d_state
-        self.output: Output = output
+        self.output: str = output
         self.dplr_ssm = DPLRSSM(d_model, d_state, dt_min=dt_min, dt_max=dt_max)
         self.backward_readout = BackwardReadout(d_model, d_state // 2) if bidirectional else None
         self.output_proj = nn.Linear(d_model, d_model * (1 + (output == "glu")), bias=bias)

@@ -1,7 +1,6 @@
 """The S4D layer."""
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -13,12 +12,9 @@ from h3lm.layers.projection import project_channel_last
 from h3lm.layers.recurrence import BackwardReadout, Recurrence, RecurrentState, zero_state
 from h3lm.layers.unpad import Unpadded
 from h3lm.ssm import ChunkOperators, DiagonalSSM
-from h3lm.ssm.diagonal import Discretization
-from h3lm.ssm.hippo import DiagonalInit
 from h3lm.ssm.shared_modes import TiedDiagonalSSM
 
-Output = Literal["linear", "glu"]
-OUTPUTS: tuple[Output, ...] = ("linear", "glu")
+OUTPUTS = ("linear", "glu")
 
 
 class S4D(Recurrence):
@@ -55,11 +51,11 @@ class S4D(Recurrence):
         d_model: int,
         d_state: int = 64,
         *,
-        output: Output = "linear",
+        output: str = "linear",
         tied: bool = False,
         bidirectional: bool = False,
-        init: DiagonalInit = "inv",
-        discretization: Discretization = "zoh",
+        init: str = "inv",
+        discretization: str = "zoh",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         bias: bool = True,
@@ -67,7 +63,7 @@ class S4D(Recurrence):
         super().__init__()
         check_output(output)
         self.d_model, self.d_state = d_model, d_state
-        self.output: Output = output
+        self.output: str = output
         make = TiedDiagonalSSM if tied else DiagonalSSM
         self.diagonal_ssm = make(
             d_model,
@@ -128,7 +124,7 @@ class S4D(Recurrence):
         return ahead + behind
 
 
-def finish(projection: nn.Module, y: Tensor, output: Output) -> Tensor:
+def finish(projection: nn.Module, y: Tensor, output: str) -> Tensor:
     """GELU and the output map, (B, D, L) to (B, L, D)."""
     h = project_channel_last(projection, F.gelu(y))
     return h if output == "linear" else F.glu(h, dim=-1)

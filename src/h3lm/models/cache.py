@@ -144,5 +144,3 @@ def cache_bytes(cache: Cache) -> int:
         else:
             tensors += [layer.keys, layer.values]
     return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
-
-

@@ -57,7 +57,9 @@ def convert_official(
             tensors or is needed and not given.
     """
     if channel_order not in CHANNEL_ORDERS:
-        raise UserError(f"channel_order={channel_order!r} is not one of {', '.join(CHANNEL_ORDERS)}")
+        raise UserError(
+            f"channel_order={channel_order!r} is not one of {', '.join(CHANNEL_ORDERS)}"
+        )
     tensors = _current_layout(_unwrap_lightning(_read(Path(path))))
     config = _infer_config(tensors, num_attention_heads)
     _contradiction("rotary_dim", rotary_dim, config.rotary_dim)

@@ -1,10 +1,13 @@
 """Model folders: weights, configuration and tokenizer together."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
+from transformers.utils import logging
 
 from h3lm.errors import UserError
 from h3lm.models.modeling_h3 import H3ForCausalLM
@@ -26,7 +29,8 @@ def save_model(
     if tokenizer is not None:
         fit_tokenizer(model, tokenizer)
     try:
-        model.save_pretrained(out_dir)
+        with _no_progress_bars():
+            model.save_pretrained(out_dir)
         if tokenizer is not None:
             tokenizer.save_pretrained(out_dir)
     except (OSError, SafetensorError, AssertionError) as error:
@@ -66,10 +70,23 @@ def load_model(
     if not path.exists() and (path.is_absolute() or str(folder).startswith(".")):
         raise UserError(f"{folder}: no such model folder")
     try:
-        model = H3ForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
+        with _no_progress_bars():
+            model = H3ForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
     except SafetensorError as error:
         raise UserError(f"{folder}: model.safetensors is damaged: {error}") from None
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{folder}: cannot load this model: {first}") from None
     return model.to(device).eval()
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Without the library's bars: a model of ours is there before one could be read."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -58,8 +58,10 @@ def stream_text(
     tokenizer = load_tokenizer_of(model)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     if ids.shape[1] == 0:
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else (
-            tokenizer.eos_token_id
+        start = (
+            tokenizer.bos_token_id
+            if tokenizer.bos_token_id is not None
+            else (tokenizer.eos_token_id)
         )
         if start is None:
             raise UserError("the prompt is empty and the tokenizer has no token to begin with")

@@ -51,19 +51,22 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
         super().__init__(
             config.mixers[layer_idx],
             config.mixer_sizes,
-            config.intermediate_size,
+            config.intermediate_size or 4 * config.hidden_size,
             dropout=config.residual_dropout,
             norm_eps=config.layer_norm_eps,
         )
         self.layer_idx = layer_idx
         # Marks for the initialisation, as in the release: what a layer adds to the residual stream
         # starts smaller, but for H3's own output projection
-        self.mlp.down_proj.adds_to_residual = True
-        output = getattr(self.mixer, "output_proj", None)
-        if output is not None and (self.mixer_name == "attention" or config.scale_h3_output):
-            output.adds_to_residual = True
+        residual: list[Any] = [self.mlp.down_proj]
+        if self.mixer_name == "attention" or config.scale_h3_output:
+            residual.append(self.mixer.output_proj)
+        for projection in residual:
+            projection.adds_to_residual = True
 
-    def forward(self, r: Tensor, where: Where, cache: Cache | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # the state goes to the cache, not to the caller
+        self, r: Tensor, where: Where, cache: Cache | None = None
+    ) -> Tensor:
         """Advance the residual stream (B, L, D)."""
         u = self.norm1(r)
         if isinstance(self.mixer, CausalAttention):
@@ -104,7 +107,7 @@ class H3PreTrainedModel(PreTrainedModel):
     _is_stateful = True  # a recurrent state can't be rolled back: no assisted generation
     _can_compile_fullgraph = True
     # A decay in bfloat16 is another model (see `ssm.SSMModule`)
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["shift_ssm", "diagonal_ssm"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["shift_ssm", "diagonal_ssm", "dplr_ssm"]
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -114,7 +117,7 @@ class H3PreTrainedModel(PreTrainedModel):
             if getattr(module, "adds_to_residual", False):
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
             nn.init.normal_(module.weight, std=std)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
@@ -144,7 +147,8 @@ class H3Model(H3PreTrainedModel):
         if config.num_learned_positions:
             self.embed_positions = nn.Embedding(config.num_learned_positions, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
-        self.layers = nn.ModuleList(
+        # Any: a ModuleList forgets what it holds
+        self.layers: Any = nn.ModuleList(
             H3DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -161,14 +165,14 @@ class H3Model(H3PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
@@ -195,9 +199,10 @@ class H3Model(H3PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, exactly one of them")
-        if inputs_embeds is None:
+        if input_ids is not None:
             self._check_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
+        assert inputs_embeds is not None
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training
         if past_key_values is not None or use_cache:
@@ -232,24 +237,25 @@ class H3Model(H3PreTrainedModel):
     ) -> tuple[Where, Tensor]:
         """Resolve masks, positions and packing into what the layers need."""
         B, L, _ = embeds.shape
-        two_dimensional = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+        masks = attention_mask if isinstance(attention_mask, dict) else None
+        mask = attention_mask if isinstance(attention_mask, Tensor) else None
+        rows = mask if mask is not None and mask.dim() == 2 else None
         seen = 0 if cache is None else cache.get_seq_length()
         if cu_seqlens is not None:
             position_ids = _positions_in(cu_seqlens, L)
         elif position_ids is None:
-            if two_dimensional:
-                position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -L:]
+            if rows is not None:
+                position_ids = (rows.long().cumsum(1) - 1).clamp(min=0)[:, -L:]
             else:
                 position_ids = (torch.arange(L, device=embeds.device) + seen)[None]
         elif attention_mask is None and isinstance(seen, int) and seen == 0:
             cu_seqlens = _packed_boundaries(position_ids, B)
 
-        if isinstance(attention_mask, dict):  # made by `generate` for a compilable cache
-            bias = attention_mask.get("full_attention")
-            padding = attention_mask.get("linear_attention")
+        if masks is not None:  # made by `generate` for a compilable cache
+            bias, padding = masks.get("full_attention"), masks.get("linear_attention")
         else:
-            padding = _padding(attention_mask, L) if two_dimensional else None
-            bias = self._bias(embeds, attention_mask, position_ids, cache, cu_seqlens)
+            padding = None if rows is None else _padding(rows, L)
+            bias = self._bias(embeds, mask, position_ids, cache, cu_seqlens)
         return Where(padding, cu_seqlens, bias, self._rotation(position_ids)), position_ids
 
     def _bias(
@@ -271,10 +277,9 @@ class H3Model(H3PreTrainedModel):
         )
 
     def _rotation(self, position_ids: Tensor) -> Rotation | None:
-        for layer in self.layers:
-            if isinstance(layer.mixer, CausalAttention):
-                return layer.mixer.rotation(position_ids)
-        return None
+        mixers = (getattr(layer, "mixer", None) for layer in self.layers)
+        attention = next((m for m in mixers if isinstance(m, CausalAttention)), None)
+        return None if attention is None else attention.rotation(position_ids)
 
     def _check_ids(self, input_ids: Tensor) -> None:
         # On a GPU the look would stall it, and the embedding asserts on the device by itself
@@ -293,8 +298,7 @@ class H3Model(H3PreTrainedModel):
         look = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if look and int(position_ids.max()) >= limit:
             raise ValueError(
-                f"position {int(position_ids.max())} exceeds the model's "
-                f"{limit} learned positions"
+                f"position {int(position_ids.max())} exceeds the model's {limit} learned positions"
             )
         return position_ids
 
@@ -302,9 +306,7 @@ class H3Model(H3PreTrainedModel):
 class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
     """H3, hybrid or Transformer language model, by `H3Config.mixers`."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {
-        "lm_head.weight": "model.embed_tokens.weight"
-    }
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: H3Config) -> None:
         super().__init__(config)
@@ -322,15 +324,15 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -359,7 +361,7 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        # slice(-0, None) is everything
+        # 0 keeps all: a slice from minus zero is a slice from the start
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden.last_hidden_state[:, keep])
         loss = None

@@ -1,25 +1,24 @@
 """The diagonal SSM (S4D) and its discretisation."""
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from h3lm.ssm.hints import SSM_HINT, ParameterHint, SSMModule
-from h3lm.ssm.hippo import DiagonalInit, diagonal_eigenvalues
+from h3lm.ssm.hippo import diagonal_eigenvalues
 from h3lm.ssm.operators import DiagonalSystem
 
-Discretization = Literal["bilinear", "zoh"]
-DISCRETIZATIONS: tuple[Discretization, ...] = ("bilinear", "zoh")
+DISCRETIZATIONS = ("bilinear", "zoh")
 
 
 def discretize(
     A: Complex[Tensor, "H half"],
     B: Complex[Tensor, "H half"],
     dt: Float[Tensor, " H"],
-    rule: Discretization,
+    rule: str,
 ) -> tuple[Complex[Tensor, "H half"], Complex[Tensor, "H half"]]:
     """Discretise a diagonal system, elementwise.
 
@@ -71,17 +70,17 @@ class DiagonalSSM(SSMModule):
         device: Where the parameters are made.
     """
 
-    training_hints: ClassVar[dict[str, ParameterHint]] = {
-        name: SSM_HINT for name in ("log_dt", "log_neg_A_real", "A_imag", "B")
-    }
+    training_hints: ClassVar[dict[str, ParameterHint]] = dict.fromkeys(
+        ("log_dt", "log_neg_A_real", "A_imag", "B"), SSM_HINT
+    )
 
     def __init__(
         self,
         num_systems: int,
         d_state: int = 64,
         *,
-        init: DiagonalInit = "lin",
-        discretization: Discretization = "bilinear",
+        init: str = "lin",
+        discretization: str = "bilinear",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         device: torch.device | str | None = None,
@@ -94,8 +93,8 @@ class DiagonalSSM(SSMModule):
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"need 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
         self.num_systems, self.d_state = num_systems, d_state
-        self.init: DiagonalInit = init
-        self.discretization: Discretization = discretization
+        self.init = init
+        self.discretization = discretization
         self.dt_min, self.dt_max = dt_min, dt_max
         diagonal_eigenvalues(init, d_state)  # refuses what cannot be made before allocating
         half = d_state // 2

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 SSM_MAX_LEARNING_RATE = 1e-3
@@ -38,7 +37,7 @@ class SSMModule(nn.Module):
 
     training_hints: ClassVar[dict[str, ParameterHint]] = {}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SSMModule":
         # `.to(torch.bfloat16)`, `.half()` and the like move the module but never narrow it: a
         # decay rounded to 8 bits is another model, and rounding it back would not undo that.
         def keep_precision(tensor: Tensor) -> Tensor:

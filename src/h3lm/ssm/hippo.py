@@ -4,14 +4,13 @@ Source: Gu et al. 2020 (HiPPO), Gu et al. 2022 (S4, S4D); `A` and `B` as there, 
 triangular. Everything is built in float64.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-DiagonalInit = Literal["lin", "inv", "legs"]
-DIAGONAL_INITS: tuple[DiagonalInit, ...] = ("lin", "inv", "legs")
+DIAGONAL_INITS = ("lin", "inv", "legs")
 
 
 class NormalPlusLowRank(NamedTuple):
@@ -78,7 +77,7 @@ def legs_normal_plus_low_rank(d_state: int) -> NormalPlusLowRank:
     )
 
 
-def diagonal_eigenvalues(init: DiagonalInit, d_state: int) -> Complex[Tensor, " half"]:
+def diagonal_eigenvalues(init: str, d_state: int) -> Complex[Tensor, " half"]:
     """Continuous-time eigenvalues of a diagonal SSM, one of each conjugate pair.
 
     | init | name | imaginary part of mode n |

@@ -56,7 +56,7 @@ class DiagonalSystem:
         return self.a.shape[1]
 
     def powers(self, exponents: Integer[Tensor, " J"]) -> Complex[Tensor, "H half J"]:
-        """a to non-negative integer powers, in the widest precision of the device.
+        """A to non-negative integer powers, in the widest precision of the device.
 
         The logarithm is taken once, in float64, with its phase in (-pi, pi]: powers made in
         float32 are off by 1e-3 at exponent 1024. A mode that is exactly 0 stays 0, with gradient
@@ -149,7 +149,7 @@ class DiagonalSystem:
         )
 
     def _power_tables(self, T: int) -> tuple[Complex[Tensor, "H half T"], ...]:
-        """b a^{T-1} .. b a^0 and 2 c a^1 .. 2 c a^T, as products of two short tables.
+        """B a^{T-1} .. b a^0 and 2 c a^1 .. 2 c a^T, as products of two short tables.
 
         The short tables are made in float64 and rounded before the product: one rounding more,
         for an eighth of the exponentials and half of the memory.
@@ -217,7 +217,7 @@ class ChunkOperators:
         return self.decay.shape[1]
 
     def powers(self, exponents: Integer[Tensor, " J"]) -> Complex[Tensor, "H half J"]:
-        """a to small powers, made in float64 and rounded: decay over a part of a chunk."""
+        """A to small powers, made in float64 and rounded: decay over a part of a chunk."""
         return self.system.powers(exponents).to(self.decay.dtype)
 
     def decay_powers(self, counts: Integer[Tensor, " J"]) -> Complex[Tensor, "H half J"]:

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from h3lm.ssm.diagonal import DISCRETIZATIONS, Discretization, discretize
+from h3lm.ssm.diagonal import DISCRETIZATIONS, discretize
 from h3lm.ssm.hints import SSM_HINT, ParameterHint, SSMModule
-from h3lm.ssm.hippo import DiagonalInit, diagonal_eigenvalues
+from h3lm.ssm.hippo import diagonal_eigenvalues
 from h3lm.ssm.operators import DiagonalSystem
 
 
@@ -49,8 +49,8 @@ class TiedDiagonalSSM(SSMModule):
         num_systems: int,
         d_state: int = 64,
         *,
-        init: DiagonalInit = "inv",
-        discretization: Discretization = "zoh",
+        init: str = "inv",
+        discretization: str = "zoh",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         device: torch.device | str | None = None,
@@ -63,8 +63,8 @@ class TiedDiagonalSSM(SSMModule):
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"need 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
         self.num_systems, self.d_state = num_systems, d_state
-        self.init: DiagonalInit = init
-        self.discretization: Discretization = discretization
+        self.init = init
+        self.discretization = discretization
         self.dt_min, self.dt_max = dt_min, dt_max
         half = len(diagonal_eigenvalues(init, d_state))
         self.log_dt = _empty(num_systems, device=device)

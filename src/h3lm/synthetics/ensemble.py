@@ -24,8 +24,7 @@ from h3lm.layers import H3, Block
 from h3lm.layers.recurrence import Recurrence
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
-from h3lm.ssm import ChunkOperators, SSMModule
-from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH
+from h3lm.ssm import SSMModule
 from h3lm.synthetics.tasks import IGNORED, Dataset, Split
 
 Schedule = Literal["cosine", "linear"]
@@ -137,7 +136,7 @@ class Ensemble:
     ) -> None:
         self.members, self.device = members, device
         models = [make(member.seed) for member in members]
-        self._config: H3Config = models[0].config  # type: ignore[assignment]
+        self._config: H3Config = models[0].config
         self._template = _Logits(models[0]).to(device)
         run_plainly(models[0], members[0].data.train.inputs.shape[1])
         named = dict(self._template.named_parameters())
@@ -411,13 +410,7 @@ def run_plainly(model: nn.Module, length: int) -> None:
             module.backend = "torch"
         elif isinstance(module, H3):
             module.backend = "torch"
-            short = partial(_short_operators, module, min(DEFAULT_CHUNK_LENGTH, length))
-            module._make_operators = short  # type: ignore[method-assign]
-
-
-def _short_operators(layer: H3, chunk_length: int) -> tuple[Tensor, ChunkOperators]:
-    taps = layer.shift_ssm.taps()
-    return taps, layer.diagonal_ssm.system().chunk_operators(taps, chunk_length)
+            module.chunk_length = min(module.chunk_length, length)
 
 
 def _flatten(model: nn.Module) -> Tensor:

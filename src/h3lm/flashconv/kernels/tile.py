@@ -1,4 +1,4 @@
-# ruff: noqa: RUF005, D417  (tuples do not unpack in kernels)
+# ruff: noqa: RUF005  (tuples do not unpack in kernels)
 # mypy: disable-error-code=assignment
 """A tile of chunks: the column order, and the scan over chunks in registers.
 
