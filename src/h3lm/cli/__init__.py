@@ -9,8 +9,10 @@ import typer
 from h3lm import __version__
 from h3lm.cli.convert import convert
 from h3lm.cli.doctor import doctor
+from h3lm.cli.eval import evaluate
 from h3lm.cli.generate import generate
 from h3lm.cli.prepare import prepare
+from h3lm.cli.recipes import recipes
 from h3lm.cli.synthetics import synthetics
 from h3lm.cli.train import train
 from h3lm.errors import UserError
@@ -28,8 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (prepare, train, generate, convert, synthetics, doctor):
+for command in (prepare, recipes, train, generate, convert, synthetics, doctor):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 @app.callback(invoke_without_command=True)

@@ -71,7 +71,9 @@ def shard_model(
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, SSMModule):
-            fully_shard(module, mesh=mesh, mp_policy=exact)
+            # What `system` and `taps` give shares memory with the parameters, which therefore
+            # must stay whole until the backward pass: they are small
+            fully_shard(module, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
             for name in _parameter_readers(module):
                 register_fsdp_forward_method(module, name)
     for layer in model.model.layers:

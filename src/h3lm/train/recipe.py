@@ -17,7 +17,6 @@ from h3lm.errors import UserError
 SHIPPED = files("h3lm.train") / "recipes"
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
-PARALLEL = ("ddp", "fsdp")
 DURATIONS = ("steps", "epochs", "time_limit_s")
 POSITIVE = (
     "block_length", "batch_size", "learning_rate", "ssm_max_learning_rate", "log_every",
@@ -93,7 +92,6 @@ class Recipe:
         free=True,
     )
     verify_data: bool = key(True, "compare the data's checksums at the start", free=True)
-    parallel: str = key("ddp", "ddp, or fsdp to shard the model, with several processes", free=True)
     save_every: int | None = key(None, "how often a checkpoint is written", "steps", free=True)
     keep_checkpoints: int = key(2, "how many of them are kept", "checkpoints", free=True)
     sample: str = key("", "prompt to continue when the run is done; no sample if empty", free=True)
@@ -127,7 +125,7 @@ class Recipe:
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise UserError(f"micro_batch_size={micro} must divide batch_size={self.batch_size}")
         for name, allowed in (
-            ("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL),
+            ("schedule", SCHEDULES), ("precision", PRECISIONS),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise UserError(
