@@ -8,7 +8,7 @@ from h3lm.models.cache import cache_bytes, prepare_cache
 
 from .conftest import small_model
 
-GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
+GREEDY = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}
 
 
 def generate(model, ids, **options):
@@ -16,7 +16,7 @@ def generate(model, ids, **options):
     return model.generate(ids, attention_mask=mask, **(GREEDY | options))
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 15, 16, 17, 37])  # d_state is 16
+@pytest.mark.parametrize("length", [1, 2, 16, 37])  # d_state is 16
 def test_recurrent_decoding_equals_recomputation(model, length, ids):
     prompt = ids[:, :length]
     expected = generate(model, prompt, use_cache=False)
@@ -63,10 +63,10 @@ def test_several_returns(model, ids):
 
 
 def test_continuing_a_returned_cache(model, ids):
-    expected = generate(model, ids, max_new_tokens=12)
+    expected = generate(model, ids)
     first = generate(model, ids, max_new_tokens=5, return_dict_in_generate=True)
     second = generate(
-        model, first.sequences, max_new_tokens=7, past_key_values=first.past_key_values
+        model, first.sequences, max_new_tokens=3, past_key_values=first.past_key_values
     )
     assert torch.equal(second, expected)
 

@@ -33,14 +33,21 @@ class RecurrentLayer(LinearAttentionLayer):
         """Store the state behind `length` more positions."""
         conv, recurrent = (None if x is None else x.detach() for x in state)
         if conv is not None:
-            if not self.is_conv_states_initialized[0]:
-                self.lazy_initialization(conv_states=conv)
-            self.conv_states[0].copy_(conv)
+            self._put(self.conv_states, self.is_conv_states_initialized, conv)
+            self.conv_kernel_size[0] = conv.shape[-1]
         if recurrent is not None:
-            if not self.is_recurrent_states_initialized[0]:
-                self.lazy_initialization(recurrent_states=recurrent)
-            self.recurrent_states[0].copy_(recurrent)
+            self._put(self.recurrent_states, self.is_recurrent_states_initialized, recurrent)
         self.has_previous_state[0] = True
+
+    def _put(self, slot: dict[int, Tensor], made: dict[int, bool], value: Tensor) -> None:
+        if not made[0]:
+            self.dtype, self.device = value.dtype, value.device
+            slot[0] = torch.empty_like(value, memory_format=torch.contiguous_format)
+            made[0] = True
+            if value.is_cuda and not torch.compiler.is_compiling():
+                # for CUDA graphs; on a CPU it would only load the compiler, which takes seconds
+                torch._dynamo.mark_static_address(slot[0])
+        slot[0].copy_(value)
 
     def _stored(self) -> list[tuple[dict[int, Tensor], Tensor]]:
         slots = (self.conv_states, self.recurrent_states)

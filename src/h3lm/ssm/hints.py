@@ -37,6 +37,9 @@ class SSMModule(nn.Module):
 
     training_hints: ClassVar[dict[str, ParameterHint]] = {}
 
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew; a module without parameters has nothing to draw."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SSMModule":
         # `.to(torch.bfloat16)`, `.half()` and the like move the module but never narrow it: a
         # decay rounded to 8 bits is another model, and rounding it back would not undo that.
