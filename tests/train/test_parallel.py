@@ -33,7 +33,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_and_resume(recipe_file, tiny, tmp_path):
+def test_two_processes_train_as_one_does(recipe_file, tiny, tmp_path):
     model = tiny().model | {"embedding_dropout": 0.0}
     recipe = recipe_file(model=model, steps=8, save_every=4, eval_every=4)
     runs = []
