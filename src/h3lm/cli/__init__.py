@@ -49,9 +49,6 @@ def _version(
 
 def main() -> None:
     """Run the command line; mistakes of the user end in one line and a non-zero status."""
-    # Before torch loads: threads that wait by spinning stand still on a CPU that others use too
-    # (measured: 2 to 5 times slower with one busy core of two)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = app(standalone_mode=False)
     except UsageMistake as error:
