@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from h3lm import H3Config, H3ForCausalLM
 from h3lm.cli import main
-from h3lm.data.tokenizers import byte_tokenizer
+from h3lm.data.tokenizers import byte_tokenizer, character_tokenizer
 from h3lm.models.folders import save_model
 from h3lm.models.generation import stream_text
 
@@ -119,6 +119,14 @@ def test_ids_beyond_the_model_are_named(folder, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "small")
     line = mistake("generate", tmp_path / "small", "--prompt", "zebra")
     assert "ids from 97 to 122, the model knows 0 to 63" in line
+
+
+def test_a_prompt_that_the_tokenizer_cannot_spell_is_one_line(tmp_path):
+    model = H3ForCausalLM(
+        H3Config(vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    )
+    save_model(model, tmp_path / "letters", character_tokenizer("abc"))
+    assert "x" in mistake("generate", tmp_path / "letters", "--prompt", "abx")
 
 
 def test_convert_writes_a_loadable_folder(data_dir, tmp_path):

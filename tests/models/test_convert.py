@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from h3lm import H3ForCausalLM, convert_official
-from h3lm.data.tokenizers import byte_tokenizer
+from h3lm.data.tokenizers import character_tokenizer
 from h3lm.errors import UserError
 from h3lm.layers import CausalAttention
 from h3lm.layers.attention import rotate
@@ -56,12 +57,15 @@ def test_logits_and_greedy_ids_are_the_releases(golden):
 def test_folder_round_trip_with_tokenizer(data_dir, tmp_path):
     checkpoint = data_dir / "release" / "pure_hd4" / "model.pt"
     _, expected = expectations(checkpoint.parent)
-    tokenizer = byte_tokenizer()
     with pytest.raises(UserError, match="the tokenizer has 257 ids, the model only 64"):
         convert_checkpoint(checkpoint, tmp_path / "bad", tokenizer="bytes")
-    assert tokenizer is not None
-    convert_checkpoint(checkpoint, tmp_path / "model")
+    characters = "".join(map(chr, range(33, 94)))  # 61, as in the checkpoint
+    character_tokenizer(characters).save_pretrained(tmp_path / "tokenizer")
+    convert_checkpoint(checkpoint, tmp_path / "model", tokenizer=str(tmp_path / "tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("!]").input_ids == [0, 60]
     loaded = H3ForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert loaded.config.tokenizer_vocab_size == 61
     with torch.no_grad():
         assert (loaded(expected["input_ids"]).logits - expected["logits"]).abs().max() < 1e-4
 

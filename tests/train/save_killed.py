@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from rich.console import Console
 
 import h3lm.train.run
 from h3lm.train import checkpoints
-from h3lm.train.recipe import load_recipe, with_values
+from h3lm.train.recipe import load_recipe
 from h3lm.train.run import train
 
 KILLS_BETWEEN_CALLS = 20
@@ -91,7 +92,7 @@ def losses(folder: Path) -> list[float]:
 def main(recipe_file: str, place: str) -> None:
     torch.set_num_threads(1)
     folder = Path(place)
-    recipe = with_values(load_recipe(recipe_file), output_dir=str(folder / "straight"))
+    recipe = replace(load_recipe(recipe_file), output_dir=str(folder / "straight"))
     report = folder / "calls"
     status = in_child(at_second_save, recipe, lambda: count_calls(None, report))
     assert status == 0
@@ -102,7 +103,7 @@ def main(recipe_file: str, place: str) -> None:
     print(json.dumps({"straight": losses(folder / "straight"), "calls": calls}))
     for kind, where, prepare in kills:
         shutil.rmtree(folder / "killed", ignore_errors=True)
-        killed = with_values(recipe, output_dir=str(folder / "killed"))
+        killed = replace(recipe, output_dir=str(folder / "killed"))
         status = in_child(at_second_save, killed, prepare)
         checkpoint, _ = checkpoints.newest(folder / "killed" / "checkpoints")
         names = sorted(path.name for path in (folder / "killed" / "checkpoints").iterdir())

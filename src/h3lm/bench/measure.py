@@ -21,19 +21,6 @@ def median_ms(call: Callable[[], object], repeats: int = 25, warm_up: int = 4) -
     return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
 
 
-def graph_ms(call: Callable[[], object], repeats: int = 25) -> float:
-    """Median time of a call replayed from a CUDA graph: no launch costs on the host."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return median_ms(graph.replay, repeats)
-
-
 def extra_bytes(call: Callable[[], object]) -> int:
     """Peak memory that a call allocates on top of what is there."""
     torch.cuda.synchronize()

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, set_seed
 from transformers.generation.streamers import BaseStreamer
 
+from h3lm.data.tokenizers import encode
 from h3lm.errors import UserError
 from h3lm.models.folders import load_model
 from h3lm.models.modeling_h3 import H3ForCausalLM
@@ -50,13 +51,13 @@ def stream_text(
     Memory does not grow with the text but for attention's keys and values.
 
     Raises:
-        UserError: if the model or its tokenizer cannot be loaded, or the prompt has ids that
-            the model lacks.
+        UserError: if the model or its tokenizer cannot be loaded, the tokenizer cannot spell the
+            prompt, or it has ids that the model lacks.
     """
     where = pick_device(device)
     loaded = load_model(model, device=where, dtype=_inference_dtype(where))
     tokenizer = load_tokenizer_of(model)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    ids = torch.from_numpy(encode(tokenizer, prompt)).long()[None]
     if ids.shape[1] == 0:
         start = (
             tokenizer.bos_token_id

@@ -5,7 +5,7 @@
 import contextlib
 import difflib
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -255,11 +255,6 @@ def explain(name: str | None = None) -> str:
     if name not in by_name:
         raise UserError(f"unknown recipe key {name!r}{_nearest(name, by_name)}")
     return _explain_field(by_name[name])
-
-
-def with_values(recipe: Recipe, **changes: Any) -> Recipe:
-    """A copy with other values."""
-    return replace(recipe, **changes)
 
 
 def _explain_field(f: Field) -> str:

@@ -312,25 +312,3 @@ def shift_left(
         parts[1], parts[2], parts[3], parts[4], parts[5], parts[6], parts[7], new,
     )  # fmt: skip
     return join_chunks(shifted, C, tile_layout), following
-
-
-@triton.jit
-def shift_right(
-    x, carry, group, C: tl.constexpr, ROWS: tl.constexpr,
-    parts_layout: tl.constexpr, tile_layout: tl.constexpr,
-):  # fmt: skip
-    """Give the column of chunk c what chunk c - 1 has in x [T, C].
-
-    The first chunk of the tile gets the carry's first group, the first chunk of another row 0.
-    Arguments and results mirror those of `shift_left`.
-    """
-    GROUPS: tl.constexpr = C // 8
-    parts = split_chunks(x, C, parts_layout)
-    previous = tl.gather(parts[7], (group + GROUPS - 1) % GROUPS, axis=1)
-    new = tl.where(group == 0, carry, previous)
-    if ROWS > 1:
-        new = tl.where(group % (GROUPS // ROWS) == 0, 0.0, new)
-    shifted = (
-        new, parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6],
-    )  # fmt: skip
-    return join_chunks(shifted, C, tile_layout), previous
