@@ -79,6 +79,9 @@ class Recipe:
     precision: str = key("auto", "bf16 (autocast, fp32 weights), fp32, or auto: what is fast here")
     gradient_checkpointing: bool = key(False, "recompute blocks in the backward pass", free=True)
     compile: bool = key(False, "compile the model with torch.compile", free=True)
+    deterministic: bool = key(
+        False, "the same bits in every run, also on a GPU; attention is then slower", free=True
+    )
     reset_state_at_documents: bool = key(
         False, "start every document of a block from an empty state; the paper does not"
     )
