@@ -1,10 +1,10 @@
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from h3lm.layers.both_ways import convolve_both_ways
 from h3lm.layers.recurrence import RecurrentState
 from h3lm.layers.s4d import S4D
 from h3lm.ssm.shared_modes import TiedDiagonalSSM
@@ -61,53 +61,8 @@ def test_system_is_the_golden_one(rule):
 @pytest.mark.parametrize("rule", ["zoh", "bilinear"])
 def test_bidirectional_system_is_the_golden_one(rule):
     layer = golden_layer(rule, bidirectional=True)
-    y = layer._both_ways(golden("u").mT, None, None)
+    y = convolve_both_ways(golden("u").mT, layer.system(), layer.backward_readout)
     assert (y.mT - golden(f"y_bidir_{rule}")).abs().max() < 1e-12
-
-
-def bidirectional_cases():
-    from h3lm.layers.s4 import S4
-
-    return [
-        pytest.param(lambda: S4D(4, 8, bidirectional=True), id="s4d"),
-        pytest.param(lambda: S4D(4, 8, bidirectional=True, tied=True), id="s4d-tied"),
-        pytest.param(lambda: S4(4, 8, bidirectional=True), id="s4"),
-    ]
-
-
-@pytest.mark.parametrize("make", bidirectional_cases())
-def test_bidirectional_packs_masks_and_refuses_a_state(make):
-    layer = make().double()
-    u = torch.randn(2, 12, 4, dtype=torch.float64)
-    whole, state = layer(u)
-    assert state is None
-    bounds = [0, 1, 5, 12]
-    packed, _ = layer(u[:1], cu_seqlens=torch.tensor(bounds))
-    for start, end in pairwise(bounds):
-        assert torch.allclose(packed[:, start:end], layer(u[:1, start:end])[0], atol=1e-12)
-    mask = torch.ones(2, 12, dtype=torch.long)
-    mask[1, 3:6] = 0
-    masked, _ = layer(u, mask=mask)
-    assert torch.allclose(masked[0], whole[0], atol=1e-12)
-    kept = mask[1].bool()
-    assert torch.allclose(masked[1, kept], layer(u[1:, kept])[0][0], atol=1e-12)
-    with pytest.raises(ValueError, match="takes no state"):
-        layer(u, RecurrentState(torch.zeros(2, 4, 4, dtype=torch.complex128)))
-
-
-@pytest.mark.parametrize("make", bidirectional_cases())
-def test_bidirectional_sees_both_sides_and_the_present_once(make):
-    layer = make().double()
-    u = torch.randn(1, 9, 4, dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(layer(u)[0][:, 4].sum(), u)
-    assert (grad.abs().amax(-1) > 0).all()
-    with torch.no_grad():
-        layer.backward_readout.C.zero_()
-        one_way, _ = layer(u)
-        layer.backward_readout.C.normal_()
-        # alone in its row a position has nothing behind it
-        alone, _ = layer(u[:, :1])
-    assert torch.allclose(alone, one_way[:, :1], atol=1e-12)
 
 
 def test_tied_system_shares_its_modes_and_starts_at_unit_size():

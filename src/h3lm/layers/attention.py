@@ -147,6 +147,51 @@ class CausalAttention(nn.Module):
         return f"num_heads={self.num_heads}, rotary_dim={self.rotary_dim}, dropout={self.dropout}"
 
 
+class BidirectionalAttention(CausalAttention):
+    """The same layer without its causal mask: every position sees the whole row.
+
+    Arguments as for `CausalAttention`. It takes and returns no state.
+    """
+
+    def forward(  # type: ignore[override]  # there is never a state behind a row
+        self,
+        u: Float[Tensor, "B L D"],
+        state: None = None,
+        *,
+        mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
+        cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
+        lengths: Integer[Tensor, " B"] | None = None,
+    ) -> tuple[Float[Tensor, "B L D"], None]:
+        """Mix positions; arguments as in `H3.forward`.
+
+        Raises:
+            ValueError: if there is a state, or more than one of `mask`, `cu_seqlens`, `lengths`.
+        """
+        if state is not None:
+            raise ValueError("a bidirectional layer sees the whole row at once: it takes no state")
+        if sum(x is not None for x in (mask, cu_seqlens, lengths)) > 1:
+            raise ValueError("give one of mask, cu_seqlens and lengths")
+        token = torch.arange(u.shape[1], device=u.device)
+        positions, bias = token[None], None
+        if cu_seqlens is not None:
+            owner = torch.searchsorted(cu_seqlens.to(token.dtype)[1:], token, right=True)
+            positions, bias = (token - cu_seqlens[owner])[None], owner[:, None] == owner
+        elif lengths is not None:
+            bias = (token < lengths[:, None])[:, None, None]
+        elif mask is not None:
+            positions = (mask.bool().cumsum(1) - 1).clamp(min=0)
+            # a row without anything sees itself: no NaN
+            bias = (mask.bool() | ~mask.bool().any(1, keepdim=True))[:, None, None]
+        q, k, v = self.project(u, self.rotation(positions))
+        return self.attend(q, k, v, bias), None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attention and output projection; `bias` broadcasts to (B, heads, L, L)."""
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        return self.output_proj(y.transpose(1, 2).flatten(2))
+
+
 def rotate(
     x: Float[Tensor, "B heads L head_dim"], cos: Tensor, sin: Tensor
 ) -> Float[Tensor, "B heads L head_dim"]:

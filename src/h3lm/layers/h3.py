@@ -10,8 +10,16 @@ from torch import Tensor, nn
 from h3lm import flashconv
 from h3lm.flashconv import H3State
 from h3lm.flashconv.state import as_real_pairs, from_real_pairs
+from h3lm.layers.both_ways import (
+    BackwardReadout,
+    NoState,
+    convolve_both_ways,
+    hide_padding,
+    refuse_state,
+)
 from h3lm.layers.prepared import Prepared
 from h3lm.layers.projection import project_channel_first, project_channel_last
+from h3lm.layers.recurrence import spans_of
 from h3lm.layers.unpad import Unpadded
 from h3lm.ssm import ChunkOperators, DiagonalSSM, ShiftSSM
 from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH
@@ -28,10 +36,14 @@ class H3(nn.Module):
     before and behind the core.
     Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 1.
 
+    A bidirectional layer runs its diagonal SSM both ways, backward with a C of its own and from
+    the next position on; the shift SSM stays causal. It takes and returns no state.
+
     Args:
         d_model: Width D.
         d_state: State size of both SSMs: taps of the shift SSM, 2 * modes of the diagonal SSM.
         head_dim: Channels of a head; divides d_model.
+        bidirectional: Whether a position sees what comes after it.
         bias: Whether the projections have a bias.
         init: Start of the diagonal SSM's A: "lin", "inv" or "legs".
         discretization: "bilinear" or "zoh".
@@ -52,6 +64,7 @@ class H3(nn.Module):
         d_state: int = 64,
         head_dim: int = 1,
         *,
+        bidirectional: bool = False,
         bias: bool = True,
         init: str = "lin",
         discretization: str = "bilinear",
@@ -78,6 +91,9 @@ class H3(nn.Module):
             dt_max=dt_max,
             device=device,
         )
+        self.backward_readout = (
+            BackwardReadout(d_model // head_dim, d_state // 2) if bidirectional else None
+        )
         self.output_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
         self._prepared: Prepared[tuple[Tensor, ChunkOperators]] = Prepared()
 
@@ -88,7 +104,8 @@ class H3(nn.Module):
         *,
         mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], H3State]:
+        lengths: Integer[Tensor, " B"] | None = None,
+    ) -> tuple[Float[Tensor, "B L D"], H3State | None]:
         """Mix positions.
 
         Args:
@@ -97,11 +114,21 @@ class H3(nn.Module):
             mask: 0 or False at positions that are as if they were not there: they move no state
                 and no other output. Their own output means nothing.
             cu_seqlens: Boundaries of sequences packed in one row (B = 1).
+            lengths: Positions of each row that count, from its beginning; what stands behind
+                them is padding. For bidirectional layers; it never reaches back in a causal one.
 
         Returns:
-            The output, (B, L, D), and the state after the last position.
+            The output, (B, L, D), and the state after the last position; None if bidirectional.
+
+        Raises:
+            ValueError: if both `mask` and `cu_seqlens` are given, or a bidirectional layer is
+                given a state.
         """
         q, k, v = project_channel_first(self.qkv_proj, u).chunk(3, dim=1)
+        if self.backward_readout is not None:
+            refuse_state(state)
+            o = self._both_ways(q, k, v, mask, cu_seqlens, lengths)
+            return project_channel_last(self.output_proj, o), None
         if u.shape[1] == 1 and cu_seqlens is None:
             o, state = self.step(q, k, v, state, mask=mask)
         else:
@@ -156,6 +183,44 @@ class H3(nn.Module):
         )  # fmt: skip
         assert final is not None
         return o, final
+
+    def _both_ways(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """The core of a bidirectional layer, (B, D, L)."""
+        assert self.backward_readout is not None
+        if mask is not None:
+            if cu_seqlens is not None:
+                raise ValueError("give mask or cu_seqlens, not both")
+            return Unpadded(mask).run(
+                lambda state, cu, q, k, v: (self._both_ways(q, k, v, None, cu, None), state),
+                NoState(),
+                (q, k, v),
+            )[0]
+        if cu_seqlens is not None:
+            spans = spans_of(cu_seqlens, q.shape[-1])
+            return torch.cat(
+                [self._run_both_ways(*(x[..., at] for x in (q, k, v))) for at in spans], -1
+            )
+        return self._run_both_ways(q, hide_padding(k, lengths), hide_padding(v, lengths))
+
+    def _run_both_ways(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert self.backward_readout is not None
+        taps, operators = self.operators()
+        s = flashconv.fft_conv(k, taps[:, : k.shape[-1]])
+        d = self.head_dim
+        q, s, v = (x.unflatten(1, (-1, d)) for x in (q, s, v))
+        # each pair of members of a head is a row of its own, with the head's system
+        pairs = (s[:, :, :, None] * v[:, :, None]).permute(0, 2, 3, 1, 4).flatten(0, 2)
+        y = convolve_both_ways(pairs, operators, self.backward_readout, backend=self.backend)
+        y = y.unflatten(0, (-1, d, d)).permute(0, 3, 1, 2, 4)  # [B, H, i, j, L]
+        return (q[:, :, :, None] * y).sum(2).flatten(1, 2)
 
     def step(
         self,

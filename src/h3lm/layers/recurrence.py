@@ -13,7 +13,6 @@ from h3lm.layers.prepared import Prepared
 from h3lm.layers.unpad import Unpadded
 from h3lm.ssm import ChunkOperators
 from h3lm.ssm.dplr import DPLRSystem
-from h3lm.ssm.hints import SSMModule
 from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH
 
 System = ChunkOperators | DPLRSystem
@@ -63,7 +62,7 @@ class Recurrence(nn.Module):
         Raises:
             ValueError: if both `mask` and `cu_seqlens` are given.
         """
-        system = self._prepared.get(self, self._make_system)
+        system = self.prepared_system()
         if mask is not None and cu_seqlens is not None:
             raise ValueError("give mask or cu_seqlens, not both")
         if u.shape[-1] == 1 and cu_seqlens is None:
@@ -76,6 +75,10 @@ class Recurrence(nn.Module):
         return rows.run(
             lambda s, cu, packed: convolve(packed, system, s, cu, self.backend), state, (u,)
         )
+
+    def prepared_system(self) -> System:
+        """The system, reused in eval mode."""
+        return self._prepared.get(self, self._make_system)
 
     def _make_system(self) -> System:
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
@@ -136,20 +139,6 @@ def spans_of(cu_seqlens: Tensor | None, length: int) -> list[slice]:
     """The positions of each packed sequence; the whole row if there are none."""
     bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
     return [slice(start, end) for start, end in pairwise(bounds)]
-
-
-class BackwardReadout(SSMModule):
-    """The second C of a bidirectional system, (H, N/2, 2); complex normal, E|C|^2 = 1."""
-
-    def __init__(self, num_systems: int, num_modes: int) -> None:
-        super().__init__()
-        self.C = nn.Parameter(torch.empty(num_systems, num_modes, 2))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw anew, from torch's generator."""
-        nn.init.normal_(self.C, std=0.5**0.5)
 
 
 def _step(

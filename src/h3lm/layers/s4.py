@@ -1,16 +1,11 @@
 """The S4 layer."""
 
-from dataclasses import replace
-
-import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from h3lm import flashconv
-from h3lm.layers.recurrence import BackwardReadout, Recurrence, RecurrentState, spans_of, zero_state
-from h3lm.layers.s4d import check_output, finish, refuse_state
-from h3lm.layers.unpad import Unpadded
+from h3lm.layers.both_ways import BackwardReadout, convolve_both_ways, refuse_state
+from h3lm.layers.recurrence import Recurrence, RecurrentState
+from h3lm.layers.s4d import check_output, finish
 from h3lm.ssm.dplr import DPLRSSM, DPLRSystem
 
 
@@ -64,6 +59,7 @@ class S4(Recurrence):
         *,
         mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
+        lengths: Integer[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B L D"], RecurrentState | None]:
         """Mix positions; arguments as in `H3.forward`.
 
@@ -75,31 +71,8 @@ class S4(Recurrence):
             y, end = self.mix(x, state, mask, cu_seqlens)
             return finish(self.output_proj, y, self.output), end
         refuse_state(state)
-        return finish(self.output_proj, self._both_ways(x, mask, cu_seqlens), self.output), None
-
-    def _both_ways(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        if mask is None:
-            return self._run_both(x, cu_seqlens)
-        state = zero_state(x, self.system())
-        run = Unpadded(mask).run
-        return run(lambda s, cu, p: (self._run_both(p, cu), s), state, (x,))[0]
-
-    def _run_both(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        assert self.backward_readout is not None
-        system = self.system()
-        C = torch.view_as_complex(self.backward_readout.C.contiguous())
-        spans = spans_of(cu_seqlens, x.shape[-1])
-        longest = max(span.stop - span.start for span in spans)
-        ahead = system.filter(longest)
-        # lag 0 belongs to the forward filter
-        behind = F.pad(replace(system, c=C).filter(longest - 1), (1, 0))
-        outputs = []
-        for span in spans:
-            part = x[..., span]
-            reach = part.shape[-1]
-            outputs.append(
-                flashconv.fft_conv(
-                    part, ahead[:, :reach], skip=system.skip, f_reverse=behind[:, :reach]
-                )
-            )
-        return torch.cat(outputs, -1)
+        y = convolve_both_ways(
+            x, self.prepared_system(), self.backward_readout,
+            mask=mask, cu_seqlens=cu_seqlens, lengths=lengths, backend=self.backend,
+        )  # fmt: skip
+        return finish(self.output_proj, y, self.output), None

@@ -1,16 +1,12 @@
 """The S4D layer."""
 
-from dataclasses import replace
-
-import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from h3lm import flashconv
+from h3lm.layers.both_ways import BackwardReadout, convolve_both_ways, refuse_state
 from h3lm.layers.projection import project_channel_last
-from h3lm.layers.recurrence import BackwardReadout, Recurrence, RecurrentState, zero_state
-from h3lm.layers.unpad import Unpadded
+from h3lm.layers.recurrence import Recurrence, RecurrentState
 from h3lm.ssm import ChunkOperators, DiagonalSSM
 from h3lm.ssm.shared_modes import TiedDiagonalSSM
 
@@ -87,6 +83,7 @@ class S4D(Recurrence):
         *,
         mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
+        lengths: Integer[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B L D"], RecurrentState | None]:
         """Mix positions; arguments as in `H3.forward`.
 
@@ -96,32 +93,13 @@ class S4D(Recurrence):
         x = u.transpose(1, 2)
         if self.backward_readout is None:
             y, end = self.mix(x, state, mask, cu_seqlens)
-            return self._finish(y), end
+            return finish(self.output_proj, y, self.output), end
         refuse_state(state)
-        return self._finish(self._both_ways(x, mask, cu_seqlens)), None
-
-    def _finish(self, y: Tensor) -> Tensor:
-        return finish(self.output_proj, y, self.output)
-
-    def _both_ways(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        operators = self.system()
-        if mask is None:
-            return self._run_both(x, operators, cu_seqlens)
-        state = zero_state(x, operators)
-        run = Unpadded(mask).run
-        return run(lambda s, cu, p: (self._run_both(p, operators, cu), s), state, (x,))[0]
-
-    def _run_both(self, x: Tensor, operators: ChunkOperators, cu_seqlens: Tensor | None) -> Tensor:
-        assert self.backward_readout is not None
-        system = operators.system
-        C = torch.view_as_complex(self.backward_readout.C.contiguous())
-        back = replace(system, c=C, skip=torch.zeros_like(system.skip))
-        ahead, _ = flashconv.ssm_conv(x, operators, cu_seqlens=cu_seqlens)
-        behind, _ = flashconv.ssm_conv(x, back, cu_seqlens=cu_seqlens, reverse=True)
-        behind = F.pad(behind[..., 1:], (0, 1))
-        if cu_seqlens is not None:  # the last of a sequence has nothing after it
-            behind = behind.index_fill(-1, cu_seqlens[1:].long() - 1, 0.0)
-        return ahead + behind
+        y = convolve_both_ways(
+            x, self.prepared_system(), self.backward_readout,
+            mask=mask, cu_seqlens=cu_seqlens, lengths=lengths, backend=self.backend,
+        )  # fmt: skip
+        return finish(self.output_proj, y, self.output), None
 
 
 def finish(projection: nn.Module, y: Tensor, output: str) -> Tensor:
@@ -138,13 +116,3 @@ def check_output(output: str) -> None:
     """
     if output not in OUTPUTS:
         raise ValueError(f"output={output!r} is not one of {', '.join(OUTPUTS)}")
-
-
-def refuse_state(state: RecurrentState | None) -> None:
-    """Refuse to continue a bidirectional layer.
-
-    Raises:
-        ValueError: if there is a state.
-    """
-    if state is not None:
-        raise ValueError("a bidirectional layer sees the whole row at once: it takes no state")

@@ -107,7 +107,10 @@ class H3PreTrainedModel(PreTrainedModel):
     _is_stateful = True  # a recurrent state can't be rolled back: no assisted generation
     _can_compile_fullgraph = True
     # A decay in bfloat16 is another model (see `ssm.SSMModule`)
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["shift_ssm", "diagonal_ssm", "dplr_ssm"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
+        "shift_ssm", "diagonal_ssm", "dplr_ssm", "backward_readout", "long_filter",
+        "backward_filter",
+    ]  # fmt: skip
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
