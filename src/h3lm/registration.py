@@ -26,9 +26,11 @@ def register_with_transformers() -> None:
 
 
 def _register_config(configuration_auto: ModuleType) -> None:
+    from h3lm.models.configuration_classification import H3ClassificationConfig
     from h3lm.models.configuration_h3 import H3Config
 
-    configuration_auto.AutoConfig.register(H3Config.model_type, H3Config, exist_ok=True)
+    for config in (H3Config, H3ClassificationConfig):
+        configuration_auto.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def _register_models(modeling_auto: ModuleType) -> None:
@@ -38,9 +40,14 @@ def _register_models(modeling_auto: ModuleType) -> None:
         import_module("h3lm.models.modeling_h3")
 
 
+def _register_classifiers(modeling_h3: ModuleType) -> None:
+    import_module("h3lm.models.modeling_classification")  # it needs the one that is done now
+
+
 _REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,
+    "h3lm.models.modeling_h3": _register_classifiers,
 }
 
 

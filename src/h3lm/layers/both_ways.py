@@ -67,13 +67,16 @@ def convolve_both_ways(
         (B, H, L); at padding it means nothing.
     """
     c = torch.view_as_complex(readout.C.contiguous())
-    run = _dplr_both_ways if isinstance(system, DPLRSystem) else _diagonal_both_ways
+
+    def run(x: Tensor, cu: Tensor | None) -> Tensor:
+        if isinstance(system, DPLRSystem):
+            return _dplr_both_ways(x, system, c, cu, backend)
+        return _diagonal_both_ways(x, system, c, cu, backend)
+
     if mask is not None:
         packed = Unpadded(mask)
-        return packed.run(
-            lambda state, cu, x: (run(x, system, c, cu, backend), state), NoState(), (u,)
-        )[0]
-    return run(hide_padding(u, lengths), system, c, cu_seqlens, backend)
+        return packed.run(lambda state, cu, x: (run(x, cu), state), NoState(), (u,))[0]
+    return run(hide_padding(u, lengths), cu_seqlens)
 
 
 def hide_padding(u: Tensor, lengths: Tensor | None) -> Tensor:

@@ -1,0 +1,48 @@
+"""Batch norm over the positions that count."""
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Normalise each channel by its mean and variance over all positions of all rows.
+
+    Padding is left out of both, in the batch and in the running averages that evaluation uses.
+    Computed in float32.
+    """
+
+    def forward(
+        self, x: Float[Tensor, "B L D"], lengths: Integer[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B L D"]:
+        """Normalise.
+
+        Args:
+            x: (B, L, D).
+            lengths: Positions of each row that count, (B,), from its beginning; all if None.
+
+        Returns:
+            (B, L, D), dtype of `x`; at padding it means nothing.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+            if lengths is None or not self.training:
+                return super().forward(wide.flatten(0, 1)).view_as(x).to(x.dtype)
+            valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+            count = lengths.sum()
+            mean = wide.masked_fill(~valid[..., None], 0).sum((0, 1)) / count
+            centred = wide - mean
+            variance = centred.masked_fill(~valid[..., None], 0).square().sum((0, 1)) / count
+            self._follow(mean.detach(), (variance * count / (count - 1).clamp(min=1)).detach())
+            y = centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+            return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
