@@ -352,3 +352,15 @@ def test_dropout_differs_between_captured_steps_and_between_models():
     Ensemble(maker(dropout=0.5), same, torch.device("cuda")).train()
     first, second = ([loss for _, loss, _ in m.curve] for m in same)
     assert first != second
+
+
+@pytest.mark.gpu
+def test_jobs_side_by_side_on_gpus_train_as_each_alone(tmp_path):
+    setting = replace(SMALL, recipe=Recipe(epochs=6))
+    mixers = ("h3", "s4d", "attention", "gss")
+    together = Plan({"recall": setting}, mixers, seeds=(0, 1), search=True, device="cuda")
+    run(together, tmp_path / "together", lambda line: None, workers=len(mixers))
+    for mixer in mixers:
+        run(replace(together, mixers=(mixer,), device="cuda:0"), tmp_path / "alone", workers=1)
+    one, other = (Report.open(tmp_path / folder).runs for folder in ("together", "alone"))
+    assert sorted(map(repr, one)) == sorted(map(repr, other))

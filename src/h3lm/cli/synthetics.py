@@ -1,5 +1,6 @@
 """`h3lm synthetics`."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -34,9 +35,13 @@ def synthetics(
         Path, Option(help="Folder of the report; what it holds is not run again.")
     ] = Path("runs/synthetics"),
     workers: Annotated[
-        int, Option(min=0, help="Processes side by side, on a CPU; 0: one on each core.")
+        int,
+        Option(min=0, help="Trainings side by side; 0: one on each core, or four on each GPU."),
     ] = 0,
-    device: Annotated[str, Option(help="auto, cpu, cuda or mps.")] = "auto",
+    minutes: Annotated[
+        float, Option(help="Give up what is not finished by then; the same call goes on.")
+    ] = math.inf,
+    device: Annotated[str, Option(help="auto, cpu, cuda (all of them), cuda:0 or mps.")] = "auto",
 ) -> None:
     """Train mixers on tasks that tell them apart, and report what they can recall."""
     from h3lm.synthetics.run import MIXERS_BY_DEFAULT, live_line, plan, run
@@ -57,4 +62,4 @@ def synthetics(
         num_pairs=num_pairs,
     )
     say, progress = live_line()
-    run(chosen, out, say, progress, workers=workers)
+    run(chosen, out, say, progress, workers=workers, minutes=minutes)

@@ -209,9 +209,9 @@ def _chunks(
     L = q.shape[2]
     T = min(chunk_length, max(L, 1))
     count = -(-L // T)
-    q, k, v = (
-        F.pad(x, (0, 0, 0, count * T - L)).unflatten(2, (count, T)) for x in (q, k, v)
-    )  # a padded key is zero: it adds nothing
+    if count * T > L:  # a padded key is zero: it adds nothing
+        q, k, v = (F.pad(x, (0, 0, 0, count * T - L)) for x in (q, k, v))
+    q, k, v = (x.unflatten(2, (count, T)) for x in (q, k, v))
     sums = (k.mT @ v).cumsum(2) + state[:, :, None]
     before = torch.cat([state[:, :, None], sums], 2)
     y = (q @ k.mT).tril() @ v + q @ before[:, :, :-1]

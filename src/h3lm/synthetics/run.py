@@ -6,12 +6,16 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -22,13 +26,16 @@ from h3lm.errors import UserError
 from h3lm.layers import MIXERS
 from h3lm.models.configuration_h3 import HYBRID, H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
-from h3lm.synthetics.ensemble import Ensemble, Look, Member, Recipe
+from h3lm.synthetics.ensemble import TURN, Ensemble, Look, Member, Recipe
 from h3lm.synthetics.tasks import Baseline, Dataset, Task, check_known, make_task
 
 NUM_LAYERS = 2
 MIXERS_BY_DEFAULT = ("h3", "s4d", "gss", "attention", "linear_attention", "s4")
 SEARCH_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SEARCH_LENGTH = 2  # times the recipe's epochs
+SIDE_BY_SIDE = 4  # jobs on one GPU: their kernels are too small to fill it
+CURVE_POINTS = 100
+_GIVEN_UP = threading.Event()  # set where a person stops jobs that are threads
 Say = Callable[[str], None]
 
 
@@ -55,13 +62,12 @@ class Setting:
     paper: dict[str, float] = field(default_factory=dict)
 
 
-def _mqar(num_pairs: int, length: int, batch_size: int) -> Setting:
-    # Sizes of the published comparison; fewer rows, and an MLP in each block
-    task = make_task("mqar", vocab_size=8192, length=length, num_pairs=num_pairs)
-    recipe = Recipe(
-        epochs=64, schedule="cosine", learning_rate=1e-3, batch_size=batch_size, stop_at=0.99
-    )
-    return Setting(task, recipe, width=64, num_train=20_000, num_test=1000)
+def _mqar(num_pairs: int, length: int) -> Setting:
+    # The published comparison has 8192 ids, 100,000 rows, batches of 512 and more rates: hours.
+    # With 512 ids there are still more keys than a row's, and 64 pairs are more than a width.
+    task = make_task("mqar", vocab_size=512, length=length, num_pairs=num_pairs)
+    recipe = Recipe(epochs=32, schedule="cosine", learning_rate=2e-3, batch_size=64, stop_at=0.99)
+    return Setting(task, recipe, width=64, num_train=10_000, num_test=500)
 
 
 SETTINGS: dict[str, Setting] = {
@@ -81,10 +87,10 @@ SETTINGS: dict[str, Setting] = {
         Recipe(epochs=400),
         test_lengths=(40, 80, 160),
     ),
-    "mqar-4": _mqar(4, 64, 512),
-    "mqar-8": _mqar(8, 128, 512),
-    "mqar-16": _mqar(16, 256, 256),
-    "mqar-64": _mqar(64, 512, 128),
+    "mqar-4": _mqar(4, 64),
+    "mqar-8": _mqar(8, 64),
+    "mqar-16": _mqar(16, 64),
+    "mqar-64": _mqar(64, 256),
 }
 _COLUMNS = (
     "mixer", "paper", "one recipe", "lr", "best of the search", "lr", "steps", "loss",
@@ -261,6 +267,7 @@ class Job:
         wanted: Kind, seed and recipe of each model.
         device: Where to train.
         out: Folder to write the best model and its picture to.
+        deadline: Time (`time.time`) at which to give up.
     """
 
     name: str
@@ -269,6 +276,13 @@ class Job:
     wanted: tuple[tuple[str, int, Recipe], ...]
     device: str
     out: Path
+    deadline: float = math.inf
+
+    @property
+    def steps(self) -> int:
+        """Steps of its longest training."""
+        per_epoch = -(-self.setting.num_train // self.setting.recipe.batch_size)
+        return per_epoch * max(recipe.epochs for _, _, recipe in self.wanted)
 
 
 @dataclass(frozen=True)
@@ -281,26 +295,36 @@ class Outcome:
 
 
 def run(
-    plan: Plan, out: Path, say: Say = print, progress: Say | None = None, *, workers: int = 1
+    plan: Plan,
+    out: Path,
+    say: Say = print,
+    progress: Say | None = None,
+    *,
+    workers: int = 1,
+    minutes: float = math.inf,
 ) -> None:
     """Train everything of a plan and write report.json, report.md, the pictures and the models.
 
-    Runs that the folder's report already holds are not run again.
+    Runs that the folder's report already holds are not run again. The report is written after
+    each job, so that whatever stops this leaves a whole report, which another call completes.
 
     Args:
         plan: What to run.
         out: Folder to write to; made if missing.
         say: Prints a line.
         progress: Shows a line that the next one replaces.
-        workers: Processes that train side by side, on a CPU; 0 for one on each core. With more
-            than one each shows its own progress.
+        workers: Jobs side by side: processes on a CPU, 0 for one on each core; threads with a
+            stream each on a GPU, 0 for `SIDE_BY_SIDE` of them. With more than one process each
+            shows its own progress.
+        minutes: Time after which what is not finished is given up, and said.
 
     Raises:
         UserError: if the folder cannot be written, or the device is missing.
     """
     from h3lm.synthetics import plots
 
-    device = _device(plan.device)
+    deadline = time.time() + 60 * minutes
+    devices = _devices(plan.device)
     report = Report.open(out)
     jobs = []
     for name, setting in plan.settings.items():
@@ -309,38 +333,81 @@ def run(
             if not wanted:
                 say(f"{name} {mixer}: already in {report.path}")
                 continue
-            say(f"{name} {mixer}: {len(wanted)} model(s) on {device}")
-            jobs.append(Job(name, setting, mixer, wanted, str(device), out))
-    if device.type != "cpu":
-        workers = 1
-    elif workers == 0:
-        workers = os.cpu_count() or 1
-    for job, outcome in _outcomes(jobs, min(workers, len(jobs)), progress):
+            say(f"{name} {mixer}: {len(wanted)} model(s) on {', '.join(devices)}")
+            jobs.append(Job(name, setting, mixer, wanted, devices[0], out, deadline))
+    jobs.sort(key=lambda job: -job.steps)  # stable: the longest first
+    unfinished = []
+    for job, outcome in _outcomes(jobs, devices, workers, progress):
+        if outcome is None:
+            unfinished.append(f"{job.name} {job.mixer}")
+            continue
         report.add(job, outcome)
         report.write()
         say(f"{job.name} {job.mixer}: {report.summary(job.name, job.mixer)}")
-    for path in plots.plot_report(report, out):
-        say(f"written: {path}")
-    say(report.markdown())
-    say(f"written: {out / 'report.md'}, {out / 'report.json'}")
+    if report.runs:
+        for path in plots.plot_report(report, out):
+            say(f"written: {path}")
+        say(report.markdown())
+        say(f"written: {out / 'report.md'}, {out / 'report.json'}")
+    if unfinished:
+        say(f"not finished in {minutes:g} minutes: {', '.join(unfinished)}; the same call goes on")
 
 
-def _outcomes(jobs: list[Job], workers: int, progress: Say | None) -> Iterator[tuple[Job, Outcome]]:
+def _outcomes(
+    jobs: list[Job], devices: list[str], workers: int, progress: Say | None
+) -> Iterator[tuple[Job, Outcome | None]]:
+    """What came of each job, as it comes; None if its time was over."""
+    cpu = devices == ["cpu"]
+    workers = workers or ((os.cpu_count() or 1) if cpu else SIDE_BY_SIDE * len(devices))
+    workers = min(workers, len(jobs))
     if workers <= 1:
         for job in jobs:
             yield job, _do(job, progress)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_do_in_process, job): job for job in jobs}
+    _GIVEN_UP.clear()
+    failures = []
+    pool: Executor
+    if cpu:
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        do: Callable[[Job], Outcome | None] = _do_in_process
+    else:
+        free: SimpleQueue[str] = SimpleQueue()
+        for i in range(workers):
+            free.put(devices[i % len(devices)])
+
+        def do(job: Job) -> Outcome | None:
+            with _taken(free) as device:
+                return _do(replace(job, device=device), progress)
+
+        pool = ThreadPoolExecutor(workers)
+    with pool:
+        futures = {pool.submit(do, job): job for job in jobs}
         try:
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                try:
+                    outcome = future.result()
+                except Exception as error:  # the others may still come to an end
+                    failures.append(error)
+                    continue
+                yield futures[future], outcome
         except BaseException:
+            _GIVEN_UP.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if failures:
+        raise failures[0]
 
 
-def _do_in_process(job: Job) -> Outcome:
+@contextmanager
+def _taken(free: "SimpleQueue[str]") -> Iterator[str]:
+    one = free.get()
+    try:
+        yield one
+    finally:
+        free.put(one)
+
+
+def _do_in_process(job: Job) -> Outcome | None:
     return _do(job, live_line()[1])
 
 
@@ -367,17 +434,11 @@ def live_line(interval_s: float = 30.0) -> tuple[Say, Say]:
     return say, progress
 
 
-def _do(job: Job, progress: Say | None) -> Outcome:
+def _do(job: Job, progress: Say | None) -> Outcome | None:
     """Train a job's models, and keep the best of them with a picture of what it does."""
-    from h3lm.synthetics import plots
-    from h3lm.synthetics.trace import trace
-
+    if time.time() >= job.deadline:
+        return None
     setting, config = job.setting, model_config(job.mixer, job.setting)
-    data = {
-        seed: setting.task.dataset(seed, num_train=setting.num_train, num_test=setting.num_test)
-        for seed in sorted({seed for _, seed, _ in job.wanted})
-    }
-    members = [Member(seed, recipe, data[seed]) for _, seed, recipe in job.wanted]
 
     def make(seed: int) -> H3ForCausalLM:
         torch.manual_seed(seed)
@@ -391,17 +452,30 @@ def _do(job: Job, progress: Say | None) -> Outcome:
     if job.device == "cpu":
         torch.set_num_threads(1)  # the models are so small that sharing an operation costs more
     try:
-        ensemble = Ensemble(make, members, torch.device(job.device))
-        ensemble.train(show)
-        longer = _score_longer(ensemble, setting, config)
+        with TURN:
+            members = [
+                Member(seed, recipe, _dataset(setting, seed)) for _, seed, recipe in job.wanted
+            ]
+            ensemble = Ensemble(make, members, torch.device(job.device))
+        if not ensemble.train(show, stop=lambda: time.time() >= job.deadline or _GIVEN_UP.is_set()):
+            return None
+        with TURN:
+            longer = _score_longer(ensemble, setting, config)
+            return _outcome(job, members, longer)
     finally:
         torch.set_num_threads(threads)
+
+
+def _outcome(job: Job, members: list[Member], longer: dict[int, list[float]]) -> Outcome:
+    from h3lm.synthetics import plots
+    from h3lm.synthetics.trace import trace
+
     best = max(members, key=lambda m: (m.last, -m.test_loss))
     assert best.model is not None
     _save(best.model, job.out / "models" / f"{job.name}-{_file_name(job.mixer)}")
     if set(job.mixer.split("+")) == {"h3"} and not job.name.startswith("mqar"):
         plots.plot_trace(trace(best.model, best.data), job.out / f"trace-{job.name}.png")
-    steps = -(-setting.num_train // setting.recipe.batch_size)
+    steps = -(-job.setting.num_train // job.setting.recipe.batch_size)
     runs = [
         Run(
             setting=job.name,
@@ -415,15 +489,35 @@ def _do(job: Job, progress: Say | None) -> Outcome:
             best_accuracy=member.best,
             test_loss=member.test_loss,
             longer={str(length): scores[i] for length, scores in longer.items()},
-            curve=member.curve,
+            curve=_thinned(member.curve),
         )
         for i, ((kind, _, _), member) in enumerate(zip(job.wanted, members, strict=True))
     ]
     size = {
         "parameters": sum(p.numel() for p in best.model.parameters()),
-        "state_floats": state_floats(best.model, setting.task.length),
+        "state_floats": state_floats(best.model, job.setting.task.length),
     }
+    data = {member.seed: member.data for member in members}
     return Outcome(runs, size, [asdict(b) for b in _mean_baselines(data.values())])
+
+
+def _thinned(curve: list[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
+    """At most about `CURVE_POINTS` looks, the last among them, to four digits."""
+    every = -(-len(curve) // CURVE_POINTS)
+    kept = curve[::-1][::every][::-1]
+    return [(step, round(loss, 4), round(accuracy, 4)) for step, loss, accuracy in kept]
+
+
+@lru_cache(maxsize=64)
+def _dataset_of(
+    task: Task, seed: int, num_train: int, num_test: int, test_length: int | None
+) -> Dataset:
+    return task.dataset(seed, num_train=num_train, num_test=num_test, test_length=test_length)
+
+
+def _dataset(setting: Setting, seed: int, test_length: int | None = None) -> Dataset:
+    """Rows of a seed; jobs of one setting share them."""
+    return _dataset_of(setting.task, seed, setting.num_train, setting.num_test, test_length)
 
 
 def _describe(look: Look) -> str:
@@ -466,13 +560,8 @@ def _score_longer(ensemble: Ensemble, setting: Setting, config: H3Config) -> dic
     for length in setting.test_lengths:
         if config.num_learned_positions and length > setting.task.length:
             continue  # there are no positions beyond those that were learned
-        tests = {
-            m.seed: setting.task.dataset(
-                m.seed, num_train=setting.num_train, num_test=setting.num_test, test_length=length
-            ).test
-            for m in {m.seed: m for m in ensemble.members}.values()
-        }
-        found[length] = ensemble.score([tests[m.seed] for m in ensemble.members])[0]
+        tests = [_dataset(setting, m.seed, length).test for m in ensemble.members]
+        found[length] = ensemble.score(tests)[0]
     return found
 
 
@@ -537,12 +626,13 @@ class Report:
 
     def write(self) -> None:
         """Write the JSON and the tables."""
-        stored = {
-            "runs": [asdict(run) for run in self.runs],
-            "baselines": self.baselines,
-            "sizes": self.sizes,
-        }
-        self.path.write_text(json.dumps(stored, indent=1) + "\n")
+        # one run to a line: thousands of numbers on lines of their own would be the larger file
+        runs = ",\n".join(json.dumps(asdict(run)) for run in self.runs)
+        rest = json.dumps({"baselines": self.baselines, "sizes": self.sizes}, indent=1)
+        text = f'{{"runs": [\n{runs}\n],{rest[1:]}\n'
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(text)
+        partial.replace(self.path)  # never half a report
         self.path.with_suffix(".md").write_text(self.markdown())
 
     def settings(self) -> list[str]:
@@ -687,12 +777,14 @@ def _file_name(mixer: str) -> str:
     return mixer.replace(":", "-").replace("+", "-")
 
 
-def _device(name: str) -> torch.device:
+def _devices(name: str) -> list[str]:
+    """The devices that a name stands for: "cuda" is all of them."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"there is no device {name!r} here: use cpu") from None
-    return device
+    if name == "cuda":
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [name]

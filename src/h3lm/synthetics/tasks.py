@@ -10,7 +10,7 @@ Source: Fu et al. 2023 (arXiv 2212.14052v3), Table 1 and its training code; Aror
 import difflib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -76,7 +76,7 @@ class Baseline:
     loss: float | None = None
 
 
-class Task(Protocol):
+class Task(Hashable, Protocol):
     """What a task offers."""
 
     name: ClassVar[str]

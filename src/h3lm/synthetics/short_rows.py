@@ -1,0 +1,164 @@
+"""Mixers over short rows, in as few operations as they can be said.
+
+The layers run rows of any length: in chunks, with states, with filters from short tables. A row
+of the lab is one chunk without a past, and nobody asks for its state. Each system is then one
+Toeplitz matrix of its impulse response. The lab's models are so small that a step takes as long
+as its operations are many; here they are a third as many. The function and its parameters are
+the same.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from h3lm.layers.attention import CausalAttention
+from h3lm.layers.h3 import H3
+from h3lm.layers.projection import project_channel_first, project_channel_last
+from h3lm.layers.recurrence import Recurrence
+from h3lm.layers.s4 import S4
+from h3lm.ssm import DiagonalSystem, ShiftSSM
+from h3lm.ssm.dplr import DPLRSystem
+
+MAX_LENGTH = 64
+
+
+def shorten(model: nn.Module) -> None:
+    """Let the mixers of a model run rows of up to `MAX_LENGTH` positions by a Toeplitz product.
+
+    They return no state then. Longer rows run as ever, in plain PyTorch, which `vmap` knows.
+    No mode may be exactly zero, whose logarithm is not finite; those that are trained are not.
+    """
+    for module in model.modules():
+        if isinstance(module, H3):
+            module.backend = "torch"
+            module.forward = _for_short(module.forward, module, _h3, 1)  # type: ignore[method-assign]
+        elif isinstance(module, Recurrence):
+            module.backend = "torch"
+            module.mix = _for_short(module.mix, module, _mix, 2)  # type: ignore[method-assign]
+
+
+def attend(
+    mixer: CausalAttention,
+    u: Float[Tensor, "B L D"],
+    keep: Float[Tensor, "B heads L L"] | None = None,
+) -> Float[Tensor, "B L D"]:
+    """Causal attention without rotation, `keep` being the factors of dropout on its weights."""
+    q, k, v = mixer.project(u, None)
+    L = u.shape[1]
+    ahead = torch.ones(L, L, dtype=torch.bool, device=u.device).triu(1)
+    scores = (q / math.sqrt(mixer.head_dim)) @ k.mT
+    weights = scores.masked_fill(ahead, -math.inf).softmax(-1)
+    if keep is not None:
+        weights = weights * keep
+    return mixer.output_proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+def response(system: DiagonalSystem | DPLRSystem, length: int) -> Float[Tensor, "H L"]:
+    """The impulse response, skip term included."""
+    if isinstance(system, DPLRSystem):
+        return _with_skip(_krylov(system, length), system.skip)
+    steps = torch.arange(length, device=system.a.device, dtype=torch.float64)
+    log_a = torch.log(system.a.to(torch.complex128))
+    powers = torch.exp(log_a[:, None] * steps[:, None])  # [H, L, N/2]
+    weights = (2 * (system.b * system.c)).to(powers.dtype)
+    # Re(w a^l) as a product of real rows and columns
+    row = torch.stack([weights.real, -weights.imag], -1).flatten(1)
+    taps = (torch.view_as_real(powers).flatten(2) @ row[..., None])[..., 0]
+    return _with_skip(taps.to(system.skip.dtype), system.skip)
+
+
+def convolve(taps: Float[Tensor, "H L"], x: Float[Tensor, "H rows L"]) -> Float[Tensor, "H rows L"]:
+    """Causal convolution of each channel's rows with its taps, as one matrix product."""
+    L = x.shape[-1]
+    at = torch.arange(L, device=x.device)
+    lag = (at - at[:, None]).flatten()  # [u, t] -> t - u; negative ones match no tap
+    shifts = (lag == at[:, None]).to(x.dtype)
+    # the matrix by a product too: the gradient of an index is a sum of scattered elements
+    return x @ (taps.to(x.dtype) @ shifts).unflatten(-1, (L, L))
+
+
+def _for_short(
+    usual: Callable[..., Any],
+    mixer: nn.Module,
+    short: Callable[[Any, Tensor], Tensor],
+    length_axis: int,
+) -> Callable[..., Any]:
+    def run(u: Tensor, state: Any = None, *args: Any, **where: Any) -> Any:
+        if u.shape[length_axis] > MAX_LENGTH or state is not None:
+            return usual(u, state, *args, **where)
+        return short(mixer, u), None
+
+    return run
+
+
+def _mix(mixer: Recurrence, u: Tensor) -> Tensor:
+    ssm: Any = mixer.dplr_ssm if isinstance(mixer, S4) else mixer.diagonal_ssm
+    return convolve(response(ssm.system(), u.shape[2]), u.transpose(0, 1)).transpose(0, 1)
+
+
+def _h3(mixer: H3, u: Tensor) -> Tensor:
+    L, d = u.shape[1], mixer.head_dim
+    q, k, v = (
+        x.transpose(0, 1) for x in project_channel_first(mixer.qkv_proj, u).chunk(3, dim=1)
+    )  # [D, B, L]
+    s = convolve(_shift_response(mixer.shift_ssm, L), k)
+    taps = response(mixer.diagonal_ssm.system(), L)
+    if d == 1:
+        o = q * convolve(taps, s * v)
+    else:
+        q, s, v = (x.unflatten(0, (-1, d)) for x in (q, s, v))
+        pairs = s[:, :, None] * v[:, None]  # [H, i, j, B, L]
+        y = convolve(taps, pairs.flatten(1, 3)).view_as(pairs)
+        o = (q[:, :, None] * y).sum(1).flatten(0, 1)
+    return project_channel_last(mixer.output_proj, o.transpose(0, 1))
+
+
+def _shift_response(ssm: ShiftSSM, length: int) -> Tensor:
+    """`ShiftSSM.taps` by its definition, f_j = sum_n B_n C_{n+j}, without a transform."""
+    windows = F.pad(ssm.C, (0, length)).unfold(1, ssm.d_state, 1)[:, :length]
+    return _with_skip((windows @ ssm.B[..., None])[..., 0], ssm.D)
+
+
+def _krylov(system: DPLRSystem, length: int) -> Tensor:
+    """C Abar^l Bbar for l = 0 .. length - 1, by doubling, on real states (Re x, Im x).
+
+    Abar = 2 g (g - A)^-1 - 1 and Bbar = 2 (g - A)^-1 B with g = 2/dt, where by Sherman-Morrison
+
+        (g - A)^-1 = W - W P P* W / (1 + P* W P),   W = 1/(g - eigenvalues)
+    """
+    wide = torch.complex128
+    g = 2 / system.dt.double()[:, None]
+    W = 1 / (g - system.eigenvalues.to(wide))
+    P, B, c = (x.to(wide) for x in (system.P, system.B, system.c))
+    into, out = W * P, W * P.conj()
+    rank_one = 1 + 2 * (out * P).real.sum(-1, keepdim=True)
+    column = torch.cat([into.real, into.imag], -1)
+    row = 2 * torch.cat([out.real, -out.imag], -1) / rank_one
+    WB = W * B
+    start = torch.cat([WB.real, WB.imag], -1) - column * (
+        2 * (out * B).real.sum(-1, keepdim=True) / rank_one
+    )
+    N = column.shape[-1]
+    identity = torch.eye(N, dtype=g.dtype, device=g.device)
+    turn = identity.roll(N // 2, 0)  # multiplication by i, but for the sign
+    turn = torch.cat([-turn[: N // 2], turn[N // 2 :]])
+    real, imag = (torch.cat([x, x], -1)[..., None] for x in (W.real, W.imag))
+    inverse = identity * real + turn * imag - column[..., None] * row[:, None]
+    power = (2 * g[..., None] * inverse - identity).to(system.dt.dtype)
+    states = 2 * start[..., None].to(system.dt.dtype)
+    while states.shape[-1] < length:
+        states = torch.cat([states, power @ states], -1)
+        if states.shape[-1] < length:
+            power = power @ power
+    readout = torch.cat([2 * c.real, -2 * c.imag], -1).to(states.dtype)
+    return (readout[:, None] @ states)[:, 0, :length]
+
+
+def _with_skip(taps: Tensor, skip: Tensor) -> Tensor:
+    first = (torch.arange(taps.shape[-1], device=taps.device) == 0).to(taps.dtype)
+    return taps + skip[..., None] * first

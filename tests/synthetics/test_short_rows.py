@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from h3lm.layers import mixers
+from h3lm.layers.mixers import MixerSizes
+from h3lm.synthetics.short_rows import MAX_LENGTH, attend, shorten
+
+
+def build(name):
+    torch.manual_seed(0)
+    name, _, head_dim = name.partition(":")
+    return mixers.mixer(name).build(
+        MixerSizes(d_model=8, d_state=16, h3_head_dim=int(head_dim or 1))
+    )
+
+
+def output_and_gradients(run, layer, u):
+    y = run(u)
+    torch.manual_seed(1)
+    return [y, *torch.autograd.grad(y, [u, *layer.parameters()], torch.randn_like(y))]
+
+
+@pytest.mark.parametrize("length", [1, 2, 22, 31, MAX_LENGTH])
+@pytest.mark.parametrize("name", ["h3", "h3:2", "s4d", "s4", "gss", "attention"])
+def test_short_form_is_the_layer_with_all_its_gradients(name, length):
+    layer, other = build(name), build(name)
+    shorten(other)
+    u = torch.randn(3, length, 8, requires_grad=True)
+    usual = output_and_gradients(lambda u: layer(u)[0], layer, u)
+    short = (lambda u: attend(other, u)) if name == "attention" else (lambda u: other(u)[0])
+    for a, b in zip(usual, output_and_gradients(short, other, u), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=2e-5 * (a.abs().max().item() + 1e-3))
+
+
+@pytest.mark.parametrize("name", ["h3", "s4d"])
+def test_longer_rows_and_states_take_the_layers_own_way(name):
+    layer, other = build(name), build(name)
+    shorten(other)
+    u = torch.randn(2, MAX_LENGTH + 1, 8)
+    with torch.no_grad():
+        y, state = layer(u)
+        short_y, short_state = other(u)
+        assert torch.equal(y, short_y)
+        assert torch.equal(layer(u, state)[0], other(u, short_state)[0])
+
+
+def test_dropout_multiplies_the_weights_of_attention():
+    layer, u = build("attention"), torch.randn(2, 5, 8)
+    keep = torch.zeros(2, 1, 5, 5)
+    with torch.no_grad():
+        assert torch.allclose(attend(layer, u, keep), layer.output_proj.bias.expand(2, 5, 8))
+        assert torch.allclose(attend(layer, u, keep + 1), layer(u)[0], atol=1e-6)
