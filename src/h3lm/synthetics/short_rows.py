@@ -143,14 +143,17 @@ def _krylov(system: DPLRSystem, length: int) -> Tensor:
     start = torch.cat([WB.real, WB.imag], -1) - column * (
         2 * (out * B).real.sum(-1, keepdim=True) / rank_one
     )
-    N = column.shape[-1]
-    identity = torch.eye(N, dtype=g.dtype, device=g.device)
+    # vectors in float64, matrices rounded
+    N, narrow = column.shape[-1], system.dt.dtype
+    identity = torch.eye(N, dtype=narrow, device=g.device)
     turn = identity.roll(N // 2, 0)  # multiplication by i, but for the sign
     turn = torch.cat([-turn[: N // 2], turn[N // 2 :]])
-    real, imag = (torch.cat([x, x], -1)[..., None] for x in (W.real, W.imag))
-    inverse = identity * real + turn * imag - column[..., None] * row[:, None]
-    power = (2 * g[..., None] * inverse - identity).to(system.dt.dtype)
-    states = 2 * start[..., None].to(system.dt.dtype)
+    real, imag = (
+        torch.cat([x, x], -1)[..., None].to(narrow) for x in (2 * g * W.real - 1, 2 * g * W.imag)
+    )
+    power = identity * real + turn * imag
+    power = power - (2 * g * column).to(narrow)[..., None] * row.to(narrow)[:, None]
+    states = 2 * start[..., None].to(narrow)
     while states.shape[-1] < length:
         states = torch.cat([states, power @ states], -1)
         if states.shape[-1] < length:
