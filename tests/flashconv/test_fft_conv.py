@@ -62,6 +62,12 @@ def test_half_precision_computes_in_float32(dtype):
         ({"f": torch.zeros(3, 11)}, "f has 11 taps for rows of length 10: cut it to 1..10"),
         ({"f": torch.zeros(2, 4)}, r"f is \(2, 4\), u needs \(3, length\)"),
         ({"f_reverse": torch.zeros(3, 12)}, "f_reverse has 12 taps"),
+        (
+            {"f": torch.zeros(3, 4).cfloat()},
+            "f is torch.complex64 on cpu; u, on cpu, needs float32",
+        ),
+        ({"f_reverse": torch.zeros(3, 4).long()}, "f_reverse is torch.int64"),
+        ({"backend": "triton"}, "cannot run fft_conv here: kernels need a CUDA device"),
         ({"skip": torch.zeros(4)}, r"skip is \(4,\), u needs \(3,\)"),
         ({"mode": "linear"}, "mode='linear' is not one of causal, circular"),
         ({"u": torch.zeros(1, 3, 10).cfloat()}, "complex64; use float32"),

@@ -12,7 +12,7 @@ from torch import Tensor
 Backend = Literal["auto", "reference", "torch", "triton", "gluon"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "triton", "gluon")
 KERNELS = ("triton", "gluon")
-KERNEL_OPS = ("h3_core", "h3_end_state", "ssm_conv")
+KERNEL_OPS = ("h3_core", "h3_end_state", "ssm_conv", "h3_step", "fft_conv")
 
 CHUNK_LENGTH = 64
 MAX_TAPS = 128
@@ -21,6 +21,8 @@ MAX_MODES = 64
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 96 KB are enough for a half dtype and d_state 64: every GPU from 8.0 on has 99 KB
 LARGE_SHARED = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
+HOPPER_SHARED = ((9, 0), (10, 0), (10, 3))
+MAX_FFT_LENGTH = 4096
 GLUON_DTYPES = (torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("h3lm.flashconv")
@@ -121,6 +123,10 @@ def _triton_lacks(op: str, device: torch.device, dtype: torch.dtype, problem: Pr
         return "kernels are tested on NVIDIA GPUs only"
     if problem.capability < (8, 0):
         return f"kernels need compute capability 8.0, this GPU has {_version(problem.capability)}"
+    if op == "h3_step":
+        return _step_lacks(dtype, problem)
+    if op == "fft_conv":
+        return _fft_lacks(dtype, problem)
     wide = dtype == torch.float32 or problem.num_modes > 32
     if wide and problem.capability not in LARGE_SHARED:
         return "float32 and d_state over 64 need 160 KB of shared memory for a program"
@@ -139,11 +145,37 @@ def _triton_lacks(op: str, device: torch.device, dtype: torch.dtype, problem: Pr
     return ""
 
 
+def _step_lacks(dtype: torch.dtype, problem: Problem) -> str:
+    """Why the kernel of a single step cannot do it: it has no chunks and little shared memory."""
+    if dtype not in TRITON_DTYPES or not problem.complex64:
+        return "the step kernel takes bfloat16, float16 and float32, with complex64 systems"
+    if problem.head_dim not in HEAD_DIMS:
+        return f"the step kernel takes head_dim 1, 2, 4 and 8, not {problem.head_dim}"
+    if problem.num_modes > MAX_MODES:
+        return f"the step kernel takes d_state up to {2 * MAX_MODES}"
+    if problem.n_taps > MAX_TAPS:
+        return f"the step kernel takes up to {MAX_TAPS} taps"
+    return ""
+
+
+def _fft_lacks(dtype: torch.dtype, problem: Problem) -> str:
+    """Why the block FFT cannot do it: float32 operands take four times the shared memory."""
+    if dtype not in TRITON_DTYPES:
+        return "the block FFT takes bfloat16, float16 and float32"
+    if dtype == torch.float32 and problem.capability not in HOPPER_SHARED:
+        return "the block FFT in float32 needs 224 KB of shared memory for a program"
+    large = dtype != torch.float32 and problem.capability in HOPPER_SHARED
+    longest = MAX_FFT_LENGTH if large else 1024
+    if problem.length > longest:
+        return f"here the block FFT takes rows of up to {longest} of {dtype}, not {problem.length}"
+    return ""
+
+
 def _gluon_lacks(op: str, dtype: torch.dtype, problem: Problem) -> str:
     """Why the Hopper kernel cannot do what the Triton kernels can; empty if it can."""
     if problem.capability is None or problem.capability[0] != 9:
         return "the other kernel is for Hopper GPUs"
-    if op == "ssm_conv":
+    if op not in ("h3_core", "h3_end_state"):
         return "the Hopper kernel is for h3_core"
     if dtype not in GLUON_DTYPES:
         return "the Hopper kernel takes bfloat16 and float16"

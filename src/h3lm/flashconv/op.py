@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Complex, Float, Integer
 from torch import Tensor
 
-from h3lm.flashconv import chunked, fft, library, reference
+from h3lm.flashconv import chunked, fft, fft_library, library, reference
 from h3lm.flashconv.dispatch import (
     KERNELS,
     Problem,
@@ -264,7 +264,10 @@ def fft_conv(
     starts at the next position.
     Source: Fu et al. 2023 (arXiv 2212.14052v3), section 4.1.
 
-    Forward and backward, any device; computed in float32 for half inputs, whatever the autocast.
+    Forward and backward, any device, whatever the autocast. On a GPU from compute capability 8.0
+    on, half inputs go through a block FFT on the matrix units, with float16 operands under a scale
+    of their own for each row, and float32 sums; two rows share a transform, so that an infinity
+    or a NaN in one reaches the other. Elsewhere `torch.fft` computes in float32.
 
     Args:
         u: Input, (B, D, L), float32, bfloat16, float16 or float64.
@@ -273,7 +276,7 @@ def fft_conv(
         pre_gate, post_gate: As `u`.
         f_reverse: Anti-causal filter, (D, Lr), 1 <= Lr <= L.
         mode: "causal" or "circular".
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     Returns:
         (B, D, L), dtype of `u`. Differentiable in every tensor argument.
@@ -290,6 +293,10 @@ def fft_conv(
             continue
         if taps.dim() != 2 or taps.shape[0] != D:
             raise ValueError(f"{name} is {tuple(taps.shape)}, u needs ({D}, length)")
+        if not taps.dtype.is_floating_point or taps.device != u.device:
+            raise ValueError(
+                f"{name} is {taps.dtype} on {taps.device}; u, on {u.device}, needs float32 there"
+            )
         if L and not 1 <= taps.shape[1] <= L:
             raise ValueError(
                 f"{name} has {taps.shape[1]} taps for rows of length {L}: cut it to 1..{L}"
@@ -298,11 +305,14 @@ def fft_conv(
         raise ValueError(f"skip is {tuple(skip.shape)}, u needs ({D},)")
     if mode not in ("causal", "circular"):
         raise ValueError(f"mode={mode!r} is not one of causal, circular")
-    choice = choose("fft_conv", u.device, u.dtype, backend)
+    problem = Problem(length=L, capability=capability(u.device))
+    choice = choose("fft_conv", u.device, u.dtype, backend, problem)
     announce("fft_conv", choice)
-    if L == 0:
+    if u.numel() == 0:
         return torch.zeros_like(u)
-    run = reference.fft_conv if choice.backend == "reference" else fft.fft_conv
+    run = {"reference": reference.fft_conv, "torch": fft.fft_conv}.get(
+        choice.backend, fft_library.fft_conv
+    )
     return run(
         u, f, skip=skip, pre_gate=pre_gate, post_gate=post_gate, f_reverse=f_reverse, mode=mode
     )

@@ -1,0 +1,141 @@
+"""The block-FFT kernels as an operator of PyTorch, and what stands around them.
+
+Skip, reverse filter and wrap-around are properties of one filter that reaches both ways. They are
+folded into it here, in plain PyTorch with autograd, so that the kernels know one operation only:
+
+    y = post (h * (pre u)),   h_s = f_s (s > 0),  f_0 + f_reverse_0 (s = 0),  f_reverse_{-s} (s < 0)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def fft_conv(
+    u: Tensor,
+    f: Tensor,
+    *,
+    skip: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    f_reverse: Tensor | None = None,
+    mode: str = "causal",
+) -> Tensor:
+    """`flashconv.fft_conv` by the kernels."""
+    with torch.autocast(u.device.type, enabled=False):
+        f = f.float()
+        f_reverse = None if f_reverse is None else f_reverse.float()
+        if skip is not None:
+            f = torch.cat([f[:, :1] + skip.float()[:, None], f[:, 1:]], 1)
+        if mode == "circular":
+            f, f_reverse = _unrolled(f, f_reverse, u.shape[-1])
+        return torch.ops.h3lm.fft_conv_fwd(u, f, f_reverse, pre_gate, post_gate)
+
+
+def _unrolled(f: Tensor, f_reverse: Tensor | None, L: int) -> tuple[Tensor, Tensor]:
+    """A causal pair of filters that does what a circular one does to rows of length L."""
+    ring = torch.nn.functional.pad(f, (0, L - f.shape[1]))
+    if f_reverse is not None:
+        back = torch.nn.functional.pad(f_reverse, (0, L - f_reverse.shape[1]))
+        ring = ring + back.flip(1).roll(1, 1)
+    behind = torch.nn.functional.pad(ring[:, 1:].flip(1), (1, 0))  # lag -s is lag L - s
+    return ring, behind
+
+
+@torch.library.custom_op("h3lm::fft_conv_fwd", mutates_args=())
+def _forward(
+    u: Tensor, f: Tensor, f_reverse: Tensor | None, pre: Tensor | None, post: Tensor | None
+) -> Tensor:
+    from h3lm.flashconv.kernels import fft_launch
+
+    return fft_launch.convolve(_positions_last(u), f, f_reverse, _optional(pre), _optional(post))
+
+
+@_forward.register_fake
+def _(
+    u: Tensor, f: Tensor, f_reverse: Tensor | None, pre: Tensor | None, post: Tensor | None
+) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+@torch.library.custom_op("h3lm::fft_conv_bwd", mutates_args=())
+def _backward(
+    dy: Tensor,
+    u: Tensor,
+    f: Tensor,
+    f_reverse: Tensor | None,
+    pre: Tensor | None,
+    post: Tensor | None,
+    data: bool,
+    filters: bool,
+    gate: bool,
+) -> list[Tensor]:
+    from h3lm.flashconv.kernels import fft_launch
+
+    grads = fft_launch.differentiate(
+        _positions_last(dy), _positions_last(u), f, f_reverse, _optional(pre), _optional(post),
+        data=data, filters=filters, gate=gate,
+    )  # fmt: skip
+    return [x for x in grads if x is not None]
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor,
+    u: Tensor,
+    f: Tensor,
+    f_reverse: Tensor | None,
+    pre: Tensor | None,
+    post: Tensor | None,
+    data: bool,
+    filters: bool,
+    gate: bool,
+) -> list[Tensor]:
+    given = _present(f_reverse, pre, post, data, filters, gate)
+    shapes = (u, f, f, u, u) if f_reverse is None else (u, f, f_reverse, u, u)
+    return [x.new_empty(x.shape) for x, wanted in zip(shapes, given, strict=True) if wanted]
+
+
+def _present(
+    f_reverse: Tensor | None,
+    pre: Tensor | None,
+    post: Tensor | None,
+    data: bool,
+    filters: bool,
+    gate: bool,
+) -> tuple[bool, ...]:
+    """Which gradients `fft_conv_bwd` returns: u, f, f_reverse, pre, post."""
+    return (
+        data,
+        filters,
+        filters and f_reverse is not None,
+        data and pre is not None,
+        gate and post is not None,
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    u, f, f_reverse, pre, post = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    data, filters, gate = needs[0] or needs[3], needs[1] or needs[2], needs[4]
+    if not (data or filters or gate):
+        return None, None, None, None, None
+    grads = iter(torch.ops.h3lm.fft_conv_bwd(dy, u, f, f_reverse, pre, post, data, filters, gate))
+    present = _present(f_reverse, pre, post, data, filters, gate)
+    return tuple(next(grads) if wanted else None for wanted in present)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _positions_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _optional(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _positions_last(x)

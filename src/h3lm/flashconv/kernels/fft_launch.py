@@ -1,0 +1,261 @@
+"""Launches of the block FFT: sizes, tables of factors, spectra, and the way around the kernels."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from h3lm.flashconv.kernels import fft_triton
+from h3lm.flashconv.kernels.launch import multiprocessors, strides
+
+MAX_LENGTH = 4096  # of rows that one program transforms at once
+
+
+@dataclass(frozen=True)
+class Size:
+    """Factors of a transform of n = N1 N2 points, and how its kernels are launched.
+
+    Attributes:
+        N1: Rows; at least 64, that a warp group's products are full.
+        N2: Columns, at least 16.
+        warps: N1 / 16: a thread then holds both parts of a point.
+        stages: Row pairs in flight of the forward kernel.
+        together: Whether one backward kernel makes the gradients of rows and filter.
+    """
+
+    N1: int
+    N2: int
+    warps: int
+    stages: int = 1
+    together: bool = False
+
+    @property
+    def points(self) -> int:
+        """n, twice the longest row."""
+        return self.N1 * self.N2
+
+
+# by transform size; measured on an H200, see docs/log.md
+SIZES = {
+    1024: Size(64, 16, 4, together=True),
+    2048: Size(64, 32, 4, together=True),
+    4096: Size(128, 32, 8),
+    8192: Size(128, 64, 8),
+}
+
+
+def size_for(length: int) -> Size:
+    """The smallest transform whose zero half holds what a row's convolution reaches beyond it.
+
+    Raises:
+        ValueError: if the row is too long for one program.
+    """
+    for points, size in SIZES.items():
+        if 2 * length <= points:
+            return size
+    raise ValueError(f"rows of {length} are over {MAX_LENGTH}, the most that one program holds")
+
+
+@cache
+def factors(size: Size, dtype: torch.dtype, device: torch.device, full: bool) -> tuple[Tensor, ...]:
+    """The two unitary factors as real matrices, see `fft_triton`; made in float64.
+
+    F is (2 N1, K) with rows (part, k1) and columns (row of the pair, l1), l1 < N1 / 2 unless
+    `full`. W is (2 N2, 2 N2) with rows of l2 and columns of k2 in the kernels' order of parts.
+    """
+    N1, N2 = size.N1, size.N2
+    rows = N1 if full else N1 // 2
+    first = _turns(N1)[:, :rows]
+    F = torch.cat([torch.cat([first.real, -first.imag], 1), torch.cat([first.imag, first.real], 1)])
+    second = _turns(N2)
+    parts = torch.stack(
+        [
+            torch.stack([second.real, second.imag], -1),
+            torch.stack([-second.imag, second.real], -1),
+        ],
+        1,
+    )  # [l2, part of l2, k2, part of k2]
+    W = parts.unflatten(2, (-1, 8)).unflatten(0, (-1, 8))  # [j, i, part, j', i', part']
+    W = W.permute(0, 2, 1, 3, 5, 4).reshape(2 * N2, 2 * N2)
+    return F.to(device, dtype).contiguous(), W.to(device, dtype).contiguous()
+
+
+def _turns(n: int) -> Tensor:
+    """The unitary DFT matrix."""
+    k = torch.arange(n, dtype=torch.float64)
+    return torch.polar(
+        torch.full((n, n), n**-0.5, dtype=torch.float64), -2 * math.pi / n * (k[:, None] * k % n)
+    )
+
+
+def headroom(length: int) -> int:
+    """The h with which no product of spectra overflows float16, see `fft_triton`."""
+    return math.floor(math.log2(65504 / (8 * math.sqrt(length))))
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Filters' spectra as the kernels read them.
+
+    Attributes:
+        packed: float16 (D N0, N1, 2 N2) for half inputs, float32 (D N0, 2, N1, N2) else.
+        unscale: What outputs are multiplied with, (D N0,), float32.
+    """
+
+    packed: Tensor
+    unscale: Tensor
+
+
+def filter_spectrum(f: Tensor, f_reverse: Tensor | None, points: int) -> Tensor:
+    """Spectrum of a filter that reaches both ways, (D, points / 2 + 1), complex64."""
+    spectrum = torch.fft.rfft(f, n=points)
+    if f_reverse is not None:
+        spectrum = spectrum + torch.fft.rfft(f_reverse, n=points).conj()
+    return spectrum
+
+
+def pack_spectrum(spectrum: Tensor, size: Size, half: bool, outer: int = 1) -> Spectrum:
+    """Order and scale spectra for transforms of `outer` times the size's points."""
+    D, points = spectrum.shape[0], outer * size.points
+    pairs = torch.view_as_real(spectrum).contiguous()
+    shape = (D * outer, size.N1, 2 * size.N2) if half else (D * outer, 2, size.N1, size.N2)
+    packed = spectrum.real.new_empty(shape, dtype=torch.float16 if half else torch.float32)
+    unscale = spectrum.real.new_empty(D * outer)
+    peak = pairs.abs().amax((1, 2)) if half else unscale
+    block = min(32, outer * size.N1)
+    fft_triton.pack_kernel[(D, outer * size.N1 // block)](
+        pairs, peak, packed, unscale, points, headroom(points // 2),
+        N0=outer, N1=size.N1, N2=size.N2, BLOCK=block, HALF=half,
+    )  # fmt: skip
+    return Spectrum(packed, unscale)
+
+
+def filter_gradients(
+    sums: Tensor, taps: int, taps_reverse: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of both filters from partial sums of conj(Z) G.
+
+    Args:
+        sums: (groups, D, N0, 2, N1, N2), float32.
+        taps: Taps of the filter.
+        taps_reverse: Taps of the reverse one.
+    """
+    total = sums[0] if len(sums) == 1 else sums.sum(0)
+    D, n = total.shape[0], total[0].numel() // 2
+    natural = total.permute(0, 4, 3, 1, 2).reshape(D, n, 2)  # index k0 + N0 (k1 + N1 k2)
+    natural = torch.view_as_complex(natural.contiguous())
+    # a real result has a spectrum that is its own mirrored conjugate: keep that part
+    mirrored = natural[:, n // 2 :].flip(1)
+    lower = torch.cat([natural[:, :1], mirrored[:, : n // 2]], 1).conj()
+    spectrum = (natural[:, : n // 2 + 1] + lower) / 2
+    moved = torch.fft.irfft(spectrum, n=n, norm="forward")
+    df = moved[:, :taps].contiguous()
+    if taps_reverse is None:
+        return df, None
+    back = torch.cat([moved[:, :1], moved[:, n - taps_reverse + 1 :].flip(1)], 1)
+    return df, back
+
+
+def forward(
+    u: Tensor, spectrum: Spectrum, size: Size, pre: Tensor | None, post: Tensor | None
+) -> Tensor:
+    """Convolve rows of up to half of the size's points; positions are contiguous."""
+    B, D, L = u.shape
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    run = _Run(u, size)
+    fft_triton.forward_kernel[(D * run.groups,)](
+        u, pre, post, y, spectrum.packed, spectrum.unscale, *run.tables,
+        *strides(u), *strides(pre), *strides(post), *strides(y), 2, B, D, L,
+        run.pairs, run.pairs_per_program, **run.constants, STAGES=size.stages,
+    )  # fmt: skip
+    return y
+
+
+def backward(
+    dy: Tensor,
+    u: Tensor,
+    spectrum: Spectrum,
+    size: Size,
+    pre: Tensor | None,
+    post: Tensor | None,
+    *,
+    data: bool,
+    filters: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of rows and first gate (`data`); partial sums of conj(Z) G (`filters`)."""
+    B, D, L = u.shape
+    run = _Run(u, size)
+    du = torch.empty_like(u, memory_format=torch.contiguous_format) if data else None
+    dpre = torch.empty_like(du) if du is not None and pre is not None else None
+    shape = (run.groups, D, 1, 2, size.N1, size.N2)
+    sums = u.new_empty(shape, dtype=torch.float32) if filters else None
+    passes = [(data, filters)] if size.together else [(data, False), (False, filters)]
+    for with_data, with_filter in passes:
+        if with_data or with_filter:
+            fft_triton.backward_kernel[(D * run.groups,)](
+                dy, u, pre, post, du, dpre, sums, spectrum.packed, spectrum.unscale, None,
+                *run.tables, *strides(dy), *strides(u), *strides(pre), *strides(post), *strides(du),
+                2, B, D, L, run.pairs, run.pairs_per_program, DATA=with_data, FILTER=with_filter,
+                **run.constants, STAGES=1,
+            )  # fmt: skip
+    return du, dpre, sums
+
+
+def convolve(
+    u: Tensor, f: Tensor, f_reverse: Tensor | None, pre: Tensor | None, post: Tensor | None
+) -> Tensor:
+    """Convolve, with the spectrum of a filter that reaches both ways made for this call."""
+    size = size_for(u.shape[-1])
+    spectrum = _spectrum(u, f, f_reverse, size)
+    return forward(u, spectrum, size, pre, post)
+
+
+def differentiate(
+    dy: Tensor,
+    u: Tensor,
+    f: Tensor,
+    f_reverse: Tensor | None,
+    pre: Tensor | None,
+    post: Tensor | None,
+    *,
+    data: bool,
+    filters: bool,
+    gate: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of u, f, f_reverse, pre and post, None where not asked for."""
+    size = size_for(u.shape[-1])
+    spectrum = _spectrum(u, f, f_reverse, size)
+    du, dpre, sums = backward(dy, u, spectrum, size, pre, post, data=data, filters=filters)
+    df, dback = None, None
+    if sums is not None:
+        reach = None if f_reverse is None else f_reverse.shape[1]
+        df, dback = filter_gradients(sums, f.shape[1], reach)
+    dpost = forward(u, spectrum, size, pre, dy) if gate and post is not None else None
+    return du, df, dback, dpre, dpost
+
+
+def _spectrum(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: Size) -> Spectrum:
+    half = u.dtype != torch.float32
+    return pack_spectrum(filter_spectrum(f, f_reverse, size.points), size, half)
+
+
+class _Run:
+    """What the launches for one tensor have in common."""
+
+    def __init__(self, u: Tensor, size: Size) -> None:
+        B, D, L = u.shape
+        half = u.dtype != torch.float32
+        self.pairs = -(-B // 2)
+        slots = 2 * multiprocessors(u.device)
+        groups = min(self.pairs, -(-slots // D))
+        self.pairs_per_program = -(-self.pairs // groups)
+        self.groups = -(-self.pairs // self.pairs_per_program)
+        self.tables = factors(size, torch.float16 if half else torch.float32, u.device, False)
+        self.constants: dict[str, Any] = {
+            "N1": size.N1, "N2": size.N2, "K": size.N1, "HALF": half, "SCALED": half,
+            "EVEN": B % 2 == 0 and size.points == 2 * L, "FAST": half and u.is_cuda,
+            "PRECISION": "tf32" if half else "tf32x3", "num_warps": size.warps,
+        }  # fmt: skip

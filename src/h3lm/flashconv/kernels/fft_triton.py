@@ -1,0 +1,426 @@
+"""Long convolution by a block FFT on the matrix units, in plain Triton: rows that fit a program.
+
+Two real rows become one complex row z of n points, zero behind the rows, seen as a matrix
+Z[l1, l2], l = N2 l1 + l2. With the unitary DFT matrices W and the turns t = exp(-2 pi i k1 l2 / n)
+
+    S = ((W_N1 Z) t) W_N2                   the spectrum of index k1 + N1 k2 stays at S[k1, k2]
+    Y = conj(W_N1) (((S H) conj(W_N2)) conj(t))
+
+and the two rows come back as Re Y and Im Y, in place: nothing is ever transposed. H, the spectrum
+of the filter, is kept in the same order. Rows of Z that are zero are neither loaded nor multiplied.
+
+Four real matrix products do this for a pair of rows. `F` is W_N1 on columns (row of the pair, l1)
+with rows (part, k1), part being real or imaginary; `W` is W_N2 on (l2, part). Both are orthogonal,
+so that the way back takes their transposes. The parts of a point alternate in groups of 8 columns
+
+    column 16 j + 8 part + i  holds that part of point 8 j + i
+
+so that the thread that holds one part in the layout of the matrix units holds the other one too.
+
+For half inputs the operands are float16: a row is scaled by a power of two to a maximum in [1, 2),
+a spectrum's largest part to [2^h, 2^(h+1)). All transforms are unitary: no value inside exceeds
+|z|_2 max|H| <= 2 sqrt(2 L) sqrt(2) 2^(h+1), and h keeps that below 65504. Nothing overflows.
+
+The same kernels run complex rows without zeros, K = 2 N1: then the pair is the real and the
+imaginary part of one row. Longer rows need that, see `fft_long`.
+
+Source: Fu et al. 2023 (arXiv 2212.14052v3), section 4.1 (block FFT).
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+
+@triton.jit
+def load_rows(base, offsets, mask, EVEN: tl.constexpr):
+    """A tile of rows; 0 where masked. EVEN: nothing is."""
+    if EVEN:
+        return tl.load(base + offsets)
+    else:
+        return tl.load(base + offsets, mask, 0.0)
+
+
+@triton.jit
+def store_rows(base, offsets, x, mask, EVEN: tl.constexpr):
+    """The inverse of `load_rows`."""
+    if EVEN:
+        tl.store(base + offsets, x)
+    else:
+        tl.store(base + offsets, x, mask)
+
+
+@triton.jit
+def split_stacked(x, N1: tl.constexpr, N2: tl.constexpr):
+    """Rows (part, k1) -> both parts, [N1, N2]."""
+    return tl.split(tl.permute(tl.reshape(x, (2, N1, N2)), (1, 2, 0)))
+
+
+@triton.jit
+def join_stacked(re, im, N1: tl.constexpr, N2: tl.constexpr):
+    """The inverse of `split_stacked`."""
+    return tl.reshape(tl.permute(tl.join(re, im), (2, 0, 1)), (2 * N1, N2))
+
+
+@triton.jit
+def split_columns(x, N1: tl.constexpr, N2: tl.constexpr):
+    """Columns (j, part, i) -> both parts, [N1, N2]."""
+    x = tl.permute(tl.reshape(x, (N1, N2 // 8, 2, 8)), (0, 1, 3, 2))
+    re, im = tl.split(x)
+    return tl.reshape(re, (N1, N2)), tl.reshape(im, (N1, N2))
+
+
+@triton.jit
+def join_columns(re, im, N1: tl.constexpr, N2: tl.constexpr):
+    """The inverse of `split_columns`."""
+    x = tl.reshape(tl.join(re, im), (N1, N2 // 8, 8, 2))
+    return tl.reshape(tl.permute(x, (0, 1, 3, 2)), (N1, 2 * N2))
+
+
+@triton.jit
+def turns(zero, N1: tl.constexpr, N2: tl.constexpr, FAST: tl.constexpr):
+    """Cosine and sine of 2 pi k1 l2 / n.
+
+    They are made where they are used, which is cheaper than loading them. `zero` is 0 in a way that
+    the compiler cannot see: it would keep them all in registers from one use to the next.
+    """
+    k1 = (tl.arange(0, N1) + zero).to(tl.float32)
+    angle = (
+        k1[:, None] * (tl.arange(0, N2).to(tl.float32) * (6.283185307179586 / (N1 * N2)))[None, :]
+    )
+    if FAST:  # absolute error 1e-6, operands are rounded to 2^-11 behind it
+        return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
+    else:
+        return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
+def to_spectrum(
+    x, F, W, zero,
+    N1: tl.constexpr, N2: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Transform a tile of rows (row of the pair, l1); both parts of the spectrum, float32."""
+    re, im = split_stacked(tl.dot(F, x, input_precision=PRECISION), N1, N2)
+    cos, sin = turns(zero, N1, N2, FAST)
+    turned = join_columns(re * cos + im * sin, im * cos - re * sin, N1, N2).to(F.dtype)
+    return split_columns(tl.dot(turned, W, input_precision=PRECISION), N1, N2)
+
+
+@triton.jit
+def from_spectrum(
+    re, im, F, W, zero,
+    N1: tl.constexpr, N2: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `to_spectrum`, float32."""
+    columns = join_columns(re, im, N1, N2).to(F.dtype)
+    re, im = split_columns(tl.dot(columns, tl.trans(W), input_precision=PRECISION), N1, N2)
+    cos, sin = turns(zero, N1, N2, FAST)
+    turned = join_stacked(re * cos - im * sin, re * sin + im * cos, N1, N2).to(F.dtype)
+    return tl.dot(tl.trans(F), turned, input_precision=PRECISION)
+
+
+@triton.jit
+def pack(re, im):
+    """Two float32 as one word of two float16: half the registers of two tiles."""
+    low = re.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    high = im.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return low | high
+
+
+@triton.jit
+def unpack(words):
+    """The inverse of `pack`."""
+    re = (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    im = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return re, im
+
+
+@triton.jit
+def load_spectrum(
+    pointer, channel, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """A filter's spectrum as words of two float16, or as two tiles of float32.
+
+    Both parts of a point must lie in the thread that multiplies them. A product with the identity,
+    which is exact, brings them there without passing through shared memory in every turn.
+    """
+    k1, l2, column = tl.arange(0, N1)[:, None], tl.arange(0, N2)[None, :], tl.arange(0, 2 * N2)
+    base = pointer + channel.to(tl.int64) * (2 * N1 * N2)
+    if HALF:
+        columns = tl.load(base + k1 * (2 * N2) + column[None, :])
+        identity = (column[:, None] == column[None, :]).to(tl.float16)
+        re, im = split_columns(tl.dot(columns, identity), N1, N2)
+        return keep_parts(re, im, HALF)
+    else:
+        return tl.load(base + k1 * N2 + l2), tl.load(base + N1 * N2 + k1 * N2 + l2)
+
+
+@triton.jit
+def as_parts(first, second, zero, HALF: tl.constexpr):
+    """Both parts of what `load_spectrum` gave; `zero` as in `turns`, keeps words packed."""
+    if HALF:
+        return unpack(first ^ zero)
+    else:
+        return first, second
+
+
+@triton.jit
+def keep_parts(re, im, HALF: tl.constexpr):
+    """Both parts for `as_parts`, in as few registers as their precision allows."""
+    if HALF:
+        return pack(re, im), 0
+    else:
+        return re, im
+
+
+@triton.jit
+def exponent_of(x, chosen):
+    """Biased exponent of the largest magnitude of the chosen elements."""
+    largest = tl.max(tl.max(tl.where(chosen, tl.abs(x), 0.0), 1), 0)
+    return (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2 to a biased exponent; 0 for exponent 0."""
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_unit(exponent):
+    """The power of two that brings a number of that biased exponent into [1, 2); 0 for zero."""
+    return tl.where(exponent > 0, power_of_two(tl.maximum(254 - exponent, 1)), 0.0)
+
+
+@triton.jit
+def common_exponent(common, x, g):
+    """Exponent of a row of z that makes its product with the row of G weigh 2^common."""
+    return tl.where((x > 0) & (g > 0), tl.minimum(common - g, 254), x)
+
+
+@triton.jit(do_not_specialize=["B", "pairs", "pairs_per_program"])
+def forward_kernel(
+    u, pre, post, y, spectrum, unscale, F_table, W_table,
+    u_row, u_channel, pre_row, pre_channel, post_row, post_channel, y_row, y_channel,
+    pair_rows, B, channels, L, pairs, pairs_per_program,
+    N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+    SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Convolve one channel of some pairs of rows."""
+    channel = tl.program_id(0) % channels
+    first_pair = tl.program_id(0) // channels * pairs_per_program
+    last_pair = tl.minimum(first_pair + pairs_per_program, pairs)
+
+    first, second = load_spectrum(spectrum, channel, N1, N2, HALF)
+    part_k1, row, l2 = tl.arange(0, 2 * N1), tl.arange(0, K), tl.arange(0, N2)
+    column = tl.arange(0, 2 * N2)
+    F = tl.load(F_table + part_k1[:, None] * K + row[None, :])
+    W = tl.load(W_table + column[:, None] * (2 * N2) + column[None, :])
+
+    member = row // (K // 2)
+    position = (row % (K // 2))[:, None] * N2 + l2[None, :]
+    is_second = (member == 1)[:, None]
+    u += channel.to(tl.int64) * u_channel
+    y += channel.to(tl.int64) * y_channel
+    if pre is not None:
+        pre += channel.to(tl.int64) * pre_channel
+    if post is not None:
+        post += channel.to(tl.int64) * post_channel
+    shrink = tl.load(unscale + channel)
+
+    for step in tl.range(0, last_pair - first_pair, num_stages=STAGES):
+        pair = first_pair + step
+        at = pair.to(tl.int64) * pair_rows
+        inside = (position < L) & ((2 * pair + member < B)[:, None])
+        x = load_rows(u + at * u_row, (member * u_row)[:, None] + position, inside, EVEN)
+        if pre is not None:
+            gate = load_rows(
+                pre + at * pre_row, (member * pre_row)[:, None] + position, inside, EVEN
+            )
+            x = x.to(tl.float32) * gate.to(tl.float32)
+        if SCALED:
+            x = x.to(tl.float32)
+            low, high = exponent_of(x, ~is_second), exponent_of(x, is_second)
+            x = x * tl.where(is_second, to_unit(high), to_unit(low))
+        re, im = to_spectrum(x.to(F.dtype), F, W, pair >> 31, N1, N2, FAST, PRECISION)
+        h_re, h_im = as_parts(first, second, pair >> 31, HALF)
+        out = from_spectrum(
+            re * h_re - im * h_im,
+            re * h_im + im * h_re,
+            F,
+            W,
+            (pair + 2) >> 31,
+            N1,
+            N2,
+            FAST,
+            PRECISION,
+        )
+        if SCALED:
+            out = out * (tl.where(is_second, power_of_two(high), power_of_two(low)) * shrink)
+        else:
+            out = out * shrink
+        if post is not None:
+            gate = load_rows(
+                post + at * post_row, (member * post_row)[:, None] + position, inside, EVEN
+            )
+            out = out * gate.to(tl.float32)
+        out = out.to(y.dtype.element_ty)
+        store_rows(y + at * y_row, (member * y_row)[:, None] + position, out, inside, EVEN)
+
+
+@triton.jit(do_not_specialize=["B", "pairs", "pairs_per_program"])
+def backward_kernel(
+    dy, u, pre, post, du, dpre, dspectrum, spectrum, unscale, weights, F_table, W_table,
+    dy_row, dy_channel, u_row, u_channel, pre_row, pre_channel, post_row, post_channel,
+    grad_row, grad_channel,
+    pair_rows, B, channels, L, pairs, pairs_per_program,
+    DATA: tl.constexpr, FILTER: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+    SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one channel of some pairs of rows; that of the spectrum as a partial sum.
+
+        G = spectrum of post dy;   dx = inverse of conj(H) G;   du = pre dx;   dpre = u dx
+        dH = sum over pairs of conj(Z) G
+
+    dH's time domain has the sum over both rows of a pair as its real part. DATA and FILTER choose
+    the first line's results, and the second's: together they save a transform, apart registers.
+    The gradient of `post` is a forward pass with dy in its place.
+    """
+    channel = tl.program_id(0) % channels
+    group = tl.program_id(0) // channels
+    first_pair = group * pairs_per_program
+    last_pair = tl.minimum(first_pair + pairs_per_program, pairs)
+
+    part_k1, row, k1, l2 = tl.arange(0, 2 * N1), tl.arange(0, K), tl.arange(0, N1), tl.arange(0, N2)
+    column = tl.arange(0, 2 * N2)
+    F = tl.load(F_table + part_k1[:, None] * K + row[None, :])
+    W = tl.load(W_table + column[:, None] * (2 * N2) + column[None, :])
+    points = k1[:, None] * N2 + l2[None, :]
+
+    member = row // (K // 2)
+    position = (row % (K // 2))[:, None] * N2 + l2[None, :]
+    is_second = (member == 1)[:, None]
+    u += channel.to(tl.int64) * u_channel
+    dy += channel.to(tl.int64) * dy_channel
+    if DATA:
+        du += channel.to(tl.int64) * grad_channel
+    if pre is not None:
+        pre += channel.to(tl.int64) * pre_channel
+        if DATA:
+            dpre += channel.to(tl.int64) * grad_channel
+    if post is not None:
+        post += channel.to(tl.int64) * post_channel
+    shrink = tl.load(unscale + channel)
+    sum_re = tl.zeros((N1, N2), tl.float32)
+    sum_im = tl.zeros((N1, N2), tl.float32)
+
+    for step in tl.range(0, last_pair - first_pair, num_stages=STAGES):
+        pair = first_pair + step
+        at = pair.to(tl.int64) * pair_rows
+        inside = (position < L) & ((2 * pair + member < B)[:, None])
+        in_rows = (member * grad_row)[:, None] + position
+        to = at * grad_row
+        g = load_rows(dy + at * dy_row, (member * dy_row)[:, None] + position, inside, EVEN)
+        if post is not None:
+            gate = load_rows(
+                post + at * post_row, (member * post_row)[:, None] + position, inside, EVEN
+            )
+            g = g.to(tl.float32) * gate.to(tl.float32)
+        if SCALED:
+            g = g.to(tl.float32)
+            g_low, g_high = exponent_of(g, ~is_second), exponent_of(g, is_second)
+            g = g * tl.where(is_second, to_unit(g_high), to_unit(g_low))
+        g_re, g_im = to_spectrum(g.to(F.dtype), F, W, pair >> 31, N1, N2, FAST, PRECISION)
+        g_first, g_second = keep_parts(g_re, g_im, HALF)
+        x = load_rows(u + at * u_row, (member * u_row)[:, None] + position, inside, EVEN)
+        if DATA:
+            # words are made into numbers anew at each use: two float32 each would not fit
+            first, second = load_spectrum(spectrum, channel + (pair >> 31), N1, N2, HALF)
+            h_re, h_im = as_parts(first, second, pair >> 31, HALF)
+            g_re, g_im = as_parts(g_first, g_second, pair >> 31, HALF)
+            dx = from_spectrum(
+                g_re * h_re + g_im * h_im, g_im * h_re - g_re * h_im,
+                F, W, (pair + 1) >> 31, N1, N2, FAST, PRECISION,
+            )  # fmt: skip
+            dx = dx * shrink
+            if SCALED:
+                dx = dx * tl.where(is_second, power_of_two(g_high), power_of_two(g_low))
+            if pre is not None:
+                store_rows(dpre + to, in_rows, (dx * x).to(du.dtype.element_ty), inside, EVEN)
+                gate = load_rows(
+                    pre + at * pre_row, (member * pre_row)[:, None] + position, inside, EVEN
+                )
+                dx = dx * gate.to(tl.float32)
+            store_rows(du + to, in_rows, dx.to(du.dtype.element_ty), inside, EVEN)
+        if FILTER:
+            if pre is not None:
+                gate = load_rows(
+                    pre + at * pre_row, (member * pre_row)[:, None] + position, inside, EVEN
+                )
+                x = x.to(tl.float32) * gate.to(tl.float32)
+            if SCALED:
+                x = x.to(tl.float32)
+                x_low, x_high = exponent_of(x, ~is_second), exponent_of(x, is_second)
+                # both rows must enter dH with one weight: that of the larger product
+                common = tl.maximum(x_low + g_low, x_high + g_high)
+                x_low = common_exponent(common, x_low, g_low)
+                x_high = common_exponent(common, x_high, g_high)
+                x = x * tl.where(is_second, to_unit(x_high), to_unit(x_low))
+            z_re, z_im = to_spectrum(x.to(F.dtype), F, W, (pair + 2) >> 31, N1, N2, FAST, PRECISION)
+            g_re, g_im = as_parts(g_first, g_second, (pair + 1) >> 31, HALF)
+            if SCALED:
+                half = common // 2
+                weight, rest = power_of_two(half), power_of_two(common - half)
+                g_re, g_im = g_re * weight * rest, g_im * weight * rest
+            if weights is not None:
+                weight = tl.load(weights + pair.to(tl.int64) * channels + channel)
+                g_re, g_im = g_re * weight, g_im * weight
+            sum_re += z_re * g_re + z_im * g_im
+            sum_im += z_re * g_im - z_im * g_re
+
+    if FILTER:
+        base = dspectrum + (group.to(tl.int64) * channels + channel) * (2 * N1 * N2)
+        tl.store(base + points, sum_re)
+        tl.store(base + N1 * N2 + points, sum_im)
+
+
+@triton.jit
+def pack_kernel(
+    spectrum, peak, packed, unscale, n, headroom,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """Order half of a real filter's spectrum as `load_spectrum` reads it, and scale it.
+
+    Frequency k0 + N0 (k1 + N1 k2) goes to transform k0, row k1, point k2. The upper half of the
+    frequencies is the conjugate of the lower one. `headroom` is h; float32 is left as it is.
+    """
+    filter_index = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # k0 + N0 k1
+    point = tl.arange(0, N2)[:, None]
+    frequency = row + N0 * N1 * point
+    mirrored = frequency > n // 2
+    at = spectrum + filter_index * (n + 2) + 2 * tl.where(mirrored, n - frequency, frequency)
+    re, im = tl.load(at), tl.load(at + 1)
+    im = tl.where(mirrored, -im, im)
+    out = packed + filter_index * (2 * n) + ((row % N0) * N1 + row // N0) * (2 * N2)
+    if HALF:
+        exponent = (tl.load(peak + filter_index).to(tl.int32, bitcast=True) >> 23) & 0xFF
+        factor = to_unit(exponent) * power_of_two(127 + headroom)
+        column = 16 * (point // 8) + point % 8
+        tl.store(out + column, (re * factor).to(tl.float16))
+        tl.store(out + column + 8, (im * factor).to(tl.float16))
+        back = power_of_two(exponent) * power_of_two(127 - headroom)
+    else:
+        k0 = row % N0
+        out = packed + filter_index * (2 * n) + k0 * (2 * N1 * N2) + row // N0 * N2
+        tl.store(out + point, re)
+        tl.store(out + N1 * N2 + point, im)
+        back = 1.0
+    if tl.program_id(1) == 0:
+        # one for each transform: the kernels index both by channel
+        for k0 in range(N0):
+            tl.store(unscale + filter_index * N0 + k0, back)

@@ -1,0 +1,216 @@
+"""The block FFT against float64: in Triton's interpreter on a CPU, compiled on a GPU."""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from h3lm.flashconv import fft, fft_conv, fft_library
+from h3lm.flashconv.dispatch import Problem, choose
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+
+# the result is rounded once (2^-9 / sqrt(3), 2^-12 / sqrt(3)); inside, float16 is rounded 7 times
+# on the way, 2e-4 each; float32 by three products of tf32
+ALLOWED = {torch.bfloat16: 2.6e-3, torch.float16: 1e-3, torch.float32: 2e-6}
+
+Case = tuple[int, int, int, int, int, str]
+
+
+def _leaves(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    B, D, L, taps, reverse, options = case
+    leaves = {"u": torch.randn(B, D, L).to(DEVICE, dtype)}
+    leaves["f"] = (torch.randn(D, taps) / taps**0.5).to(DEVICE)
+    if reverse:
+        leaves["f_reverse"] = (torch.randn(D, reverse) / reverse**0.5).to(DEVICE)
+    if "s" in options:
+        leaves["skip"] = torch.randn(D).to(DEVICE)
+    if "a" in options:
+        leaves["pre_gate"] = torch.randn(B, D, L).to(DEVICE, dtype)
+    if "b" in options:
+        leaves["post_gate"] = torch.randn(B, D, L).to(DEVICE, dtype)
+    return leaves
+
+
+def _everything(run, leaves: dict[str, Tensor], mode: str) -> dict[str, Tensor]:
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
+    y = run(
+        leaves["u"], leaves["f"], **{n: x for n, x in leaves.items() if n not in "uf"}, mode=mode
+    )
+    random = torch.Generator().manual_seed(1)
+    dy = torch.randn(y.shape, generator=random).to(y.device, y.dtype)
+    grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach(), **{f"d{n}": g for n, g in zip(leaves, grads, strict=True)}}
+
+
+def _check(case: Case, dtype: torch.dtype, run=fft_library.fft_conv, leaves=None) -> None:
+    leaves = leaves or _leaves(case, dtype)
+    mode = "circular" if "c" in case[-1] else "causal"
+    exact = _everything(fft.fft_conv, {n: x.double() for n, x in leaves.items()}, mode)
+    found = _everything(run, leaves, mode)
+    for name, expected in exact.items():
+        error = float((found[name].double() - expected).norm() / expected.norm())
+        allowed = ALLOWED[dtype]
+        assert error <= allowed, f"{name}: relative error {error:.1e}, allowed {allowed:.1e}"
+
+
+INTERPRETED: list[tuple[Case, torch.dtype]] = [
+    # B, D, L, taps, reverse taps, options: skip, gates a and b, circular
+    ((3, 2, 100, 100, 0, "sab"), torch.float16),
+    ((2, 1, 512, 40, 512, "s"), torch.float32),
+    ((1, 1, 77, 77, 5, "ac"), torch.float16),
+    ((1, 1, 1, 1, 1, ""), torch.float32),
+    ((2, 1, 600, 600, 0, "b"), torch.float16),
+]
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # the interpreter
+@pytest.mark.parametrize(("case", "dtype"), INTERPRETED, ids=str)
+def test_kernels_equal_float64_on_small_problems(case: Case, dtype: torch.dtype) -> None:
+    _check(case, dtype)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_rows_of_very_different_size_keep_their_own_precision() -> None:
+    leaves = _leaves((4, 1, 200, 200, 0, ""), torch.float16)
+    leaves["u"] = leaves["u"] * torch.tensor([1.0, 1e-3, 0.0, 1.0])[:, None, None].to(leaves["u"])
+    exact = fft.fft_conv(leaves["u"].double(), leaves["f"].double())
+    found = fft_library.fft_conv(leaves["u"], leaves["f"]).double()
+    for row in (0, 1, 3):
+        assert (found[row] - exact[row]).norm() < 1e-3 * exact[row].norm()
+    assert not found[2].any()
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_nothing_overflows_in_float16_at_its_worst() -> None:
+    # a constant row and a constant filter put everything into one frequency
+    u = torch.full((2, 1, 512), 60000.0, dtype=torch.float16, device=DEVICE)
+    f = torch.full((1, 512), 1e-4 / 512, device=DEVICE)
+    found = fft_library.fft_conv(u, f)
+    expected = fft.fft_conv(u.double(), f.double())
+    assert (found.double() - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "backend", "word"),
+    [
+        ({}, torch.bfloat16, "triton", "Triton"),
+        ({"capability": (8, 6)}, torch.float16, "torch", "rows of up to 1024"),
+        ({"capability": (8, 6), "length": 1024}, torch.float16, "triton", "Triton"),
+        ({"capability": (8, 6)}, torch.float32, "torch", "224 KB"),
+        ({"length": 1024}, torch.float32, "triton", "Triton"),
+        ({"length": 1025}, torch.float32, "torch", "rows of up to 1024"),
+        ({}, torch.float64, "torch", "bfloat16"),
+        ({"capability": (7, 5)}, torch.float16, "torch", "8.0"),
+        ({"has_triton": False}, torch.float16, "torch", "pip install triton"),
+    ],
+    ids=str,
+)
+def test_choice_follows_from_the_problem_and_says_why(
+    change: dict, dtype: torch.dtype, backend: str, word: str
+) -> None:
+    problem = Problem(**{"length": 4096, "has_triton": True} | change)
+    choice = choose("fft_conv", torch.device("cuda"), dtype, "auto", problem)
+    assert choice.backend == backend
+    assert word in choice.reason
+
+
+HALF_CASES: list[Case] = [
+    (2, 3, 4096, 4096, 0, ""),
+    (3, 4, 2048, 2048, 0, "sab"),
+    (5, 2, 1024, 1024, 1024, "s"),
+    (64, 2, 256, 256, 0, "ab"),
+    (1, 3, 1, 1, 0, "s"),
+    (2, 3, 17, 17, 17, "abc"),
+    (7, 2, 509, 300, 0, "a"),
+    (3, 2, 1021, 1021, 4, "bc"),
+    (2, 2, 3001, 3001, 3001, "sab"),
+    (33, 5, 63, 20, 0, ""),
+]
+ON_A_GPU = [(case, dtype) for case in HALF_CASES for dtype in (torch.bfloat16, torch.float16)]
+ON_A_GPU += [
+    pytest.param(case, torch.float32, marks=needs_hopper) for case in HALF_CASES if case[2] <= 1024
+]
+
+
+@pytest.fixture
+def _poisoned():
+    """Fill what is allocated with NaN, so that an unwritten output fails."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.filterwarnings("ignore")  # cuBLAS under deterministic mode
+@pytest.mark.parametrize(("case", "dtype"), ON_A_GPU, ids=str)
+def test_kernel_equals_float64_in_every_gradient(case: Case, dtype: torch.dtype) -> None:
+    leaves = _leaves(case, dtype)
+    _check(case, dtype, leaves=leaves)
+    mode = "circular" if "c" in case[-1] else "causal"
+    first, second = (_everything(fft_library.fft_conv, leaves, mode) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
+
+
+@pytest.mark.gpu
+def test_any_strides_of_rows_and_channels() -> None:
+    case: Case = (3, 4, 500, 500, 0, "ab")
+    leaves = _leaves(case, torch.bfloat16)
+    for name in ("u", "pre_gate"):  # (D, B, L) in memory, beside each other
+        leaves[name] = leaves[name].transpose(0, 1).contiguous().transpose(0, 1)
+    leaves["post_gate"] = leaves["post_gate"].mT.contiguous().mT
+    _check(case, torch.bfloat16, leaves=leaves)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+def test_opcheck(gated: bool) -> None:
+    leaves = _leaves((2, 3, 100, 100, 7, "ab"), torch.bfloat16)
+    gates = (leaves["pre_gate"], leaves["post_gate"]) if gated else (None, None)
+    inputs = (leaves["u"], leaves["f"], leaves["f_reverse"], *gates)
+    inputs = tuple(None if x is None else x.requires_grad_() for x in inputs)
+    torch.library.opcheck(torch.ops.h3lm.fft_conv_fwd.default, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_in_one_graph(dynamic: bool) -> None:
+    def run(u: Tensor, f: Tensor) -> Tensor:
+        return fft_conv(u, f).sin()
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic)
+    for L in (256, 320, 384) if dynamic else (256,):
+        leaves = _leaves((2, 3, L, L, 0, ""), torch.bfloat16)
+        u, f = (leaves[name].requires_grad_() for name in "uf")
+        found, expected = compiled(u, f), run(u, f)
+        torch.testing.assert_close(found, expected)
+        grads = (torch.autograd.grad(y.float().sum(), [u, f]) for y in (found, expected))
+        for actual, right in zip(*grads, strict=True):
+            torch.testing.assert_close(actual, right, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.gpu
+def test_runs_under_a_cuda_graph_and_autocast() -> None:
+    leaves = _leaves((2, 3, 300, 300, 0, ""), torch.bfloat16)
+    u, f = leaves["u"], leaves["f"]
+    with torch.autocast("cuda", torch.float16):
+        expected = fft_conv(u, f)
+    assert expected.dtype == torch.bfloat16
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = fft_conv(u, f)
+    graph.replay()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
