@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from h3lm.bench import measure, report
+from h3lm.bench import measure, report, scaling
 from h3lm.bench.doctor import run_check
-from h3lm.bench.registry import Shape, core_shapes
+from h3lm.bench.registry import Shape, core_shapes, length_shapes, width_shapes
 from h3lm.bench.roofline import both_roof_ms, forward_roof_ms
+from h3lm.errors import UserError
 from h3lm.flashconv import h3_core, library
 from h3lm.ssm import DiagonalSSM, ShiftSSM
 from h3lm.ssm.operators import ChunkOperators
@@ -24,7 +25,14 @@ NOTES = (
     "states; backward makes every gradient. Memory: what forward and backward allocate over the "
     "bytes of q, k, v, o and their gradients."
 )
+EXPONENTS = (
+    "Powers of length L (4 rows, 768 channels, the four longest) and of width D (4 rows of 16,384) "
+    "that the time and the extra memory of forward and backward grow with: the paper's Proposition "
+    "1, linear in L for H3, beside attention, quadratic in L."
+)
 HEAD_WIDTH = 64  # of the attention peer
+MAX_ELEMENTS = 2**27  # of a path that makes float32 copies
+MAX_ATTENTION_LENGTH = 2**16
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -32,22 +40,63 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 def run(folder: Path, say: Callable[[str], None], shapes: list[Shape] | None = None) -> Path:
     """Check the kernels, measure, and write a report into a folder.
 
+    Args:
+        folder: Where the report goes.
+        say: Called with a line for each result.
+        shapes: What to measure; if None, one size in five shapes, and then the growth with length
+            and width, with a picture.
+
     Raises:
-        RuntimeError: without a CUDA device, or if a kernel is wrong: a fast wrong one is not timed.
+        UserError: without a CUDA device.
+        RuntimeError: if a kernel is wrong: a fast wrong one is not timed.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("bench core needs a CUDA device")
-    backends = list(_checked_backends(say))
+        raise UserError("bench core times a GPU, and there is no CUDA device here")
+    backends = list(checked_backends(say))
+    name, environment = "core_" + measure.gpu_name(), measure.environment("h3lm bench core")
+    rows = _measure_all(shapes or core_shapes(), backends, say)
+    path = report.write(name, folder, environment, NOTES, rows)
+    if shapes is None:
+        _write_growth(f"{name}_growth", folder, environment, backends[:1], say)
+    return path
+
+
+def _measure_all(
+    shapes: list[Shape], backends: list[str], say: Callable[[str], None]
+) -> list[report.Row]:
     rows: list[report.Row] = []
-    for shape in shapes or core_shapes():
+    for shape in shapes:
         for row in _measure(shape, backends):
             rows.append(row)
             say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items()))
-    name = "core_" + torch.cuda.get_device_name().lower().replace(" ", "_")
-    return report.write(name, folder, measure.environment(), NOTES, rows)
+    return rows
 
 
-def _checked_backends(say: Callable[[str], None]) -> Iterator[str]:
+def _write_growth(
+    name: str,
+    folder: Path,
+    environment: dict[str, str],
+    backends: list[str],
+    say: Callable[[str], None],
+) -> None:
+    lengths, widths = length_shapes(), width_shapes()
+    rows = _measure_all(lengths + widths, backends, say)
+    report.write(name, folder, environment, NOTES, rows)
+    scaling.plot(
+        folder / f"{name}.png", lengths, rows, lambda row: both_roof_ms(float(row["roof ms"]))
+    )
+    powers = scaling.exponents(lengths, widths, rows)
+    report.write(f"{name}_exponents", folder, environment, EXPONENTS, powers)
+    for row in powers:
+        say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.2f}'}" for k, v in row.items()))
+
+
+def checked_backends(say: Callable[[str], None]) -> Iterator[str]:
+    """The kernels that run here, each compared with the definition first.
+
+    Raises:
+        RuntimeError: if one is wrong.
+    """
     for backend in ("gluon", "triton"):
         try:
             check = run_check("h3_core", torch.bfloat16, backend, torch.device("cuda"))
@@ -67,10 +116,10 @@ def _measure(shape: Shape, backends: list[str]) -> Iterator[report.Row]:
     operators = _operators(shape.channels)
     for backend in backends:
         yield _kernel_row(shape, backend, operators, (q, k, v, do), roof)
-    if shape.elements <= 2**27:
+    if shape.elements <= MAX_ELEMENTS:
         yield _row(shape, "torch", _torch_path(operators), (q, k, v, do), roof, repeats=3)
-    if shape.length <= 8192:
         yield _row(shape, "torch.fft", _fft(operators, shape.length), (q, k, v, do), roof)
+    if shape.length <= MAX_ATTENTION_LENGTH:
         for name, peer in (
             ("sdpa cudnn", SDPBackend.CUDNN_ATTENTION),
             ("sdpa flash", SDPBackend.FLASH_ATTENTION),
@@ -125,11 +174,12 @@ def _as_row(
     both: Callable[[], None],
     like: Tensor,
 ) -> report.Row:
+    extra = float(measure.extra_bytes(both))
     return {
         "shape": str(shape), "path": name, "roof ms": roof, "forward ms": forward_ms,
-        "% of roof": 100 * roof / forward_ms, "forward + backward ms": both_ms,
+        "% of roof": 100 * roof / forward_ms, scaling.TIME: both_ms,
         "% of its roof": 100 * both_roof_ms(roof) / both_ms,
-        "memory": measure.extra_bytes(both) / (8 * like.numel() * like.element_size()),
+        "memory": extra / (8 * like.numel() * like.element_size()), scaling.MEMORY: extra,
     }  # fmt: skip
 
 

@@ -31,8 +31,13 @@ def extra_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def environment() -> dict[str, str]:
-    """GPU, driver, versions, commit and command, for a report."""
+def gpu_name() -> str:
+    """The GPU's name as a part of a file name."""
+    return torch.cuda.get_device_name().lower().replace(" ", "_")
+
+
+def environment(command: str) -> dict[str, str]:
+    """GPU, driver, versions, commit and the command, for a report."""
     return {
         "gpu": torch.cuda.get_device_name(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -40,7 +45,7 @@ def environment() -> dict[str, str]:
         "triton": _version("triton"),
         "python": sys.version.split()[0],
         "commit": _output("git", "rev-parse", "HEAD"),
-        "command": "h3lm bench core",
+        "command": command,
     }
 
 

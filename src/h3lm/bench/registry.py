@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 CORE_CHANNELS = 768
 CORE_SHAPES = ((64, 2048), (16, 8192), (4, 32768), (1, 131072), (1, 1048576))
+TRAIN_SHAPES = ((16, 2048), (4, 8192), (1, 32768))
+SCALING_ROWS = 4
+SCALING_LENGTHS = tuple(2**n for n in range(8, 21))
+SCALING_CHANNELS, SCALING_LENGTH = (256, 512, 1024, 2048, 4096), 16384
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,25 @@ class Shape:
         return self.rows * self.channels * self.length
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.length}"
+        width = "" if self.channels == CORE_CHANNELS else f"x{self.channels}"
+        return f"{self.rows}{width}x{self.length}"
 
 
 def core_shapes() -> list[Shape]:
     """Shapes of `h3lm bench core`: one size, from short rows to one row of a million."""
     return [Shape(rows, CORE_CHANNELS, length) for rows, length in CORE_SHAPES]
+
+
+def length_shapes() -> list[Shape]:
+    """Shapes that differ in length alone."""
+    return [Shape(SCALING_ROWS, CORE_CHANNELS, length) for length in SCALING_LENGTHS]
+
+
+def width_shapes() -> list[Shape]:
+    """Shapes that differ in the number of channels alone."""
+    return [Shape(SCALING_ROWS, channels, SCALING_LENGTH) for channels in SCALING_CHANNELS]
+
+
+def train_shapes() -> list[Shape]:
+    """Rows and lengths of `h3lm bench train`: 32,768 tokens each; channels are the model's."""
+    return [Shape(rows, CORE_CHANNELS, length) for rows, length in TRAIN_SHAPES]

@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from h3lm import __version__
+from h3lm.cli.bench import bench
 from h3lm.cli.convert import convert
 from h3lm.cli.doctor import doctor
 from h3lm.cli.eval import evaluate
@@ -33,6 +34,7 @@ app = typer.Typer(
 for command in (prepare, recipes, train, generate, convert, synthetics, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
+app.add_typer(bench)
 
 
 @app.callback(invoke_without_command=True)

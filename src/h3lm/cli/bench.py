@@ -1,0 +1,36 @@
+"""`h3lm bench`: speed on this machine, correctness first."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Context, Option, Typer
+
+bench = Typer(name="bench", help="Measure speed on this machine; wrong kernels are not timed.")
+Folder = Annotated[Path, Option("--out", help="Folder of the report: JSON, Markdown and pictures.")]
+DEFAULT_FOLDER = Path("benchmarks")
+
+
+@bench.callback(invoke_without_command=True)
+def _no_command(context: Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@bench.command()
+def core(out: Folder = DEFAULT_FOLDER) -> None:
+    """The H3 core against the memory roof, attention and torch.fft, and how it grows."""
+    from h3lm.bench.core import run
+
+    print(run(out, print))
+
+
+@bench.command()
+def train(
+    out: Folder = DEFAULT_FOLDER,
+    preset: Annotated[str, Option(help="125m, 355m, 1.3b or 2.7b.")] = "125m",
+    compiled: Annotated[bool, Option("--compile/--no-compile", help="By torch.compile.")] = True,
+) -> None:
+    """One training step of a preset: H3 and the hybrid beside the Transformer."""
+    from h3lm.bench.train import run
+
+    print(run(out, print, preset=preset, compiled=compiled))
