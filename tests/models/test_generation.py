@@ -126,8 +126,8 @@ def test_memory_of_a_pure_model_does_not_grow():
         cache = model(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values
         sizes.add(cache_bytes(cache))
     assert len(sizes) == 1
-    # four layers of float32: 15 shift inputs and 8 complex modes for each of 32 channels
-    assert sizes == {4 * 4 * 32 * (15 + 2 * 8)}
+    # four layers of float32: 16 shift inputs and 8 complex modes for each of 32 channels
+    assert sizes == {4 * 4 * 32 * (16 + 2 * 8)}
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_emitted(ids):

@@ -8,4 +8,7 @@ from h3lm.flashconv.op import h3_end_state as h3_end_state
 from h3lm.flashconv.op import ssm_conv as ssm_conv
 from h3lm.flashconv.op import zero_state as zero_state
 from h3lm.flashconv.state import H3State as H3State
+from h3lm.flashconv.step import RingState as RingState
+from h3lm.flashconv.step import StepOperators as StepOperators
 from h3lm.flashconv.step import h3_step as h3_step
+from h3lm.flashconv.step import h3_step_in_place as h3_step_in_place

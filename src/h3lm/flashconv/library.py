@@ -362,3 +362,44 @@ def _differentiate(
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+@torch.library.custom_op("h3lm::h3_step", mutates_args=("ring", "diagonal"))
+def h3_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    taps: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    ring: Tensor,
+    position: Tensor,
+    diagonal: Tensor,
+    head_dim: int,
+) -> Tensor:
+    """`flashconv.h3_step_in_place` by its kernel, which all GPUs share."""
+    from h3lm.flashconv.kernels import step_triton
+
+    return step_triton.step(
+        q, k, v, taps, a, b, c, skip, ring, position, diagonal, head_dim=head_dim
+    )
+
+
+@h3_step.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    taps: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    ring: Tensor,
+    position: Tensor,
+    diagonal: Tensor,
+    head_dim: int,
+) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)

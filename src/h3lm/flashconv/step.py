@@ -1,10 +1,123 @@
-"""One token at a time: the recurrence of the H3 core, in plain PyTorch."""
+"""One token at a time: the recurrence of the H3 core.
+
+`h3_step` is a function of a state. `h3_step_in_place` advances a state where it lies, so that a
+captured CUDA graph keeps its addresses: by a kernel on a GPU, in plain PyTorch elsewhere.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from h3lm.flashconv import library
+from h3lm.flashconv.dispatch import KERNELS, Problem, announce, capability, choose
 from h3lm.flashconv.state import H3State, as_real_pairs, from_real_pairs
 from h3lm.ssm.operators import DiagonalSystem
+
+
+class RingState(NamedTuple):
+    """An `H3State` that is advanced in place.
+
+    Attributes:
+        ring: The last n_taps values of k, (B, D, n_taps), in k's dtype; the value of step p lies
+            in slot p % n_taps.
+        position: Steps so far, (B,), int64; the next value of k goes to slot position % n_taps.
+            The caller advances it, once for all layers that share it.
+        diagonal: `H3State.diagonal` as real pairs, (B, H, N/2, 2) or
+            (B, H, head_dim, head_dim, N/2, 2), float32.
+    """
+
+    ring: Tensor
+    position: Tensor
+    diagonal: Tensor
+
+
+class StepOperators(NamedTuple):
+    """What a step needs of the parameters: contiguous and real.
+
+    Attributes:
+        taps: (D, n_taps), skip included, float32.
+        a, b, c: The diagonal system as real pairs, (H, N/2, 2), float32.
+        skip: (H,), float32.
+    """
+
+    taps: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    skip: Tensor
+
+    @classmethod
+    def of(cls, taps: Tensor, system: DiagonalSystem) -> "StepOperators":
+        """From what `h3_core` takes."""
+        a, b, c = (as_real_pairs(z).contiguous() for z in (system.a, system.b, system.c))
+        return cls(taps.contiguous(), a, b, c, system.skip.contiguous())
+
+
+def h3_step_in_place(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operators: StepOperators,
+    state: RingState,
+    *,
+    head_dim: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """`h3_step` that writes the new state over the old one; no gradients.
+
+    Args:
+        q, k, v: (B, D), float32, bfloat16 or float16 (float64 in plain PyTorch); channels
+            contiguous. Accumulated in float32.
+        operators: The parameters.
+        state: Changed in place but for its `position`.
+        head_dim: Channels of a head.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        `o`, (B, D) in the dtype of q.
+
+    Raises:
+        ValueError: if the backend is unknown or cannot do this.
+    """
+    problem = Problem(
+        length=1,
+        capability=capability(q.device),
+        head_dim=head_dim,
+        num_modes=operators.a.shape[1],
+        n_taps=operators.taps.shape[1],
+        complex64=operators.a.dtype == torch.float32,
+    )
+    choice = choose("h3_step", q.device, q.dtype, backend, problem)
+    announce("h3_step", choice)
+    if choice.backend in KERNELS:
+        return library.h3_step(q, k, v, *operators, *state, head_dim)
+    old = H3State(unrolled(state.ring, state.position), from_real_pairs(state.diagonal))
+    a, b, c = (from_real_pairs(z) for z in (operators.a, operators.b, operators.c))
+    system = DiagonalSystem(a, b, c, operators.skip)
+    o, new = h3_step(q, k, v, operators.taps, system, old, head_dim=head_dim)
+    slot = (state.position % state.ring.shape[2])[:, None, None].expand(*k.shape, 1)
+    state.ring.scatter_(2, slot, k[..., None].to(state.ring.dtype))
+    state.diagonal.copy_(as_real_pairs(new.diagonal))
+    return o
+
+
+def unrolled(ring: Tensor, position: Tensor) -> Tensor:
+    """The last n_taps - 1 values of a ring, oldest first: `H3State.shift`, (B, D, n_taps - 1)."""
+    return ring.gather(2, _slots(ring, position))
+
+
+def roll_in_place(ring: Tensor, position: Tensor, shift: Tensor) -> None:
+    """Store `H3State.shift` as the last values of a ring that goes on at `position`."""
+    ring.scatter_(2, _slots(ring, position), shift)
+
+
+def _slots(ring: Tensor, position: Tensor) -> Tensor:
+    """Slots of the last n_taps - 1 values, oldest first."""
+    n_taps = ring.shape[2]
+    age = torch.arange(n_taps - 1, 0, -1, device=ring.device)
+    slots = (position[:, None] - age) % n_taps
+    return slots[:, None].expand(-1, ring.shape[1], -1)
 
 
 def h3_step(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from h3lm.layers.mixers import MixerSizes, mixer
 from h3lm.layers.mlp import MLP
+from h3lm.layers.step import finish_step
 
 
 class Block(nn.Module):
@@ -57,5 +58,9 @@ class Block(nn.Module):
 
     def finish(self, r: Tensor, mixed: Tensor) -> Tensor:
         """Everything behind the mixer."""
+        if r.shape[-2] == 1 and r.dim() == 3:
+            advanced = finish_step(r, mixed, self.norm2, self.mlp)
+            if advanced is not None:
+                return advanced
         r = r + self.dropout(mixed)
         return r + self.dropout(self.mlp(self.norm2(r)))

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from h3lm import flashconv
-from h3lm.flashconv import H3State
+from h3lm.flashconv import H3State, RingState, StepOperators
 from h3lm.flashconv.state import as_real_pairs, from_real_pairs
 from h3lm.layers.both_ways import (
     BackwardReadout,
@@ -242,6 +242,31 @@ class H3(nn.Module):
             here = mask.bool()[:, 0]
             new = H3State(*(_where_row(here, n, s) for n, s in zip(new, state, strict=True)))
         return o[..., None], new
+
+    def step_in_place(
+        self,
+        u: Float[Tensor, "B 1 D"],
+        state: RingState,
+        operators: StepOperators | None = None,
+    ) -> Float[Tensor, "B 1 D"]:
+        """`forward` for a single position of each row, over the state where it lies.
+
+        Args:
+            u: Input.
+            state: Changed in place but for its position. Without gradients.
+            operators: What `step_operators` made earlier, for a graph that needs its addresses.
+        """
+        q, k, v = self.qkv_proj(u)[:, 0].chunk(3, dim=-1)
+        o = flashconv.h3_step_in_place(
+            q, k, v, operators or self.step_operators(), state,
+            head_dim=self.head_dim, backend="torch" if self.backend == "torch" else "auto",
+        )  # fmt: skip
+        return self.output_proj(o[:, None])
+
+    def step_operators(self) -> StepOperators:
+        """The parameters as `step_in_place` takes them."""
+        taps, operators = self.operators()
+        return StepOperators.of(taps, operators.system)
 
     def operators(self) -> tuple[Float[Tensor, "D n_taps"], ChunkOperators]:
         """Taps of the shift SSM and chunk operators of both SSMs, float32.

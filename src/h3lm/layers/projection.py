@@ -11,7 +11,7 @@ def project_channel_first(linear: nn.Module, u: Tensor) -> Tensor:
     hooks) is called as the module that it is, at the price of one transpose.
     """
     B, L, d_in = u.shape
-    if not _is_plain(linear):
+    if not is_plain(linear):
         return linear(u).permute(2, 0, 1).contiguous().transpose(0, 1)
     assert isinstance(linear, nn.Linear)
     y = linear.weight @ u.reshape(B * L, d_in).T
@@ -31,7 +31,8 @@ def project_channel_last(linear: nn.Module, o: Tensor) -> Tensor:
     return linear(rows).unflatten(0, (B, L))
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a module is nothing but its weight and bias, so that these may be used by hand."""
     if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
         return False
     return not (

@@ -1,5 +1,7 @@
 """H3 language models for transformers."""
 
+import functools
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,9 +24,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from h3lm.layers import Block, CausalAttention
 from h3lm.layers.attention import Rotation
-from h3lm.models.cache import prepare_cache
+from h3lm.models import decoding
+from h3lm.models.cache import DecodingCache, RingLayer, prepare_cache
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.ssm import SSMModule
+
+logger = logging.getLogger("h3lm.models")
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,14 @@ class Where:
         cu_seqlens: Boundaries of packed documents in the rows laid end to end.
         bias: Attention mask (B, 1, L, S), or None for plain causal attention.
         rotation: Rotary embedding of the positions.
+        step: The cache whose rows each advance by one position in place, or None.
     """
 
     padding: Tensor | None
     cu_seqlens: Tensor | None
     bias: Tensor | None
     rotation: Rotation | None
+    step: DecodingCache | None = None
 
 
 class H3DecoderLayer(GradientCheckpointingLayer, Block):
@@ -69,11 +76,13 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
     ) -> Tensor:
         """Advance the residual stream (B, L, D)."""
         u = self.norm1(r)
-        if isinstance(self.mixer, CausalAttention):
+        if where.step is not None:
+            mixed = self._step(u, where, where.step)
+        elif isinstance(self.mixer, CausalAttention):
             q, k, v = self.mixer.project(u, where.rotation)
             if cache is not None:
                 k, v = cache.update(k, v, self.layer_idx)
-                if where.bias is None and q.shape[2] > 1:
+                if where.bias is None and q.shape[2] > 1 and not isinstance(cache, DecodingCache):
                     # nothing seen before: a static cache has room behind the prompt, no keys
                     k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
             mixed = self.mixer.attend(q, k, v, where.bias)
@@ -84,10 +93,25 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
             mixed = self._mix_with_state(u, where, cache)
         return self.finish(r, mixed)
 
+    def _step(self, u: Tensor, where: Where, cache: DecodingCache) -> Tensor:
+        """One position of each row, over the memory of the cache."""
+        stored = cache.layers[self.layer_idx]
+        if isinstance(self.mixer, CausalAttention):
+            return self.mixer.step(
+                u, stored.keys, stored.values, cache.lengths, cache.longest, where.rotation
+            )
+        return self._mix_with_state(u, where, cache)
+
     def _mix_with_state(self, u: Tensor, where: Where, cache: Cache | None) -> Tensor:
         if cache is None:
             return self.mixer(u, mask=where.padding)[0]
         stored = cache.layers[self.layer_idx]
+        if isinstance(stored, RingLayer) and u.shape[1] == 1 and where.padding is None:
+            ring = None if torch.is_grad_enabled() else stored.ring()
+            if ring is not None:
+                mixed = self.mixer.step_in_place(u, ring, stored.operators)
+                stored.stepped()
+                return mixed
         packed = stored.read()
         state = None if packed is None else self.mixer.unpack_state(*packed)
         mixed, state = self.mixer(u, state, mask=where.padding)
@@ -243,6 +267,9 @@ class H3Model(H3PreTrainedModel):
         masks = attention_mask if isinstance(attention_mask, dict) else None
         mask = attention_mask if isinstance(attention_mask, Tensor) else None
         rows = mask if mask is not None and mask.dim() == 2 else None
+        if isinstance(cache, DecodingCache) and cache.stepping:
+            position_ids = cache.lengths[:, None]
+            return Where(None, None, None, self._rotation(position_ids), cache), position_ids
         seen = 0 if cache is None else cache.get_seq_length()
         if cu_seqlens is not None:
             position_ids = _positions_in(cu_seqlens, L)
@@ -258,7 +285,10 @@ class H3Model(H3PreTrainedModel):
             bias, padding = masks.get("full_attention"), masks.get("linear_attention")
         else:
             padding = None if rows is None else _padding(rows, L)
-            bias = self._bias(embeds, mask, position_ids, cache, cu_seqlens)
+            # prompts in a decoding cache have no padding: plain causal attention, and no mask of
+            # length times length
+            plain = isinstance(cache, DecodingCache)
+            bias = None if plain else self._bias(embeds, mask, position_ids, cache, cu_seqlens)
         return Where(padding, cu_seqlens, bias, self._rotation(position_ids)), position_ids
 
     def _bias(
@@ -393,12 +423,40 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         # The library makes the cache; its layers for constant states are exchanged for ours
+        given = model_kwargs.get("past_key_values") is not None
         result = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )
         if isinstance(model_kwargs.get("past_key_values"), Cache):
-            prepare_cache(model_kwargs["past_key_values"], self.config)
+            cache = prepare_cache(model_kwargs["past_key_values"], self.config)
+            cache.made_by_generate = not given and generation_config.cache_implementation is None
         return result
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The library's loop, or ours where it gives the same tokens without work on the host."""
+        why_not = decoding.refusal(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus,
+            model_kwargs,
+        )  # fmt: skip
+        if why_not is None:
+            return decoding.generate(
+                self, input_ids, logits_processor, stopping_criteria, generation_config, streamer,
+                model_kwargs.get("attention_mask"),
+            )  # fmt: skip
+        _announce_slow_loop(why_not)
+        return super()._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus,
+            streamer, **model_kwargs,
+        )  # fmt: skip
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
@@ -407,6 +465,11 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
             padding = list(range(known, self.config.vocab_size))
             processors.insert(0, SuppressTokensLogitsProcessor(padding, device=self.device))
         return processors
+
+
+@functools.cache
+def _announce_slow_loop(reason: str) -> None:
+    logger.info("generate: the library's loop, since %s", reason)
 
 
 def _padding(attention_mask: Tensor, length: int) -> Tensor | None:

@@ -1,0 +1,181 @@
+"""One token of the H3 core in Triton: everything between the projections, states in place.
+
+    s_i = sum_j taps_j k_i[t-j];   w_ij = s_i v_j;   x_ij = a x_ij + b w_ij
+    y_ij = 2 Re(sum_n c_n x_ij,n) + skip w_ij;   o_j = sum_i q_i y_ij
+
+A program owns some heads and walks over rows of the batch, so that operators are loaded once. It
+moves the diagonal states in and out, reads the shift ring and writes one value of it: memory
+traffic is nearly all that a step costs.
+
+Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 1, as a recurrence.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from h3lm.flashconv.kernels.launch import multiprocessors
+
+COLUMNS = 8  # channels of a program: 2 KB of state for each row with 32 modes
+ROWS = 2  # rows in flight in a program
+PROGRAMS_PER_SM = 8
+
+
+@triton.jit
+def split_pairs(x, A: tl.constexpr, B: tl.constexpr, MODES: tl.constexpr):
+    """Real and imaginary parts of interleaved pairs [A, B, 2 MODES]."""
+    return tl.split(tl.reshape(x, (A, B, MODES, 2)))
+
+
+@triton.jit
+def per_column(x, ROWS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """A value of each head [ROWS, HEADS] for each of the head's columns [ROWS, HEADS HEAD_DIM]."""
+    wide = tl.broadcast_to(x[:, :, None], (ROWS, HEADS, HEAD_DIM))
+    return tl.reshape(wide, (ROWS, HEADS * HEAD_DIM))
+
+
+@triton.jit
+def load_operator(pointer, offset, mask, COLUMNS: tl.constexpr, MODES: tl.constexpr):
+    """Complex numbers of each column as two tiles [1, COLUMNS, MODES]."""
+    pairs = tl.load(pointer + offset, mask=mask, other=0.0)
+    return split_pairs(pairs, 1, COLUMNS, MODES)
+
+
+@triton.jit
+def h3_step_kernel(
+    q,
+    k,
+    v,
+    o,
+    ring,
+    position,
+    diagonal,
+    taps,
+    a,
+    b,
+    c,
+    skip,
+    B,
+    H,
+    rows_of_program,
+    q_stride,
+    k_stride,
+    v_stride,
+    HEAD_DIM: tl.constexpr,
+    N_TAPS: tl.constexpr,
+    MODES: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Advance HEADS heads of some rows by a token; SLOTS and WIDTH pad taps and modes."""
+    COLUMNS: tl.constexpr = HEADS * HEAD_DIM
+    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, COLUMNS)
+    head_of_column = tl.program_id(0) * HEADS + column // HEAD_DIM
+    channel = tl.program_id(0) * COLUMNS + column
+    slot = tl.arange(0, SLOTS)
+    pair = tl.arange(0, 2 * WIDTH)
+    D = H * HEAD_DIM
+
+    inside = (head_of_column < H)[None, :, None] & (pair < 2 * MODES)[None, None, :]
+    at = head_of_column[None, :, None] * (2 * MODES) + pair[None, None, :]
+    a_re, a_im = load_operator(a, at, inside, COLUMNS, WIDTH)
+    b_re, b_im = load_operator(b, at, inside, COLUMNS, WIDTH)
+    c_re, c_im = load_operator(c, at, inside, COLUMNS, WIDTH)
+    direct = tl.load(skip + head_of_column, mask=head_of_column < H, other=0.0)
+
+    first = tl.program_id(1) * rows_of_program
+    last = tl.minimum(first + rows_of_program, B)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        live = row < last
+        far_row = row.to(tl.int64)  # states pass 2^31 elements
+        write = (tl.load(position + row, mask=live, other=0) % N_TAPS).to(tl.int32)
+        age = write[:, None] - slot[None, :]
+        age = tl.where(age < 0, age + N_TAPS, age)
+        column_mask = live[:, None] & (head_of_column < H)[None, :]
+        head_mask = live[:, None] & (head < H)[None, :]
+        slot_mask = head_mask[:, :, None]
+        if SLOTS != N_TAPS:
+            slot_mask = slot_mask & (slot < N_TAPS)[None, None, :]
+        state_mask = column_mask[:, :, None]
+        if WIDTH != MODES:
+            state_mask = state_mask & (pair < 2 * MODES)[None, None, :]
+
+        v_at = far_row[:, None] * v_stride + channel[None, :]
+        value = tl.load(v + v_at, mask=column_mask, other=0.0).to(tl.float32)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for i in tl.static_range(HEAD_DIM):
+            source = head * HEAD_DIM + i
+            new = tl.load(
+                k + far_row[:, None] * k_stride + source[None, :], mask=head_mask, other=0.0
+            )
+            gate = tl.load(
+                q + far_row[:, None] * q_stride + source[None, :], mask=head_mask, other=0.0
+            )
+            ring_at = (far_row[:, None] * D + source[None, :]) * N_TAPS
+            window = tl.load(
+                ring + ring_at[:, :, None] + slot[None, None, :], mask=slot_mask, other=0.0
+            )
+            # the oldest value makes room for the new one; other threads may or may not see it yet
+            here = slot[None, None, :] == write[:, None, None]
+            window = tl.where(here, new[:, :, None], window)
+            weight = tl.load(
+                taps + source[None, :, None] * N_TAPS + age[:, None, :], mask=slot_mask, other=0.0
+            )
+            tl.store(ring + ring_at + write[:, None], new, mask=head_mask)
+            s = tl.sum(window.to(tl.float32) * weight, 2)
+
+            w = per_column(s, ROWS, HEADS, HEAD_DIM) * value
+            of_pair = (head_of_column * HEAD_DIM + i) * HEAD_DIM + column % HEAD_DIM
+            state_at = (far_row[:, None] * (D * HEAD_DIM) + of_pair[None, :]) * (2 * MODES)
+            state = diagonal + state_at[:, :, None] + pair[None, None, :]
+            re, im = split_pairs(tl.load(state, mask=state_mask, other=0.0), ROWS, COLUMNS, WIDTH)
+            new_re = a_re * re - a_im * im + b_re * w[:, :, None]
+            new_im = a_re * im + a_im * re + b_im * w[:, :, None]
+            joined = tl.reshape(tl.join(new_re, new_im), (ROWS, COLUMNS, 2 * WIDTH))
+            tl.store(state, joined, mask=state_mask)
+            y = 2 * tl.sum(c_re * new_re - c_im * new_im, 2) + direct[None, :] * w
+            total += per_column(gate.to(tl.float32), ROWS, HEADS, HEAD_DIM) * y
+        o_at = far_row[:, None] * D + channel[None, :]
+        tl.store(o + o_at, total.to(o.dtype.element_ty), mask=column_mask)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    taps: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    ring: Tensor,
+    position: Tensor,
+    diagonal: Tensor,
+    head_dim: int,
+) -> Tensor:
+    """Launch the kernel; see `flashconv.h3_step_in_place` for shapes.
+
+    Everything but q, k and v is contiguous; these have contiguous channels and any row stride.
+    """
+    B, D = q.shape
+    H, modes, n_taps = D // head_dim, a.shape[1], taps.shape[1]
+    heads = max(1, COLUMNS // head_dim)
+    rows = min(ROWS, triton.next_power_of_2(B))
+    columns = triton.cdiv(H, heads)
+    blocks = triton.cdiv(B, rows)
+    wanted = triton.cdiv(PROGRAMS_PER_SM * multiprocessors(q.device), columns)
+    blocks_of_program = triton.cdiv(blocks, min(blocks, wanted))
+    o = torch.empty((B, D), dtype=q.dtype, device=q.device)
+    h3_step_kernel[(columns, triton.cdiv(blocks, blocks_of_program))](
+        q, k, v, o, ring, position, diagonal, taps, a, b, c, skip,
+        B, H, blocks_of_program * rows, q.stride(0), k.stride(0), v.stride(0),
+        HEAD_DIM=head_dim, N_TAPS=n_taps, MODES=modes, ROWS=rows, HEADS=heads,
+        SLOTS=triton.next_power_of_2(n_taps), WIDTH=triton.next_power_of_2(modes),
+        num_warps=4,
+    )  # fmt: skip
+    return o
