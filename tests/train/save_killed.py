@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-import h3lm.train.run
+import h3lm.train.outcome
 from h3lm.train import checkpoints
 from h3lm.train.recipe import load_recipe
 from h3lm.train.run import train
@@ -42,7 +42,7 @@ def in_child(work, *arguments) -> int:
 
 
 def run(recipe) -> None:
-    h3lm.train.run.plot_losses = lambda *_: None  # takes longer than all the rest
+    h3lm.train.outcome.plot_losses = lambda *_: None  # takes longer than all the rest
     train(recipe, Console(file=io.StringIO()))
 
 

@@ -187,13 +187,14 @@ def test_a_missing_or_shortened_file_of_a_checkpoint_is_named(tiny, stopped_at, 
     recipe = tiny(save_every=2)
     stopped_at(recipe, 4)
     folder = recipe.folder / "checkpoints" / "checkpoint-4"
-    path = next(folder / name for name in kinds if (folder / name).exists())
+    name = next(name for name in kinds if (folder / name).exists())
+    path = folder / name
     whole = path.read_bytes()
     path.unlink()
-    with pytest.raises(UserError, match=f"checkpoint-4: the checkpoint lacks {path.name}"):
+    with pytest.raises(UserError, match=f"checkpoint-4: the checkpoint lacks {name}"):
         run(recipe)
     path.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=f"{path.name}: .* bytes instead of"):
+    with pytest.raises(UserError, match=f"{name}: .* bytes instead of"):
         run(recipe)
     assert names(recipe.folder) == ["checkpoint-2", "checkpoint-4"]
 

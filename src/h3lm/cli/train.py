@@ -1,5 +1,6 @@
 """`h3lm train`."""
 
+import sys
 from typing import Annotated
 
 from typer import Argument, Option
@@ -25,6 +26,13 @@ def train(
         return
     if recipe is None:
         raise UserError("name a recipe file or a shipped recipe; `h3lm recipes` lists them")
+    from h3lm.train.interrupt import RunStopped
+    from h3lm.train.processes import one_voice
     from h3lm.train.run import train as run
 
-    run(recipes.load_recipe(recipe, overrides or []))
+    with one_voice():
+        try:
+            run(recipes.load_recipe(recipe, overrides or []))
+        except RunStopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise SystemExit(stopped.status) from None

@@ -61,6 +61,7 @@ def score_tokens(
     first: int = 1,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> TextScore:
     """Predict every token from `first` on once, in windows of `context` inputs.
 
@@ -77,6 +78,9 @@ def score_tokens(
         first: First predicted position, at least 1; what stands before it is context only.
         batch_size: Windows at a time.
         progress: Called with the number of predicted tokens of each batch.
+        share: (i, n) to score only every n-th batch from the i-th on, as the i-th of n processes
+            that sum their `nats` and `tokens`. All n call the model equally often, as one that is
+            sharded between them needs.
 
     Raises:
         UserError: if there is nothing to predict or the sizes make no sense.
@@ -90,13 +94,19 @@ def score_tokens(
     was_training = model.training
     model.eval()
     nats, counted = 0.0, 0
-    with torch.inference_mode():
-        for batch in _batches(list(_windows(first, len(tokens), context, stride)), batch_size):
+    batches = list(_batches(list(_windows(first, len(tokens), context, stride)), batch_size))
+    number, of = share
+    # not inference_mode: what a sharded model gathers in it could not be trained with afterwards
+    with torch.no_grad():
+        for i in range(number, -(-len(batches) // of) * of, of):
+            batch = batches[min(i, len(batches) - 1)]
             ids = [torch.from_numpy(tokens[start : end + 1]) for start, _, end in batch]
             inputs = torch.stack([x[:-1] for x in ids]).to(device)
             targets = torch.stack([x[1:] for x in ids]).to(device)
             scored = max(end - begin for _, begin, end in batch)
             logits = model(input_ids=inputs, use_cache=False, logits_to_keep=scored).logits
+            if i >= len(batches):
+                break
             losses = _token_losses(logits, targets[:, -scored:])
             for row, (_, begin, end) in zip(losses, batch, strict=True):
                 nats += float(row[scored - (end - begin) :].sum(dtype=torch.float64))

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 
 
 def save_model(
-    model: H3ForCausalLM, out_dir: str | Path, tokenizer: "PreTrainedTokenizerFast | None" = None
+    model: H3ForCausalLM,
+    out_dir: str | Path,
+    tokenizer: "PreTrainedTokenizerFast | None" = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a folder that `from_pretrained` loads, tokenizer included.
 
     The configuration learns how many ids the tokenizer has, so that `generate` emits no others.
+    A model that is sharded between processes needs its `weights` given, gathered.
 
     Raises:
         UserError: if the tokenizer has more ids than the model, or the folder cannot be written.
@@ -30,7 +34,7 @@ def save_model(
         fit_tokenizer(model, tokenizer)
     try:
         with _no_progress_bars():
-            model.save_pretrained(out_dir)
+            model.save_pretrained(out_dir, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(out_dir)
     except (OSError, SafetensorError, AssertionError) as error:

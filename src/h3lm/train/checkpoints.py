@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 from h3lm.errors import UserError
 
@@ -32,7 +33,8 @@ NEEDED = (
     ("config.json",),
     ("model.safetensors", "model.safetensors.index.json"),
     ("tokenizer.json", "tokenizer_config.json"),
-    ("optimizer.pt", "optimizer.bin", "optimizer_0"),
+    ("optimizer/.metadata",),
+    ("optimizer/__0_0.distcp",),
     ("scheduler.pt",),
     ("rng_state.pth", "rng_state_0.pth"),
     ("trainer_state.json",),
@@ -207,23 +209,33 @@ def failing_in_one_line(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch tells a failed write by a RuntimeError without an errno
-        told = ("Writer failed", "iostream error", "file write failed")
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in told):
+    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+        reason = _reason(error)
+        if reason is None:
             raise
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         steps = [step for step, path in _numbered(folder) if (path / MANIFEST).is_file()]
         rest = f"checkpoint-{max(steps)} there is whole" if steps else "there is no earlier one"
-        reason = str(error).splitlines()[0]
-        if isinstance(error, RuntimeError):
-            reason = f"write error, as on a full disk: {reason}"
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
         raise UserError(
             f"{folder}: a checkpoint could not be written ({reason}); {rest}: make space and run "
             "the same command again"
         ) from error
+
+
+def _reason(error: BaseException) -> str | None:
+    """Why a write failed, in a line; None for what is no failed write."""
+    if isinstance(error, CheckpointException):  # of one process or several, told to all
+        reasons = [_reason(cause) for cause, _ in error.failures.values()]
+        return next((reason for reason in reasons if reason is not None), None)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    first = str(error).partition("\n")[0]
+    if isinstance(error, RuntimeError):
+        # torch tells a failed write by a RuntimeError without an errno
+        told = ("Writer failed", "iostream error", "file write failed")
+        known = any(words in str(error) for words in told)
+        return f"write error, as on a full disk: {first}" if known else None
+    return first if isinstance(error, OSError | SafetensorError) else None
 
 
 def is_no_space(error: OSError) -> bool:

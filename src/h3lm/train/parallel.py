@@ -1,48 +1,22 @@
-"""Several processes: how they agree, and what is sharded between them."""
+"""What is sharded between processes, and how."""
 
-import os
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from h3lm.models import H3ForCausalLM
 from h3lm.ssm import SSMModule
-
-
-def world_size() -> int:
-    """Number of processes of the run, as `torchrun` says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first() -> bool:
-    """Whether this process writes and prints for all."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def wait_for_all() -> None:
-    """Go on when every process has come here."""
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
-def first_says(number: float, device: torch.device) -> float:
-    """The number that the first process has."""
-    if not distributed.is_initialized():
-        return number
-    told = torch.tensor(number, dtype=torch.float64, device=device)
-    distributed.broadcast(told, src=0)
-    return told.item()
-
-
-def largest(number: Tensor) -> Tensor:
-    """The largest of all processes' numbers; a new tensor."""
-    number = number.clone()
-    if distributed.is_initialized():
-        distributed.all_reduce(number, op=distributed.ReduceOp.MAX)
-    return number
 
 
 def shard_model(
@@ -54,21 +28,26 @@ def shard_model(
     """Shard a model in place with FSDP2.
 
     SSM modules are groups of their own that compute in fp32, whatever the rest computes in: a
-    decay in bfloat16 is another model. Then each block is one; the embedding, which is the head
-    too, and the last norm stay together in the root.
+    decay in bfloat16 is another model. So are the two norms of each block, then the rest of it.
+    The embedding, which is the head too, and the last norm stay together in the root, in fp32.
+    Nothing is cast on its way in. With all that, a sharded model computes under autocast what a
+    whole one does: products in `compute_dtype`, norms and the residual stream in fp32.
 
     Args:
         model: The model.
         mesh: The processes; all of them if None.
-        compute_dtype: What everything but the SSM modules computes in; as stored if None.
+        compute_dtype: What a block gathers its projections in, that of autocast; as stored if
+            None.
 
     Returns:
         The same model; its parameters are DTensors.
     """
-    exact = MixedPrecisionPolicy(
-        param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
+    exact, products = (
+        MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for dtype in (torch.float32, compute_dtype)
     )
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    # Nothing of ours writes into what an SSM returns
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for module in model.modules():
         if isinstance(module, SSMModule):
             # What `system` and `taps` give shares memory with the parameters, which therefore
@@ -77,9 +56,35 @@ def shard_model(
             for name in _parameter_readers(module):
                 register_fsdp_forward_method(module, name)
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        norms: list[nn.Module] = [layer.norm1, layer.norm2]
+        fully_shard(norms, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=products)
+    fully_shard(model, mesh=mesh, mp_policy=exact)
     return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds only a part of the model."""
+    return isinstance(model, FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of whatever forward passes without a backward pass have left whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole_weights(model: H3ForCausalLM) -> dict[str, Tensor]:
+    """A sharded model's weights on the CPU of the first process; all must ask.
+
+    Returns:
+        The weights by name, tied ones once; nothing in the other processes.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: Any = get_model_state_dict(model, options=options)
+    tied = model.all_tied_weights_keys
+    return {name: value for name, value in weights.items() if name not in tied}
 
 
 def _parameter_readers(module: nn.Module) -> list[str]:

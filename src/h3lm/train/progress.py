@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from h3lm.train.parallel import first_says
+from h3lm.train.processes import first_says
 
 
 class Clock(TrainerCallback):
@@ -46,7 +46,7 @@ class Clock(TrainerCallback):
     ) -> None:
         """Agree on the time before the learning rate is set."""
         if self.limit_s is not None:
-            elapsed = first_says(self.elapsed_s, args.device)
+            elapsed = first_says(self.elapsed_s)
             self.progress = min(1.0, elapsed / self.limit_s)
 
     def on_step_end(

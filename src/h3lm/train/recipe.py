@@ -17,6 +17,8 @@ from h3lm.errors import UserError
 SHIPPED = files("h3lm.train") / "recipes"
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "bf16", "fp32")
+PARALLEL = ("ddp", "fsdp")
+COMPILE = ("blocks", "model")
 DURATIONS = ("steps", "epochs", "time_limit_s")
 POSITIVE = (
     "block_length", "batch_size", "learning_rate", "ssm_max_learning_rate", "log_every",
@@ -78,7 +80,17 @@ class Recipe:
 
     precision: str = key("auto", "bf16 (autocast, fp32 weights), fp32, or auto: what is fast here")
     gradient_checkpointing: bool = key(False, "recompute blocks in the backward pass", free=True)
-    compile: bool = key(False, "compile the model with torch.compile", free=True)
+    compile: str | None = key(
+        None,
+        "torch.compile each block (blocks: quick to start) or the whole model (model)",
+        free=True,
+    )
+    parallel: str = key(
+        "ddp",
+        "how the processes of torchrun share a model: ddp, each holds it whole, or fsdp (FSDP2), "
+        "each holds a part of weights, gradients and optimiser",
+        free=True,
+    )
     deterministic: bool = key(
         False, "the same bits in every run, also on a GPU; attention is then slower", free=True
     )
@@ -128,12 +140,12 @@ class Recipe:
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise UserError(f"micro_batch_size={micro} must divide batch_size={self.batch_size}")
         for name, allowed in (
-            ("schedule", SCHEDULES), ("precision", PRECISIONS),
+            ("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL),
+            ("compile", COMPILE),
         ):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
-                )
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise UserError(f"{name}={value!r} is not one of {', '.join(allowed)}")
 
     @property
     def folder(self) -> Path:

@@ -1,12 +1,10 @@
 """A recipe run from data to a trained model folder, or from where it was interrupted."""
 
 import hashlib
-import json
 import math
 import os
-from dataclasses import dataclass
+import signal
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,37 +14,25 @@ from transformers.utils import logging as library_logging
 from h3lm.data.blocks import INDEX_FILE, Blocks
 from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
-from h3lm.models.folders import fit_tokenizer, load_model, save_model
-from h3lm.models.generation import continue_ids
+from h3lm.models.folders import fit_tokenizer, load_model
 from h3lm.train import checkpoints
+from h3lm.train.arguments import NO_LIMIT, training_arguments
 from h3lm.train.checkpoints import Checkpoint
 from h3lm.train.corpus import (
     BlockCollator,
     BlockDataset,
-    HeldOut,
     held_out,
     prepared_folder,
     tokenizer_of,
 )
-from h3lm.train.parallel import is_first, wait_for_all, world_size
+from h3lm.train.interrupt import RunStopped, StopOnSignal
+from h3lm.train.outcome import Result, finish
 from h3lm.train.param_groups import describe_groups, parameter_groups
-from h3lm.train.progress import Clock, ProgressLine, Speed, plot_losses, write_log
+from h3lm.train.processes import is_first, rank, wait_for_all, world_size
+from h3lm.train.progress import Clock, ProgressLine, Speed, write_log
 from h3lm.train.recipe import Recipe
 from h3lm.train.throughput import FORMULA, flops_per_token, peak_flops
-from h3lm.train.trainer import NO_LIMIT, H3Trainer, training_arguments
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run left behind.
-
-    Attributes:
-        folder: The run's folder; the trained model lies in `model` in it.
-        summary: What `summary.json` there says.
-    """
-
-    folder: Path
-    summary: dict[str, Any]
+from h3lm.train.trainer import H3Trainer
 
 
 def train(recipe: Recipe, console: Console | None = None) -> Result:
@@ -55,6 +41,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
     Raises:
         UserError: if the recipe, its data or its folder cannot be used, the loss is not finite,
             or there is no space left.
+        RunStopped: if SIGINT or SIGTERM ended it before its time.
     """
     console = console or Console()
     if not is_first():
@@ -80,12 +67,15 @@ def _train(recipe: Recipe, console: Console) -> Result:
     model = _make_model(recipe, len(tokenizer))
     blocks.stream.check_vocabulary(model.config.vocab_size)
     fit_tokenizer(model, tokenizer)
+    if world_size() > 1:
+        set_seed(recipe.seed + rank())  # or all would drop out the same of different texts
 
     clock = Clock(recipe.time_limit_s, checkpoint.point.elapsed_s if checkpoint else 0.0)
     arguments.max_steps = _number_of_steps(recipe, len(blocks), clock, checkpoint)
     speed = Speed(clock, recipe.batch_size * recipe.block_length, _peak_rate(recipe, model))
     line = ProgressLine(speed, console)
-    callbacks: list[TrainerCallback] = [clock, speed]
+    stop = StopOnSignal()
+    callbacks: list[TrainerCallback] = [clock, speed, stop]
     if is_first():
         callbacks += [line, *_tensorboard(recipe.folder)]
     trainer = H3Trainer(
@@ -110,10 +100,13 @@ def _train(recipe: Recipe, console: Console) -> Result:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
     finally:
+        stop.close()
         line.close()
         if is_first() and trainer.state.log_history:
             write_log(trainer.state.log_history, recipe.folder / "log.jsonl")
-    return _finish(trainer, tokenizer, console)
+    if stop.agreed:
+        raise _stopped(trainer, stop.agreed)
+    return finish(trainer, tokenizer, console)
 
 
 def build_config(recipe: Recipe, vocab_size: int) -> H3Config:
@@ -139,6 +132,15 @@ def _compute_the_same_bits() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _stopped(trainer: H3Trainer, number: int) -> RunStopped:
+    step = trainer.state.global_step
+    if trainer.recipe.save_every is None:
+        rest = "nothing was saved, since the recipe has no save_every"
+    else:
+        rest = f"the same command goes on from {trainer.checkpoints_folder / f'checkpoint-{step}'}"
+    return RunStopped(f"{signal.Signals(number).name} ended the run at step {step}: {rest}", number)
 
 
 def _find_checkpoint(recipe: Recipe, console: Console) -> Checkpoint | None:
@@ -223,7 +225,7 @@ def _write_recipe(recipe: Recipe) -> None:
 def _describe(trainer: H3Trainer, num_blocks: int, console: Console) -> None:
     recipe, model = trainer.recipe, trainer.model
     precision = "bfloat16 autocast" if trainer.args.bf16 else "float32"
-    several = f", {world_size()} processes" if world_size() > 1 else ""
+    several = f", {world_size()} processes, {recipe.parallel}" if world_size() > 1 else ""
     console.print(
         f"{recipe.name}: {model.num_parameters():,} parameters in {precision} on "
         f"{trainer.args.device}{several}, {num_blocks:,} blocks of {recipe.block_length} tokens",
@@ -238,61 +240,3 @@ def _describe(trainer: H3Trainer, num_blocks: int, console: Console) -> None:
     console.print(describe_groups(groups), highlight=False)
     if trainer.speed.peak_tokens_per_s is not None:
         console.print(FORMULA, highlight=False)
-
-
-def _finish(trainer: H3Trainer, tokenizer: Any, console: Console) -> Result:
-    """Save, evaluate, draw and sample; print where things lie."""
-    recipe, model, folder = trainer.recipe, trainer.model, trainer.recipe.folder
-    metrics = trainer.evaluate()
-    summary: dict[str, Any] = {
-        "name": recipe.name,
-        "parameters": model.num_parameters(),
-        "steps": trainer.state.global_step,
-        "tokens_seen": trainer.state.global_step * recipe.batch_size * recipe.block_length,
-        "train_seconds": round(trainer.trained_s, 2),
-        "precision": "bf16" if trainer.args.bf16 else "fp32",
-        "processes": world_size(),
-    }
-    if not is_first():
-        return Result(folder, summary)
-    save_model(model, folder / "model", tokenizer)
-    write_log(trainer.state.log_history, folder / "log.jsonl")
-    if trainer.valid is not None:
-        loss = metrics["eval_loss"]
-        summary |= _validation_summary(recipe, trainer.valid, loss)
-        unit = "character" if trainer.valid.characters else "token"
-        console.print(
-            f"validation loss {loss:.4f} nats, {bits(loss):.4f} bits per {unit}", highlight=False
-        )
-    plot_losses(trainer.state.log_history, folder / "loss.png", recipe.name)
-    if recipe.sample:
-        model.eval()
-        ids = tokenizer(recipe.sample, return_tensors="pt", add_special_tokens=False).input_ids
-        pieces = continue_ids(
-            model, tokenizer, ids.to(model.device), max_new_tokens=recipe.sample_tokens
-        )
-        summary["sample"] = "".join(pieces)
-        console.print(summary["sample"], highlight=False, markup=False)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    console.print(
-        f"model {folder / 'model'}\nloss curve {folder / 'loss.png'}\n"
-        f"summary {folder / 'summary.json'}",
-        highlight=False,
-    )
-    return Result(folder, summary)
-
-
-def _validation_summary(recipe: Recipe, valid: HeldOut, loss: float) -> dict[str, Any]:
-    unit = "char" if valid.characters else "token"
-    return {
-        "val_loss": loss,
-        f"val_bits_per_{unit}": bits(loss),
-        "val_tokens": len(valid.tokens) - valid.first,
-        "val_context": recipe.block_length,
-        "val_stride": recipe.eval_stride or recipe.block_length,
-    }
-
-
-def bits(nats: float) -> float:
-    """Nats as bits."""
-    return nats / math.log(2)

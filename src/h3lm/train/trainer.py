@@ -1,31 +1,36 @@
 """Hugging Face's Trainer with what is ours: groups, schedule, evaluation, checkpoints."""
 
 import json
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as library_logging
 
 from h3lm.errors import UserError
-from h3lm.evals.perplexity import score_tokens
+from h3lm.evals.perplexity import TextScore, score_tokens
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.train import checkpoints
 from h3lm.train.checkpoints import RunPoint
+from h3lm.train.compiling import compile_model
 from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut
-from h3lm.train.parallel import first_says, is_first, largest, wait_for_all, world_size
+from h3lm.train.finite import FiniteWatch
+from h3lm.train.optimizer_state import load_optimizer, save_optimizer
+from h3lm.train.parallel import is_sharded, reshard, shard_model, whole_weights
 from h3lm.train.param_groups import parameter_groups
+from h3lm.train.processes import first_says, is_first, rank, summed, wait_for_all, world_size
 from h3lm.train.progress import Clock, Speed
 from h3lm.train.recipe import Recipe
 from h3lm.train.schedule import learning_rate_factor
-
-NO_LIMIT = 10**9  # steps of a run that the clock ends
 
 
 class H3Trainer(Trainer):
@@ -65,7 +70,7 @@ class H3Trainer(Trainer):
         super().__init__(**arguments)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.first_bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self.finite = FiniteWatch(self.args.device)
 
     @property
     def checkpoints_folder(self) -> Path:
@@ -79,6 +84,17 @@ class H3Trainer(Trainer):
         return output
 
     # What is trained, how, and on what
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        # Here the model is on its device with a checkpoint's weights, and has no optimiser yet
+        recipe = self.recipe
+        if recipe.parallel == "fsdp" and world_size() > 1:
+            shard_model(self.model, compute_dtype=torch.bfloat16 if self.args.bf16 else None)
+            # Autocast only: what is prepared once is not wrapped in DDP afterwards
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+        if recipe.compile is not None:
+            compile_model(self.model, recipe.compile)
+        return super()._prepare_for_training(*args, **kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the groups that the modules ask for."""
@@ -129,18 +145,27 @@ class H3Trainer(Trainer):
             return {}
         if self.evaluated[0] == self.state.global_step:
             return self.evaluated[1]
-        score = score_tokens(
-            self.model,
-            self.valid.tokens,
-            first=self.valid.first,
-            context=self.recipe.block_length,
-            stride=self.recipe.eval_stride,
-            batch_size=max(1, self.args.per_device_train_batch_size),
-        )
+        score = self._score(self.valid)
         metrics = {"eval_loss": score.loss, "eval_perplexity": score.perplexity}
         self.evaluated = self.state.global_step, metrics
         self.log(metrics)
         return metrics
+
+    def _score(self, valid: HeldOut) -> TextScore:
+        """The score of all processes together, each on its share."""
+        with torch.compiler.set_stance("force_eager"):  # other shapes, which would be compiled for
+            part = score_tokens(
+                self.model,
+                valid.tokens,
+                first=valid.first,
+                context=self.recipe.block_length,
+                stride=self.recipe.eval_stride,
+                batch_size=max(1, self.args.per_device_train_batch_size),
+                share=(rank(), world_size()),
+            )
+        reshard(self.model)
+        nats, tokens = summed(part.nats, part.tokens)
+        return replace(part, nats=nats, tokens=int(tokens))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with passes over the data for epochs, and with speed beside a loss."""
@@ -150,41 +175,32 @@ class H3Trainer(Trainer):
             logs = logs | self.speed.figures(self.state)
         super().log(logs)
 
-    # A loss that is not finite ends the run before anything is saved. The look at the numbers
-    # waits until they are needed anyway: each look would stall a GPU.
+    # A loss that is not finite ends the run before anything is saved
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the library's, keeping an eye on the loss."""
         loss = super().training_step(*args, **kwargs)
-        self._watch(loss)
+        self.finite.see(loss, self.state.global_step + 1)
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        self._watch(norm)
+        if isinstance(norm, DTensor):  # of which a process has its own part
+            norm = norm.full_tensor()
+        self.finite.see(norm, self.state.global_step + 1)
         return norm
-
-    def _watch(self, number: Any) -> None:
-        number = torch.as_tensor(getattr(number, "full_tensor", lambda: number)())
-        bad = ~torch.isfinite(number.detach().to(self.first_bad_step.device))
-        step = torch.full_like(self.first_bad_step, self.state.global_step + 1)
-        self.first_bad_step = torch.where(
-            bad & (self.first_bad_step == 0), step, self.first_bad_step
-        )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         control = self.control
-        if (
-            control.should_log
-            or control.should_save
-            or control.should_evaluate
-            or control.should_training_stop
-        ):
+        # A mean of losses is not carried over: one that goes on behind a checkpoint would be
+        # another in a resumed run
+        control.should_log |= control.should_save
+        if control.should_log or control.should_evaluate or control.should_training_stop:
             self._check_finite()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _check_finite(self) -> None:
-        step = int(largest(self.first_bad_step))
+        step = self.finite.first_bad_step()
         if not step:
             return
         good, _ = checkpoints.newest(self.checkpoints_folder)
@@ -202,7 +218,7 @@ class H3Trainer(Trainer):
         return RunPoint(
             step=step,
             blocks_seen=step * self.recipe.batch_size,
-            elapsed_s=first_says(self.clock.elapsed_s, self.args.device),
+            elapsed_s=first_says(self.clock.elapsed_s),
             processes=world_size(),
             recipe=json.loads(json.dumps(self.recipe.decisive())),
             data=self.data,
@@ -226,13 +242,36 @@ class H3Trainer(Trainer):
                 checkpoints.finish(folder, point, self.recipe.keep_checkpoints)
             wait_for_all()
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if is_sharded(self.model):
+            state_dict = whole_weights(self.model)
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.lr_scheduler is not None
+        folder = Path(output_dir)
+        save_optimizer(self.model, _bare(self.optimizer), folder)
+        if is_first():
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.lr_scheduler is not None
+        folder = Path(checkpoint)
+        load_optimizer(self.model, _bare(self.optimizer), folder)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
     def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
         return (
             str(self.aside) if self.aside is not None else super()._get_output_dir(*args, **kwargs)
         )
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        said = library_logging.get_verbosity()
+        library_logging.set_verbosity_error()  # that a recipe's free keys differ
         started = super()._init_training_state(max_steps, *args, **kwargs)
+        library_logging.set_verbosity(said)
         # A checkpoint's idea of when to log, evaluate and save is not the recipe's
         self.state.compute_steps(self.args, max_steps)
         return started
@@ -246,79 +285,6 @@ class H3Trainer(Trainer):
             raise UserError(f"the checkpoint's weights are not the model's: it {'; '.join(wrong)}")
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The library's arguments for a recipe, but for the number of steps."""
-    processes = world_size()
-    if recipe.batch_size % processes:
-        raise UserError(
-            f"batch_size={recipe.batch_size} cannot be divided among {processes} processes"
-        )
-    share = recipe.batch_size // processes
-    micro = recipe.micro_batch_size or share
-    if share % micro:
-        raise UserError(
-            f"micro_batch_size={micro} must divide {share}, the part of batch_size="
-            f"{recipe.batch_size} that each of {processes} processes takes"
-        )
-    arguments = TrainingArguments(
-        output_dir=str(recipe.folder / "checkpoints"),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=share // micro,
-        max_steps=NO_LIMIT,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=use_bf16(recipe),  # not later: the library looks once
-        use_cpu=not torch.accelerator.is_available(),  # or bf16 is refused
-        logging_strategy="steps",
-        logging_steps=recipe.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        eval_strategy="no" if recipe.eval_every is None else "steps",
-        eval_steps=recipe.eval_every,
-        save_strategy="no" if recipe.save_every is None else "steps",
-        save_steps=recipe.save_every or 500,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        **_checkpointing(recipe.gradient_checkpointing),
-        torch_compile=recipe.compile,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to=[],
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # or the library copies the model to all GPUs of one process
-    return arguments
-
-
-def use_bf16(recipe: Recipe) -> bool:
-    """Whether to train under bfloat16 autocast.
-
-    "auto" asks the machine: a GPU by its capability, a CPU by timing a matrix product, since
-    emulated bfloat16 is several times slower than float32; processes that share a CPU could
-    disagree about that, so they take float32.
-    """
-    if recipe.precision != "auto":
-        return recipe.precision == "bf16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available() or world_size() > 1:
-        return False
-    return _time_product(torch.bfloat16) < 0.9 * _time_product(torch.float32)
-
-
-def _time_product(dtype: torch.dtype) -> float:
-    x = torch.randn(512, 512).to(dtype)
-    times = []
-    for _ in range(40):  # the best of many: other processes may be busy
-        began = time.perf_counter()
-        x @ x
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
-def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """The library's argument for it, which 5.23 renamed."""
-    names = TrainingArguments.__dataclass_fields__
-    new = "activation_checkpointing" in names
-    return {"activation_checkpointing" if new else "gradient_checkpointing": wanted}
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    """An optimiser without accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)

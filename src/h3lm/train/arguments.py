@@ -1,0 +1,96 @@
+"""A recipe in the library's words."""
+
+import time
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from h3lm.errors import UserError
+from h3lm.train.processes import world_size
+from h3lm.train.recipe import Recipe
+
+NO_LIMIT = 10**9  # steps of a run that the clock ends
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The library's arguments for a recipe, but for the number of steps.
+
+    Several processes find each other here.
+
+    Raises:
+        UserError: if a batch cannot be divided among the processes.
+    """
+    processes = world_size()
+    if recipe.batch_size % processes:
+        raise UserError(
+            f"batch_size={recipe.batch_size} cannot be divided among {processes} processes"
+        )
+    share = recipe.batch_size // processes
+    micro = recipe.micro_batch_size or share
+    if share % micro:
+        raise UserError(
+            f"micro_batch_size={micro} must divide {share}, the part of batch_size="
+            f"{recipe.batch_size} that each of {processes} processes takes"
+        )
+    arguments = TrainingArguments(
+        output_dir=str(recipe.folder / "checkpoints"),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=share // micro,
+        max_steps=NO_LIMIT,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=use_bf16(recipe),  # not later: the library looks once
+        use_cpu=not torch.accelerator.is_available(),  # or bf16 is refused
+        logging_strategy="steps",
+        logging_steps=recipe.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="no" if recipe.eval_every is None else "steps",
+        eval_steps=recipe.eval_every,
+        save_strategy="no" if recipe.save_every is None else "steps",
+        save_steps=recipe.save_every or 500,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        **_checkpointing(recipe.gradient_checkpointing),
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # or the library copies the model to all GPUs of one process
+    return arguments
+
+
+def use_bf16(recipe: Recipe) -> bool:
+    """Whether to train under bfloat16 autocast.
+
+    "auto" asks the machine: a GPU by its capability, a CPU by timing a matrix product, since
+    emulated bfloat16 is several times slower than float32; processes that share a CPU could
+    disagree about that, so they take float32.
+    """
+    if recipe.precision != "auto":
+        return recipe.precision == "bf16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available() or world_size() > 1:
+        return False
+    return _time_product(torch.bfloat16) < 0.9 * _time_product(torch.float32)
+
+
+def _time_product(dtype: torch.dtype) -> float:
+    x = torch.randn(512, 512).to(dtype)
+    times = []
+    for _ in range(40):  # the best of many: other processes may be busy
+        began = time.perf_counter()
+        x @ x
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """The library's argument for it, which 5.23 renamed."""
+    names = TrainingArguments.__dataclass_fields__
+    new = "activation_checkpointing" in names
+    return {"activation_checkpointing" if new else "gradient_checkpointing": wanted}

@@ -1,0 +1,96 @@
+"""What a run leaves behind when it is done."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from h3lm.models.folders import load_model, save_model
+from h3lm.models.generation import continue_ids
+from h3lm.train.corpus import HeldOut
+from h3lm.train.parallel import is_sharded, whole_weights
+from h3lm.train.processes import is_first, world_size
+from h3lm.train.progress import plot_losses, write_log
+from h3lm.train.recipe import Recipe
+from h3lm.train.trainer import H3Trainer
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind.
+
+    Attributes:
+        folder: The run's folder; the trained model lies in `model` in it.
+        summary: What `summary.json` there says.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+def finish(trainer: H3Trainer, tokenizer: Any, console: Console) -> Result:
+    """Evaluate, save, draw and sample; print where things lie. All processes must come here."""
+    recipe, model, folder = trainer.recipe, trainer.model, trainer.recipe.folder
+    metrics = trainer.evaluate()
+    summary: dict[str, Any] = {
+        "name": recipe.name,
+        "parameters": model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "tokens_seen": trainer.state.global_step * recipe.batch_size * recipe.block_length,
+        "train_seconds": round(trainer.trained_s, 2),
+        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "processes": world_size(),
+    }
+    weights = whole_weights(model) if is_sharded(model) else None
+    if not is_first():
+        return Result(folder, summary)
+    save_model(model, folder / "model", tokenizer, weights)
+    write_log(trainer.state.log_history, folder / "log.jsonl")
+    if trainer.valid is not None:
+        loss = metrics["eval_loss"]
+        summary |= _validation_summary(recipe, trainer.valid, loss)
+        unit = "character" if trainer.valid.characters else "token"
+        console.print(
+            f"validation loss {loss:.4f} nats, {bits(loss):.4f} bits per {unit}", highlight=False
+        )
+    plot_losses(trainer.state.log_history, folder / "loss.png", recipe.name)
+    if recipe.sample:
+        summary["sample"] = _sample(recipe, folder / "model", tokenizer, trainer.args.device)
+        console.print(summary["sample"], highlight=False, markup=False)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    console.print(
+        f"model {folder / 'model'}\nloss curve {folder / 'loss.png'}\n"
+        f"summary {folder / 'summary.json'}",
+        highlight=False,
+    )
+    return Result(folder, summary)
+
+
+def _sample(recipe: Recipe, folder: Path, tokenizer: Any, device: torch.device) -> str:
+    """What the saved model, which is whole, continues the recipe's prompt with."""
+    model = load_model(folder, device=device)
+    ids = tokenizer(recipe.sample, return_tensors="pt", add_special_tokens=False).input_ids
+    pieces = continue_ids(
+        model, tokenizer, ids.to(model.device), max_new_tokens=recipe.sample_tokens
+    )
+    return "".join(pieces)
+
+
+def _validation_summary(recipe: Recipe, valid: HeldOut, loss: float) -> dict[str, Any]:
+    unit = "char" if valid.characters else "token"
+    return {
+        "val_loss": loss,
+        f"val_bits_per_{unit}": bits(loss),
+        "val_tokens": len(valid.tokens) - valid.first,
+        "val_context": recipe.block_length,
+        "val_stride": recipe.eval_stride or recipe.block_length,
+    }
+
+
+def bits(nats: float) -> float:
+    """Nats as bits."""
+    return nats / math.log(2)

@@ -1,0 +1,115 @@
+"""Train in the processes of `torchrun`, in the ways that there are, one after the other.
+
+python -m torch.distributed.run --nproc-per-node N train_together.py RECIPE FOLDER leaves a run's
+folder for each way, and prints what the processes computed with as a line of JSON.
+"""
+
+# ruff: noqa: T201 (what it prints is its result)
+
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch.distributed.tensor import DTensor
+
+import h3lm.train.outcome
+from h3lm.ssm import DiagonalSSM
+from h3lm.train.processes import is_first, one_voice
+from h3lm.train.recipe import Recipe, load_recipe
+from h3lm.train.run import train
+from h3lm.train.trainer import H3Trainer
+
+CUT = 4
+
+
+def run(recipe: Recipe) -> str:
+    shown = io.StringIO()
+    train(recipe, Console(file=shown, width=300))
+    return shown.getvalue()
+
+
+def run_cut(recipe: Recipe) -> str:
+    """Run as if all had died behind a checkpoint, then go on."""
+    save = H3Trainer._save_checkpoint
+
+    def save_and_die(self, *arguments, **named):
+        save(self, *arguments, **named)
+        if self.state.global_step == CUT:
+            raise KeyboardInterrupt
+
+    H3Trainer._save_checkpoint = save_and_die
+    try:
+        run(recipe)
+    except KeyboardInterrupt:
+        return run(recipe)
+    finally:
+        H3Trainer._save_checkpoint = save
+    raise AssertionError("it was not cut")
+
+
+def watched(recipe: Recipe) -> dict[str, list[str]]:
+    """What a run computed with, where parameters are read, and what it kept."""
+    seen: dict[str, set[str]] = {
+        kind: set() for kind in ("diagonal", "norm", "block", "head", "stored")
+    }
+    system, linear, norm = DiagonalSSM.system, torch.nn.Linear.forward, torch.nn.LayerNorm.forward
+    step = torch.optim.AdamW.step
+
+    def noting_system(self, *arguments):
+        seen["diagonal"] |= {str(p.dtype) for p in self.parameters()}
+        return system(self, *arguments)
+
+    def noting_linear(self, x):
+        sizes = sorted(self.weight.shape)  # a block has the width and its multiples
+        kind = "head" if sizes[1] % sizes[0] else "block"
+        assert not isinstance(self.weight, DTensor)
+        seen[kind].add(str(self.weight.dtype))
+        return linear(self, x)
+
+    def noting_norm(self, x):
+        seen["norm"].add(str(self.weight.dtype))
+        return norm(self, x)
+
+    def noting_step(self, *arguments):
+        for group in self.param_groups:
+            kinds = {f"{type(p).__name__} {p.dtype}" for p in group["params"]}
+            seen["stored"] |= kinds
+        return step(self, *arguments)
+
+    DiagonalSSM.system, torch.nn.Linear.forward = noting_system, noting_linear
+    torch.nn.LayerNorm.forward, torch.optim.AdamW.step = noting_norm, noting_step
+    try:
+        run(recipe)
+    finally:
+        DiagonalSSM.system, torch.nn.Linear.forward = system, linear
+        torch.nn.LayerNorm.forward, torch.optim.AdamW.step = norm, step
+    return {kind: sorted(found) for kind, found in seen.items()}
+
+
+def main(recipe_file: str, place: str) -> None:
+    torch.set_num_threads(1)
+    h3lm.train.outcome.plot_losses = lambda *_: None  # takes longer than all the rest
+    recipe, folder = load_recipe(recipe_file), Path(place)
+
+    def to(name: str, **changes) -> Recipe:
+        return replace(recipe, output_dir=str(folder / name), **changes)
+
+    report = {}
+    for parallel in ("ddp", "fsdp"):
+        run(to(parallel, parallel=parallel))
+        report[parallel] = run_cut(to(f"{parallel}-cut", parallel=parallel))
+    run(to("recomputed", parallel="fsdp", gradient_checkpointing=True, micro_batch_size=1))
+    half = {"precision": "bf16", "save_every": None, "sample": ""}
+    report["bf16"] = watched(to("bf16", parallel="fsdp", **half))
+    run(to("bf16-ddp", **half))
+    if is_first():
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    with one_voice():
+        main(*sys.argv[1:])
