@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from h3lm.data import shards, splits
 from h3lm.data.blocks import Blocks, Index, TokenStream
+from h3lm.data.lock import LOCK_FILE
 from h3lm.data.sources import PIECE_CHARACTERS, Document, open_source, pieces
 from h3lm.data.tokenizers import encode, train_bpe
 from h3lm.errors import UserError
@@ -316,6 +317,30 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
     assert len(kept) > number  # two files a shard
     prepare(source, out, **kind)
     assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_two_at_once_in_one_folder_is_one_line_and_a_killed_ones_lock_holds_nobody(
+    novels, tmp_path
+):
+    out = tmp_path / "out"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom h3lm.data.lock import only_writer\n"
+        f"with only_writer(Path({str(out)!r}), 'another h3lm prepare'):\n"
+        "    print('locked', flush=True)\n    sys.stdin.read()"
+    )
+    out.mkdir()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError, match=f"another h3lm prepare .process {other.pid} on") as e:
+            prepare(novels, out)
+        assert "writes here: wait for it or take another folder" in str(e.value)
+        assert "\n" not in str(e.value)
+        other.kill()
+    assert (out / LOCK_FILE).exists()
+    prepare(novels, out)
+    prepare(novels, tmp_path / "alone")
+    assert contents(out) == contents(tmp_path / "alone")  # and no lock is left behind
 
 
 def test_interrupted_between_any_two_writes_it_goes_on_to_the_same_bytes(

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from h3lm.data.lock import LOCK_FILE, only_writer
 from h3lm.errors import UserError
 from h3lm.models import H3ForCausalLM
 from h3lm.train import checkpoints
@@ -212,6 +213,20 @@ def test_a_half_written_newest_folder_is_passed_over(tiny, stopped_at, tmp_path)
     assert f"cut short: {folder / 'unfinished'}" in shown
     assert "resuming at step 2 " in shown
     assert losses(recipe.folder) == losses(tmp_path / "straight")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_there(tiny, stopped_at):
+    recipe = tiny(save_every=2)
+    recipe.folder.mkdir()
+    with (
+        only_writer(recipe.folder, "another h3lm train"),
+        pytest.raises(UserError, match=r"run: another h3lm train \(process \d+ on .*writes here"),
+    ):
+        run(recipe)
+    stopped_at(recipe, 2)
+    assert names(recipe.folder) == ["checkpoint-2"]
+    run(recipe)
+    assert not (recipe.folder / LOCK_FILE).exists()
 
 
 @pytest.mark.slow

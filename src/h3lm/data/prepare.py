@@ -32,6 +32,7 @@ from h3lm.data.blocks import (
     check_block_length,
     too_short,
 )
+from h3lm.data.lock import LOCK_FILE, only_writer
 from h3lm.data.shards import Journal, ShardWriter, journal_lines, write_text
 from h3lm.data.sources import Piece, open_source
 from h3lm.data.splits import Part, Survey, plan_splits, survey_split
@@ -94,7 +95,7 @@ def prepare(
 
     Raises:
         UserError: for whatever is wrong with the source, the settings, the output folder or the
-            room on the disk. Finished shards are kept.
+            room on the disk, or if another process prepares there. Finished shards are kept.
     """
     check_block_length(block_length)
     _check_settings(tokenizer, vocab_size, valid_fraction, shard_tokens, workers)
@@ -116,7 +117,11 @@ def prepare(
         raise UserError(f"{out}: lies in the source, and would be read as text: take another place")
     text = open_source(source, text_field=text_field, subset=subset)
     separator = given.eos_token if given is not None else END_OF_TEXT
-    with _progress_line(progress) as line, _room_on_disk(out):
+    with (
+        _progress_line(progress) as line,
+        _room_on_disk(out),
+        only_writer(out, "another h3lm prepare"),
+    ):
         surveys = {
             split: survey_split(text, split, separator, learned == "characters", line)
             for split in text.splits
@@ -314,7 +319,7 @@ def _check_output(out: Path, settings: dict) -> None:
         if lines[0].get("format_version") != FORMAT_VERSION:
             raise UserError(f"{out}: begun by another version of h3lm: delete it or take another")
         found = lines[0]["settings"]
-    elif names - {UNFINISHED_FILE}:
+    elif names - {UNFINISHED_FILE, LOCK_FILE}:
         raise UserError(
             f"{out}: is not empty and holds no prepared data: take a new folder, or empty it"
         )

@@ -1,9 +1,11 @@
 """A recipe run from data to a trained model folder, or from where it was interrupted."""
 
+import errno
 import hashlib
 import math
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as library_logging
 
 from h3lm.data.blocks import INDEX_FILE, Blocks
+from h3lm.data.lock import only_writer
 from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.folders import fit_tokenizer, load_model
@@ -39,15 +42,18 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
     """Run a recipe; where its folder has a checkpoint of the same recipe, go on from there.
 
     Raises:
-        UserError: if the recipe, its data or its folder cannot be used, the loss is not finite,
-            or there is no space left.
+        UserError: if the recipe, its data or its folder cannot be used, another run is in that
+            folder, the loss is not finite, or there is no space left.
         RunStopped: if SIGINT or SIGTERM ended it before its time.
     """
     console = console or Console()
     if not is_first():
         console = Console(quiet=True)
+    _make_folder(recipe.folder)
+    only = only_writer(recipe.folder, "another h3lm train") if is_first() else nullcontext()
     try:
-        return _train(recipe, console)
+        with only:
+            return _train(recipe, console)
     except OSError as error:
         if not checkpoints.is_no_space(error):
             raise
@@ -143,13 +149,17 @@ def _stopped(trainer: H3Trainer, number: int) -> RunStopped:
     return RunStopped(f"{signal.Signals(number).name} ended the run at step {step}: {rest}", number)
 
 
-def _find_checkpoint(recipe: Recipe, console: Console) -> Checkpoint | None:
-    folder = recipe.folder
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"{folder}: cannot write there: {error.strerror}") from None
-    checkpoint, passed = checkpoints.newest(folder / "checkpoints")
+
+
+def _find_checkpoint(recipe: Recipe, console: Console) -> Checkpoint | None:
+    checkpoint, passed = checkpoints.newest(recipe.folder / "checkpoints")
     for words in passed:
         console.print(words, highlight=False)
     return checkpoint
