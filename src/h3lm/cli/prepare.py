@@ -1,4 +1,4 @@
-"""`h3lm prepare`: a text collection in, blocks of tokens out."""
+"""`h3lm prepare`: texts in, blocks of tokens out; or labelled files in, labelled rows out."""
 
 from pathlib import Path
 from typing import Annotated
@@ -44,11 +44,53 @@ def prepare(
         int | None, typer.Option(help="Encoding threads; by default one a processor.")
     ] = None,
     progress: Annotated[bool, typer.Option(help="Show a progress line.")] = True,
+    labelled: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="Labelled sequences for classification, not text for a language model. One of "
+            "table, audio, text, speech-commands, sc10, fsdd, mnist, listops, lra-listops, "
+            "lra-text, lra-retrieval, lra-image, lra-pathfinder, lra-pathx.",
+        ),
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Labelled: cut longer rows there.")] = None,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="Labelled: rows may have unequal lengths.")
+    ] = False,
+    test_fraction: Annotated[
+        float | None, typer.Option(help="Labelled: share of the examples held out as a test.")
+    ] = None,
+    label_field: Annotated[str, typer.Option(help="Labelled: field of the class.")] = "label",
+    values_field: Annotated[str, typer.Option(help="Labelled: column of the series.")] = "values",
+    split_field: Annotated[str | None, typer.Option(help="Labelled: field of the split.")] = None,
+    test_value: Annotated[
+        str | None, typer.Option(help="Labelled: value of that field that is the test split.")
+    ] = None,
+    sample_rate: Annotated[int | None, typer.Option(help="Sound: wanted rate in Hz.")] = None,
+    resample: Annotated[
+        bool, typer.Option("--resample", help="Sound: convert other rates.")
+    ] = False,
+    channels: Annotated[int, typer.Option(help="Sound: channels of every file.")] = 1,
+    speaker: Annotated[str | None, typer.Option(help="fsdd: whose clips are the test.")] = None,
+    examples: Annotated[int | None, typer.Option(help="listops: training examples.")] = None,
 ) -> None:
-    """Tokenize a text collection into blocks for training.
+    """Tokenize a text collection into blocks for training, or prepare labelled sequences.
 
-    Interrupted, it goes on where it was when it is called again in the same way.
+    A text collection, interrupted, goes on where it was when it is called again in the same way.
     """
+    if labelled is not None:
+        from h3lm.data.prepare_labelled import LabelledOptions, describe, prepare_labelled
+
+        options = LabelledOptions(
+            length=length, pad=pad, valid_fraction=valid_fraction, test_fraction=test_fraction,
+            tokenizer=tokenizer, text_field=text_field, label_field=label_field,
+            values_field=values_field, split_field=split_field, test_value=test_value,
+            sample_rate=sample_rate, resample=resample, channels=channels, speaker=speaker,
+            examples=examples,
+        )  # fmt: skip
+        print("\n".join(describe(prepare_labelled(source, out_dir, labelled, options))))
+        print(f"prepared: {out_dir}")
+        return
     from h3lm.data.prepare import prepare
 
     index = prepare(

@@ -141,7 +141,7 @@ class FileSource:
 
     def _json_lines(self, path: Path) -> Iterator[Document]:
         offset = 0
-        with _open(path) as stream:
+        with open_unpacked(path) as stream:
             for number, line in enumerate(stream, start=1):
                 where = f"{path}, line {number:,}"
                 try:
@@ -298,7 +298,7 @@ def _decoded(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     first = True
-    with _open(path) as stream:
+    with open_unpacked(path) as stream:
         while True:
             data = stream.read(_READ_BYTES)
             waiting = len(decoder.getstate()[0])
@@ -341,7 +341,7 @@ def _no_field(where: str, field: str, found: list[str]) -> str:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def open_unpacked(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading, unpacked; what goes wrong while it is read is a UserError."""
     try:
         with path.open("rb") as raw:
@@ -407,7 +407,7 @@ def _open_zstandard(path: Path, raw: IO[bytes]) -> io.RawIOBase:
 @contextmanager
 def _seekable(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that is read from its end, as Parquet is: unpacked on the disk if packed."""
-    with _open(path) as stream:
+    with open_unpacked(path) as stream:
         if path.suffix not in _COMPRESSIONS:
             yield stream
             return
