@@ -1,0 +1,425 @@
+"""Log-likelihoods of many requests, every shared prefix computed once."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from h3lm.evals.prefix_tree import STATE_COST_TOKENS, Ints, PrefixTree, Request
+from h3lm.evals.states import States, empty_cache, probe, to_device
+
+GIB = 2**30
+
+
+class Answer(NamedTuple):
+    """Sum of log-probabilities of a continuation, in nats, and whether greedy decoding makes it."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is in memory at a time.
+
+    Attributes:
+        batch_tokens: Tokens of one call of the model.
+        batch_logits: Positions of one call whose logits are computed.
+        segment: Longest stretch of an edge in one call; a power of two.
+        state_bytes: States of branching points that are kept at a time, and those of a call.
+        mask_bytes: Attention masks of one call.
+        pad_to: Edges without a state behind them are padded to a multiple of this, if longer than
+            half of it: kernels have their favourite lengths.
+    """
+
+    batch_tokens: int
+    batch_logits: int
+    segment: int
+    state_bytes: int
+    mask_bytes: int
+    pad_to: int
+
+    @classmethod
+    def of(cls, device: torch.device, state_bytes: int | None = None) -> "Limits":
+        """What suits a device.
+
+        Args:
+            device: Where the model is.
+            state_bytes: Budget for states; a quarter of a GPU's free memory, or 1 GiB, if None.
+        """
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0] // 4
+            return cls(32768, 16384, 2048, state_bytes or free, GIB // 2, 16)
+        return cls(2048, 1024, 512, state_bytes or GIB, GIB // 8, 1)
+
+
+@dataclass
+class Work:
+    """What a run asked for and what it did.
+
+    Attributes:
+        requests: Answered requests.
+        asked: Input tokens of the requests, each by itself.
+        computed: Tokens on the edges of the tree.
+        run: Tokens that went through the model, padding included.
+        calls: Calls of the model.
+        seconds: Time of it.
+        peak_state_bytes: Most memory that kept states took at once.
+    """
+
+    requests: int = 0
+    asked: int = 0
+    computed: int = 0
+    run: int = 0
+    calls: int = 0
+    seconds: float = 0.0
+    peak_state_bytes: int = 0
+
+
+class _Front(NamedTuple):
+    """Nodes still to be run, and the states that they branch off from."""
+
+    nodes: Ints
+    states: States | None  # None: the root's
+    rows: Ints  # row of each node's parent in `states`
+
+
+class TreeScorer:
+    """Scores requests with a causal language model of transformers, one tree at a time.
+
+    Nodes at one distance from the root are run together across documents. An edge that others
+    branch off from is run in stretches whose lengths are powers of two, so that no row is padded
+    and every state is exact; other edges are padded on the right, where nothing sees the padding.
+    The tree is walked depth first, in parts as large as the budget for states allows.
+
+    Args:
+        model: In eval mode. Its cache has to be of constant states and keys and values.
+        limits: Memory; what suits the device if None.
+        state_cost_tokens: See `PrefixTree`.
+
+    Raises:
+        UserError: if the model's cache cannot be branched.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        limits: Limits | None = None,
+        state_cost_tokens: int = STATE_COST_TOKENS,
+    ) -> None:
+        self.model, self.device = model, model.device
+        self.limits = limits or Limits.of(model.device)
+        self.state_cost_tokens = state_cost_tokens
+        with torch.inference_mode():
+            self.shape = probe(model)
+        config: Any = model.config
+        self._needs_positions = self.shape.has_attention or bool(
+            getattr(config, "num_learned_positions", 0)
+        )
+        self.work = Work()
+
+    @torch.inference_mode()
+    def score(
+        self,
+        requests: Sequence[Request],
+        *,
+        finished: Callable[[Sequence[int], Sequence[Answer]], None] | None = None,
+    ) -> list[Answer]:
+        """Answer requests.
+
+        Args:
+            requests: Token ids.
+            finished: Called now and then with the numbers of the requests answered since the
+                last call, and their answers.
+
+        Returns:
+            An answer for each request, in order.
+        """
+        if not requests:
+            return []
+        began = time.monotonic()
+        tree = PrefixTree(requests, state_cost_tokens=self.state_cost_tokens)
+        self.work.asked += tree.asked
+        self.work.computed += tree.computed
+        answers = _Answers(tree, len(requests), finished)
+        for _ in self._walk(tree, answers):
+            answers.settle()
+        self.work.requests += len(requests)
+        self.work.seconds += time.monotonic() - began
+        return answers.all()
+
+    def _walk(self, tree: PrefixTree, answers: "_Answers") -> Iterator[None]:
+        """Run all edges, depth first; yields after each part."""
+        nodes, rows = tree.children_of(np.zeros(1, dtype=np.int64))
+        stack = [_Front(nodes, None, rows)]
+        del rows
+        while stack:
+            front = stack.pop()
+            # An edge longer than a call is run in stretches, like one that is branched off from
+            staged = tree.has_children[front.nodes] | (
+                tree.edge_length[front.nodes] > self.limits.batch_tokens
+            )
+            plain = ~staged
+            if plain.any():
+                self._run_leaves(
+                    tree, _Front(front.nodes[plain], front.states, front.rows[plain]), answers
+                )
+                yield
+            if not staged.any():
+                continue
+            nodes, rows = front.nodes[staged], front.rows[staged]
+            # The deepest subtree last, when nothing of this level has to be kept for others: so
+            # that the number of levels kept grows with the logarithm of the tree's size
+            order = np.lexsort((tree.depth[nodes], tree.height[nodes]))
+            nodes, rows = nodes[order], rows[order]
+            held = sum(x.states.nbytes for x in _distinct(stack, front))
+            wave = self._rows_that_fit(tree.depth[nodes], held)
+            states = self._advance(tree, _Front(nodes[:wave], front.states, rows[:wave]), answers)
+            self.work.peak_state_bytes = max(self.work.peak_state_bytes, held + states.nbytes)
+            if wave < len(nodes):
+                stack.append(_Front(nodes[wave:], front.states, rows[wave:]))
+            del front
+            below, parents = tree.children_of(nodes[:wave])
+            if len(below):
+                stack.append(_Front(below, states, parents))
+            del states
+            yield
+
+    def _rows_that_fit(self, depth: Ints, held: int) -> int:
+        """How many of the next nodes may keep a state: half of what is left, at least one."""
+        room = max(0, self.limits.state_bytes - held) // 2
+        widest = np.maximum.accumulate(depth)
+        need = (np.arange(len(depth)) + 1) * (
+            self.shape.constant_bytes + widest * self.shape.token_bytes
+        )
+        return max(1, int(np.searchsorted(need, room, side="right")))
+
+    def _advance(self, tree: PrefixTree, front: _Front, answers: "_Answers") -> States:
+        """Run edges and return the states behind them."""
+        nodes, length = front.nodes, tree.edge_length[front.nodes]
+        slots = int(tree.depth[nodes].max()) if self.shape.has_attention else 0
+        if front.states is None:
+            states = States.zeros(self.shape, len(nodes), slots)
+        else:
+            states = front.states.select(front.rows, slots)
+        asked, owner = tree.questions.of(nodes)
+        done = np.zeros(len(nodes), dtype=np.int64)
+        size = self.limits.segment
+        while size:
+            rows = np.flatnonzero(length - done >= size)
+            if not len(rows):
+                size //= 2
+                continue
+            for part in self._equal_parts(rows, size, states.lengths):
+                ids = tree.edge_tokens(nodes[part], done[part], size)
+                place = np.full(len(nodes), -1)
+                place[part] = np.arange(len(part))
+                here = (place[owner] >= 0) & _within(
+                    tree.questions.offset[asked], done[owner], size
+                )
+                at = asked[here]
+                column = tree.questions.offset[at] - done[owner[here]]
+                begun = bool(states.lengths[part].any())
+                past = states.borrow(part) if begun else None
+                cache = past.cache(self.model) if past is not None else empty_cache(self.model)
+                self._call(ids, past, cache, place[owner[here]] * size + column, at, answers)
+                states.take(cache, part, size)
+            done[rows] += size
+        return states
+
+    def _equal_parts(self, rows: Ints, size: int, lengths: Ints) -> Iterator[Ints]:
+        """Rows in parts that fit into a call, those of like length together."""
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        while len(rows):
+            count = 1
+            while count < len(rows) and self._fits(
+                count * 2, size, int(lengths[rows[min(count * 2, len(rows)) - 1]]), 0
+            ):
+                count *= 2
+            yield rows[:count]
+            rows = rows[count:]
+
+    def _fits(self, rows: int, new: int, past: int, logits: int) -> bool:
+        limits = self.limits
+        mask = rows * new * (new + past) * 4 if self.shape.has_attention and past else 0
+        return (
+            rows * new <= limits.batch_tokens
+            and logits <= limits.batch_logits
+            and mask <= limits.mask_bytes
+            and rows * self.shape.row_bytes(new + past) <= limits.state_bytes
+        )
+
+    def _run_leaves(self, tree: PrefixTree, front: _Front, answers: "_Answers") -> None:
+        """Run edges behind which nothing follows, padded to a common length."""
+        length = tree.edge_length[front.nodes]
+        past_length = tree.start[front.nodes]
+        order = np.lexsort((past_length, length))
+        counts = np.diff(tree.questions.first)[front.nodes]
+        for part in self._ragged_parts(order, length, past_length, counts):
+            width = self._padded(int(length[part].max()))
+            nodes = front.nodes[part]
+            ids = tree.edge_tokens(nodes, np.zeros(len(part), dtype=np.int64), width)
+            asked, owner = tree.questions.of(nodes)
+            place = owner * width + tree.questions.offset[asked]
+            if front.states is None:
+                self._call(ids, None, None, place, asked, answers)
+            else:
+                past = front.states.borrow(front.rows[part])
+                self._call(ids, past, past.cache(self.model), place, asked, answers)
+
+    def _padded(self, length: int) -> int:
+        step = self.limits.pad_to
+        return length if length <= step // 2 else -(-length // step) * step
+
+    def _ragged_parts(self, order: Ints, length: Ints, past: Ints, logits: Ints) -> Iterator[Ints]:
+        """Edges, sorted by length, in parts that fit into a call."""
+        begin, longest_past, asked = 0, 0, 0
+        for i, node in enumerate(order.tolist()):
+            longest_past = max(longest_past, int(past[node]))
+            asked += int(logits[node])
+            width = self._padded(int(length[node]))
+            if i > begin and not self._fits(i - begin + 1, width, longest_past, asked):
+                yield order[begin:i]
+                begin, longest_past, asked = i, int(past[node]), int(logits[node])
+        yield order[begin:]
+
+    def _call(
+        self,
+        ids: Ints,
+        past: States | None,
+        cache: Any,
+        place: Ints,
+        asked: Ints,
+        answers: "_Answers",
+    ) -> None:
+        """Call the model on (R, L) ids and answer questions at flat positions of it."""
+        rows, length = ids.shape
+        inputs: dict[str, Tensor | None] = {}
+        if past is not None and self._needs_positions:
+            seen = to_device(past.lengths, self.device)
+            inputs["position_ids"] = seen[:, None] + torch.arange(length, device=self.device)
+            if self.shape.has_attention:
+                slots = int(past.lengths.max(initial=0))
+                inputs["attention_mask"] = _causal_behind(seen, slots, length)
+        at, inverse = np.unique(place, return_inverse=True)
+        with _only_at(self.model, to_device(at, self.device)):
+            logits = self.model(
+                input_ids=to_device(ids, self.device),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **inputs,
+            ).logits[0]
+        self.work.calls += 1
+        self.work.run += rows * length
+        if len(asked):
+            answers.add(asked, *_read(logits, inverse, answers.tree.questions.target[asked]))
+
+
+class _Answers:
+    """Collects single predictions into requests.
+
+    Values stay on the device until `settle`, which is the only place that waits for it.
+    """
+
+    def __init__(
+        self,
+        tree: PrefixTree,
+        count: int,
+        finished: Callable[[Sequence[int], Sequence[Answer]], None] | None,
+    ) -> None:
+        self.tree, self.finished = tree, finished
+        self.missing = np.bincount(tree.questions.request, minlength=count)
+        self.sums = np.zeros(count)
+        self.greedy = np.ones(count, dtype=bool)
+        self.waiting: list[tuple[Ints, Tensor, Tensor]] = []
+
+    def add(self, asked: Ints, log_probability: Tensor, is_best: Tensor) -> None:
+        """Remember predictions."""
+        self.waiting.append((asked, log_probability, is_best))
+
+    def settle(self) -> None:
+        """Fetch what is waiting and hand finished requests over."""
+        if not self.waiting:
+            return
+        asked = np.concatenate([x[0] for x in self.waiting])
+        values = torch.cat([x[1] for x in self.waiting]).double().cpu().numpy()
+        best = torch.cat([x[2] for x in self.waiting]).cpu().numpy()
+        self.waiting = []
+        owner = self.tree.questions.request[asked]
+        count = len(self.missing)
+        self.sums += np.bincount(owner, weights=values, minlength=count)
+        self.greedy &= np.bincount(owner[~best], minlength=count) == 0
+        seen = np.bincount(owner, minlength=count)
+        self.missing -= seen
+        done = np.flatnonzero((seen > 0) & (self.missing == 0)).tolist()
+        if done and self.finished is not None:
+            self.finished(done, [self._answer(i) for i in done])
+
+    def all(self) -> list[Answer]:
+        """Every request's answer."""
+        assert not self.missing.any()
+        return [self._answer(i) for i in range(len(self.missing))]
+
+    def _answer(self, i: int) -> Answer:
+        return Answer(float(self.sums[i]), bool(self.greedy[i]))
+
+
+@contextmanager
+def _only_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
+    """Let the model's head see some positions of a batch only.
+
+    The head itself picks them, so that whatever a model does to its logits behind it is done.
+    """
+
+    def pick(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (inputs[0].flatten(0, 1)[positions][None],)
+
+    head = model.get_output_embeddings()
+    assert head is not None
+    hook = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _read(logits: Tensor, row: Ints, target: Ints) -> tuple[Tensor, Tensor]:
+    """Log-probability of targets in float32, and whether each is the best token of its row."""
+    index = to_device(row, logits.device)
+    targets = to_device(target, logits.device)
+    normaliser, best = [], []
+    # In float32 whatever the model's dtype, a few rows at a time: the vocabulary is wide
+    for part in logits.split(2048):
+        wide = part.float()
+        normaliser.append(wide.logsumexp(-1))
+        best.append(wide.argmax(-1))
+    value = logits[index, targets].float() - torch.cat(normaliser)[index]
+    return value, torch.cat(best)[index] == targets
+
+
+def _causal_behind(seen: Tensor, slots: int, length: int) -> Tensor:
+    """Mask (R, 1, L, slots + L): a row sees its `seen` slots and new tokens up to itself."""
+    past = torch.arange(slots, device=seen.device) < seen[:, None]
+    new = torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
+    rows = len(seen)
+    return torch.cat(
+        [past[:, None, None].expand(rows, 1, length, slots), new.expand(rows, 1, length, length)],
+        -1,
+    )
+
+
+def _within(offset: Ints, begin: Ints, size: int) -> NDArray[np.bool_]:
+    return (offset >= begin) & (offset < begin + size)
+
+
+def _distinct(stack: list[_Front], front: _Front) -> list[Any]:
+    """Fronts that hold states, each set of states once."""
+    return list({id(x.states): x for x in (*stack, front) if x.states is not None}.values())

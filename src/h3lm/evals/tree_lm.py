@@ -1,0 +1,172 @@
+"""The harness's model interface on top of the prefix tree. Importing it loads lm-eval."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from h3lm.errors import UserError
+from h3lm.evals.journal import Journal
+from h3lm.evals.prefix_tree import Request
+from h3lm.evals.scorer import Answer, Limits, TreeScorer, Work
+
+Progress = Callable[[int, int, Work], None]
+
+
+class TreeLM(HFLM):
+    """The harness's `hf` model, with log-likelihoods from a prefix tree.
+
+    What a request is made of (tokens, begin of text, truncation from the left) is the harness's;
+    only how its log-likelihood is computed differs.
+
+    Args:
+        model: In eval mode.
+        tokenizer: Its tokenizer.
+        max_length: Longest input in tokens; the harness's own choice if None: what the model's
+            configuration or the tokenizer says, else 2048.
+        limits: Memory of the tree.
+        journal: Answers that are known already, and where new ones go.
+        progress: Called with the number of requests answered, of all, and the work so far.
+
+    Raises:
+        UserError: if the tokenizer has no token to begin with, or the cache of the model cannot
+            be branched.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        max_length: int | None = None,
+        limits: Limits | None = None,
+        journal: Journal | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        check_begin_token(tokenizer)
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length
+        )
+        self.scorer = TreeScorer(model, limits=limits)
+        self.journal, self.progress = journal, progress
+        self.truncated = 0
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Answer the harness's (context, continuation) requests."""
+        return self.answer(self.encode([request.args for request in requests]))
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        # what the harness's rolling log-likelihood calls
+        return self.answer([Request(context, asked) for _, context, asked in requests])
+
+    def encode(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+        """Tokens of (context, continuation) pairs, as the harness's `_encode_pair` makes them.
+
+        The harness tokenises one text at a time, and a context once for each of its
+        continuations; here equal texts are tokenised once and all of them together.
+        """
+        moved = [_spaces_to_continuation(*pair) for pair in pairs]
+        contexts = self._encode_all({context for context, _ in moved if context})
+        wholes = self._encode_all({context + asked for context, asked in moved if context})
+        requests = []
+        for context, asked in moved:
+            if context:
+                ids = contexts[context]
+                requests.append(Request(ids, wholes[context + asked][len(ids) :]))
+                continue
+            ids = self.tok_encode(asked, add_special_tokens=False)
+            begin = self.prefix_token_id
+            split = ([begin], ids) if ids[:1] != [begin] else (ids[:1], ids[1:])
+            requests.append(Request(*split))
+        return requests
+
+    def answer(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """Answer tokenised requests, those that the journal knows without running them."""
+        fitting = [self._fit(request) for request in requests]
+        keys = [Journal.key(request) for request in fitting]
+        known = {} if self.journal is None else self.journal.known
+        new = {key: i for i, key in enumerate(keys) if key not in known}
+        names, places = list(new), list(new.values())
+        done = len(keys) - len(names)
+
+        def finished(numbers: Sequence[int], answers: Sequence[Answer]) -> None:
+            nonlocal done
+            done += len(numbers)
+            if self.journal is not None:
+                self.journal.add([names[i] for i in numbers], answers)
+            if self.progress is not None:
+                self.progress(done, len(keys), self.scorer.work)
+
+        answers = self.scorer.score([fitting[i] for i in places], finished=finished)
+        found = known | dict(zip(names, answers, strict=True))
+        return [(found[key].log_likelihood, found[key].is_greedy) for key in keys]
+
+    def _fit(self, request: Request) -> Request:
+        """Cut a context from the left to what the model takes, as the harness does."""
+        inputs = len(request.context) + len(request.continuation) - 1
+        limit = _learned_positions(self.config)
+        if limit and inputs > limit and not 0 < (self._max_length or 0) <= limit:
+            raise UserError(
+                f"a request has {inputs:,} tokens, the model {limit:,} learned positions: ask for "
+                f"fewer few-shot examples, or cut contexts from the left with --max-length {limit}"
+            )
+        too_long = inputs - self.max_length
+        if too_long <= 0:
+            return request
+        if len(request.context) <= too_long:
+            raise UserError(
+                f"a continuation of {len(request.continuation):,} tokens does not fit into the "
+                f"{self.max_length:,} that the model is given: see --max-length"
+            )
+        self.truncated += 1
+        return Request(request.context[too_long:], request.continuation)
+
+    def _encode_all(self, texts: set[str]) -> dict[str, list[int]]:
+        begin = self.tokenizer.decode(self.prefix_token_id)
+        encoded: dict[str, list[int]] = {}
+        for with_begin in (False, True):
+            group = [text for text in texts if text.startswith(begin) == with_begin]
+            if not group:
+                continue
+            special = {}
+            if with_begin:
+                special["add_special_tokens"] = False
+            elif self.add_bos_token is not None:
+                special["add_special_tokens"] = self.add_bos_token
+            ids = self.tokenizer(
+                group, return_attention_mask=False, return_token_type_ids=False, **special
+            )["input_ids"]
+            encoded |= zip(group, ids, strict=True)
+        return encoded
+
+
+def check_begin_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The harness needs a token in front of an empty context.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has neither a begin nor an end of text, which the harness puts in "
+            "front of an empty context: train with a tokenizer that has one"
+        )
+
+
+def _learned_positions(config: Any) -> int:
+    for name in ("num_learned_positions", "n_positions"):
+        if getattr(config, name, 0):
+            return int(getattr(config, name))
+    return 0
+
+
+def _spaces_to_continuation(context: str, continuation: str) -> tuple[str, str]:
+    """White space at the end of a context belongs to the first token behind it."""
+    stripped = context.rstrip()
+    return stripped, context[len(stripped) :] + continuation
