@@ -81,6 +81,12 @@ def test_kernels_equal_float64_on_small_problems(case: Case, dtype: torch.dtype)
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_long_rows_in_the_interpreter() -> None:
+    _check((1, 1, 1100, 1100, 3, "ab"), torch.float16)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 def test_rows_of_very_different_size_keep_their_own_precision() -> None:
     leaves = _leaves((4, 1, 200, 200, 0, ""), torch.float16)
     leaves["u"] = leaves["u"] * torch.tensor([1.0, 1e-3, 0.0, 1.0])[:, None, None].to(leaves["u"])
@@ -106,8 +112,9 @@ def test_nothing_overflows_in_float16_at_its_worst() -> None:
     ("change", "dtype", "backend", "word"),
     [
         ({}, torch.bfloat16, "triton", "Triton"),
-        ({"capability": (8, 6)}, torch.float16, "torch", "rows of up to 1024"),
-        ({"capability": (8, 6), "length": 1024}, torch.float16, "triton", "Triton"),
+        ({"capability": (8, 6), "length": 2**19 + 1}, torch.float16, "torch", "up to 524288"),
+        ({"length": 2**22}, torch.float16, "triton", "Triton"),
+        ({"length": 2**22 + 1}, torch.float16, "torch", "up to 4194304"),
         ({"capability": (8, 6)}, torch.float32, "torch", "224 KB"),
         ({"length": 1024}, torch.float32, "triton", "Triton"),
         ({"length": 1025}, torch.float32, "torch", "rows of up to 1024"),
@@ -137,6 +144,11 @@ HALF_CASES: list[Case] = [
     (3, 2, 1021, 1021, 4, "bc"),
     (2, 2, 3001, 3001, 3001, "sab"),
     (33, 5, 63, 20, 0, ""),
+    (2, 3, 8192, 8192, 0, ""),
+    (3, 2, 5001, 5001, 17, "sab"),
+    (1, 2, 20011, 20011, 20011, "abc"),
+    (3, 1, 131072, 131072, 0, "ab"),
+    (1, 1, 1048576, 1048576, 0, ""),
 ]
 ON_A_GPU = [(case, dtype) for case in HALF_CASES for dtype in (torch.bfloat16, torch.float16)]
 ON_A_GPU += [
@@ -162,6 +174,17 @@ def test_kernel_equals_float64_in_every_gradient(case: Case, dtype: torch.dtype)
     mode = "circular" if "c" in case[-1] else "causal"
     first, second = (_everything(fft_library.fft_conv, leaves, mode) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
+
+
+@pytest.mark.gpu
+def test_the_longest_rows_and_offsets_beyond_32_bits() -> None:
+    u = torch.randn(1, 513, 2**22, device="cuda", dtype=torch.bfloat16)
+    f = torch.zeros(513, 4, device="cuda")
+    f[:, 3] = 1.0  # a delay by three
+    y = fft_conv(u, f)
+    error = (y[..., 3:].float() - u[..., :-3].float()).norm() / u.float().norm()
+    assert error < ALLOWED[torch.bfloat16]
+    assert y[..., :3].float().norm() < 0.1  # 1539 values of 6e-4
 
 
 @pytest.mark.gpu

@@ -22,7 +22,10 @@ TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 96 KB are enough for a half dtype and d_state 64: every GPU from 8.0 on has 99 KB
 LARGE_SHARED = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 HOPPER_SHARED = ((9, 0), (10, 0), (10, 3))
-MAX_FFT_LENGTH = 4096
+# rows of half dtypes through the block FFT, in one kernel and with a factor through device memory;
+# with Hopper's shared memory, and with the 99 KB that every GPU from 8.0 on has
+MAX_FFT_LENGTH, MAX_FFT_LENGTH_SMALL = 4096, 1024
+MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL = 1 << 22, 1 << 19
 GLUON_DTYPES = (torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("h3lm.flashconv")
@@ -164,8 +167,11 @@ def _fft_lacks(dtype: torch.dtype, problem: Problem) -> str:
         return "the block FFT takes bfloat16, float16 and float32"
     if dtype == torch.float32 and problem.capability not in HOPPER_SHARED:
         return "the block FFT in float32 needs 224 KB of shared memory for a program"
-    large = dtype != torch.float32 and problem.capability in HOPPER_SHARED
-    longest = MAX_FFT_LENGTH if large else 1024
+    if dtype == torch.float32:
+        longest = MAX_FFT_LENGTH_SMALL
+    else:
+        large = problem.capability in HOPPER_SHARED
+        longest = MAX_LONG_LENGTH if large else MAX_LONG_LENGTH_SMALL
     if problem.length > longest:
         return f"here the block FFT takes rows of up to {longest} of {dtype}, not {problem.length}"
     return ""

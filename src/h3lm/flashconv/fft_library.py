@@ -6,10 +6,13 @@ folded into it here, in plain PyTorch with autograd, so that the kernels know on
     y = post (h * (pre u)),   h_s = f_s (s > 0),  f_0 + f_reverse_0 (s = 0),  f_reverse_{-s} (s < 0)
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from h3lm.flashconv.dispatch import HOPPER_SHARED, MAX_FFT_LENGTH, MAX_FFT_LENGTH_SMALL, capability
 
 
 def fft_conv(
@@ -43,13 +46,24 @@ def _unrolled(f: Tensor, f_reverse: Tensor | None, L: int) -> tuple[Tensor, Tens
     return ring, behind
 
 
+def _kernels(u: Tensor) -> tuple[ModuleType, Any]:
+    """The kernels for rows like u, and the size of their transform."""
+    from h3lm.flashconv.kernels import fft_launch, fft_long
+
+    length, large = u.shape[-1], capability(u.device) in HOPPER_SHARED
+    if length <= (MAX_FFT_LENGTH if large else MAX_FFT_LENGTH_SMALL):
+        return fft_launch, fft_launch.size_for(length)
+    return fft_long, fft_long.long_size_for(length, large)
+
+
 @torch.library.custom_op("h3lm::fft_conv_fwd", mutates_args=())
 def _forward(
     u: Tensor, f: Tensor, f_reverse: Tensor | None, pre: Tensor | None, post: Tensor | None
 ) -> Tensor:
-    from h3lm.flashconv.kernels import fft_launch
-
-    return fft_launch.convolve(_positions_last(u), f, f_reverse, _optional(pre), _optional(post))
+    kernels, size = _kernels(u)
+    u, pre, post = _positions_last(u), _optional(pre), _optional(post)
+    spectrum = kernels.make_spectrum(u, f, f_reverse, size)
+    return kernels.forward(u, spectrum, size, pre, post)
 
 
 @_forward.register_fake
@@ -71,13 +85,20 @@ def _backward(
     filters: bool,
     gate: bool,
 ) -> list[Tensor]:
-    from h3lm.flashconv.kernels import fft_launch
+    from h3lm.flashconv.kernels.fft_launch import filter_gradients
 
-    grads = fft_launch.differentiate(
-        _positions_last(dy), _positions_last(u), f, f_reverse, _optional(pre), _optional(post),
-        data=data, filters=filters, gate=gate,
-    )  # fmt: skip
-    return [x for x in grads if x is not None]
+    kernels, size = _kernels(u)
+    dy, u, pre, post = _positions_last(dy), _positions_last(u), _optional(pre), _optional(post)
+    spectrum = kernels.make_spectrum(u, f, f_reverse, size)
+    du, dpre, sums = kernels.backward(dy, u, spectrum, size, pre, post, data=data, filters=filters)
+    df, dback = None, None
+    if sums is not None:
+        df, dback = filter_gradients(
+            sums, f.shape[1], None if f_reverse is None else f_reverse.shape[1]
+        )
+    # y = post conv, so that its gradient is a forward pass behind another gate
+    dpost = kernels.forward(u, spectrum, size, pre, dy) if gate and post is not None else None
+    return [x for x in (du, df, dback, dpre, dpost) if x is not None]
 
 
 @_backward.register_fake

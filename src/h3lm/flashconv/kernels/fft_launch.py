@@ -22,8 +22,9 @@ class Size:
         N1: Rows; at least 64, that a warp group's products are full.
         N2: Columns, at least 16.
         warps: N1 / 16: a thread then holds both parts of a point.
-        stages: Row pairs in flight of the forward kernel.
+        stages: Row pairs in flight.
         together: Whether one backward kernel makes the gradients of rows and filter.
+        registers: Most registers of a thread; None leaves them to the compiler.
     """
 
     N1: int
@@ -31,6 +32,7 @@ class Size:
     warps: int
     stages: int = 1
     together: bool = False
+    registers: int | None = None
 
     @property
     def points(self) -> int:
@@ -68,9 +70,9 @@ def factors(size: Size, dtype: torch.dtype, device: torch.device, full: bool) ->
     """
     N1, N2 = size.N1, size.N2
     rows = N1 if full else N1 // 2
-    first = _turns(N1)[:, :rows]
+    first = unitary_dft(N1)[:, :rows]
     F = torch.cat([torch.cat([first.real, -first.imag], 1), torch.cat([first.imag, first.real], 1)])
-    second = _turns(N2)
+    second = unitary_dft(N2)
     parts = torch.stack(
         [
             torch.stack([second.real, second.imag], -1),
@@ -83,7 +85,7 @@ def factors(size: Size, dtype: torch.dtype, device: torch.device, full: bool) ->
     return F.to(device, dtype).contiguous(), W.to(device, dtype).contiguous()
 
 
-def _turns(n: int) -> Tensor:
+def unitary_dft(n: int) -> Tensor:
     """The unitary DFT matrix."""
     k = torch.arange(n, dtype=torch.float64)
     return torch.polar(
@@ -169,7 +171,7 @@ def forward(
     fft_triton.forward_kernel[(D * run.groups,)](
         u, pre, post, y, spectrum.packed, spectrum.unscale, *run.tables,
         *strides(u), *strides(pre), *strides(post), *strides(y), 2, B, D, L,
-        run.pairs, run.pairs_per_program, **run.constants, STAGES=size.stages,
+        run.pairs, run.pairs_per_program, **run.constants,
     )  # fmt: skip
     return y
 
@@ -199,45 +201,13 @@ def backward(
                 dy, u, pre, post, du, dpre, sums, spectrum.packed, spectrum.unscale, None,
                 *run.tables, *strides(dy), *strides(u), *strides(pre), *strides(post), *strides(du),
                 2, B, D, L, run.pairs, run.pairs_per_program, DATA=with_data, FILTER=with_filter,
-                **run.constants, STAGES=1,
+                **run.constants,
             )  # fmt: skip
     return du, dpre, sums
 
 
-def convolve(
-    u: Tensor, f: Tensor, f_reverse: Tensor | None, pre: Tensor | None, post: Tensor | None
-) -> Tensor:
-    """Convolve, with the spectrum of a filter that reaches both ways made for this call."""
-    size = size_for(u.shape[-1])
-    spectrum = _spectrum(u, f, f_reverse, size)
-    return forward(u, spectrum, size, pre, post)
-
-
-def differentiate(
-    dy: Tensor,
-    u: Tensor,
-    f: Tensor,
-    f_reverse: Tensor | None,
-    pre: Tensor | None,
-    post: Tensor | None,
-    *,
-    data: bool,
-    filters: bool,
-    gate: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of u, f, f_reverse, pre and post, None where not asked for."""
-    size = size_for(u.shape[-1])
-    spectrum = _spectrum(u, f, f_reverse, size)
-    du, dpre, sums = backward(dy, u, spectrum, size, pre, post, data=data, filters=filters)
-    df, dback = None, None
-    if sums is not None:
-        reach = None if f_reverse is None else f_reverse.shape[1]
-        df, dback = filter_gradients(sums, f.shape[1], reach)
-    dpost = forward(u, spectrum, size, pre, dy) if gate and post is not None else None
-    return du, df, dback, dpre, dpost
-
-
-def _spectrum(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: Size) -> Spectrum:
+def make_spectrum(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: Size) -> Spectrum:
+    """The spectrum of a filter that reaches both ways, for rows like u."""
     half = u.dtype != torch.float32
     return pack_spectrum(filter_spectrum(f, f_reverse, size.points), size, half)
 
@@ -257,5 +227,6 @@ class _Run:
         self.constants: dict[str, Any] = {
             "N1": size.N1, "N2": size.N2, "K": size.N1, "HALF": half, "SCALED": half,
             "EVEN": B % 2 == 0 and size.points == 2 * L, "FAST": half and u.is_cuda,
-            "PRECISION": "tf32" if half else "tf32x3", "num_warps": size.warps,
+            "PRECISION": "tf32" if half else "tf32x3", "STAGES": size.stages,
+            "num_warps": size.warps, "maxnreg": size.registers,
         }  # fmt: skip

@@ -1,0 +1,189 @@
+"""Time every size of the block FFT on this GPU: what its tables of sizes were chosen by.
+
+    python -m h3lm.bench.conv_tune [--minutes 3] [--lengths 2048,8192]
+
+Kernels are compiled by many processes at once into Triton's cache, and then timed in this one.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from h3lm.bench.measure import median_ms
+from h3lm.flashconv import fft
+from h3lm.flashconv.kernels import fft_launch, fft_long
+from h3lm.flashconv.kernels.fft_launch import Size, filter_gradients
+from h3lm.flashconv.kernels.fft_long import LongRun, LongSize
+
+CHANNELS, ELEMENTS = 768, 64 * 768 * 2048
+
+Variant = tuple[int, Size | LongSize]
+
+
+def variants() -> Iterator[Variant]:
+    """Row length and size of everything that is tried, the likeliest first."""
+    long = {8192: 8, 16384: 16, 32768: 32, 131072: 128, 1048576: 1024}
+    for together in (False, True):
+        for length, shapes in _SHORT.items():
+            for shape in shapes:
+                yield length, Size(*shape, together=together)
+    for length, outer in long.items():
+        yield length, LongSize(outer, Size(64, 32, 4))
+        yield length, LongSize(outer // 2, Size(64, 64, 4))
+    for length, shapes in _SHORT.items():
+        for shape in shapes:
+            yield length, Size(*shape, stages=2)
+            yield length, Size(*shape, registers=168)
+            yield length, Size(*shape, registers=128)
+    for length, outer in long.items():
+        yield length, LongSize(outer, Size(64, 32, 4), columns=128, warps=4)
+        yield length, LongSize(outer, Size(64, 32, 4), columns=128, warps=8)
+        yield length, LongSize(outer // 2, Size(128, 32, 8))
+        yield length, LongSize(outer, Size(64, 32, 4, together=True))
+        yield length, LongSize(outer, Size(64, 32, 4, stages=2))
+
+
+_SHORT = {
+    512: [(64, 16, 4)],
+    1024: [(64, 32, 4), (128, 16, 8)],
+    2048: [(64, 64, 4), (128, 32, 8)],
+    4096: [(128, 64, 8)],
+}
+
+
+def main() -> None:
+    """Compile, check and time all variants; print one line for each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=3.0, help="stop after this long")
+    parser.add_argument("--lengths", default="", help="only rows of these lengths")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    lengths = [int(length) for length in arguments.lengths.split(",") if length]
+    todo = [variant for variant in variants() if not lengths or variant[0] in lengths]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
+        compiled = list(pool.map(_compile, todo))
+    _say(f"{len(todo)} variants compiled in {time.monotonic() - start:.0f} s")
+    _say(_ceilings())
+    _say("ms: spectrum, forward, backward, filter gradient, (steps of long rows) | errors y du df")
+    for (length, size), fault in zip(todo, compiled, strict=True):
+        if time.monotonic() - start > 60 * arguments.minutes:
+            _say("out of time")
+            break
+        _say(f"{length:7d} {_name(size):32s} {fault or _timed(length, size)}")
+    _say(f"all in {time.monotonic() - start:.0f} s")
+
+
+def _ceilings() -> str:
+    """What memory and the matrix units give on this GPU, on random data."""
+    x = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    bytes_ms = median_ms(lambda: y.copy_(x), 9)
+    a = x[: 1 << 26].view(8192, 8192)
+    product_ms = median_ms(lambda: a @ a, 9)
+    rates = 4 * x.numel() / bytes_ms / 1e9, 2 * 8192**3 / product_ms / 1e9
+    name = torch.cuda.get_device_name()
+    return f"{name}: copies {rates[0]:.2f} TB/s, multiplies {rates[1]:.0f} TFLOP/s in bfloat16"
+
+
+def _name(size: Size | LongSize) -> str:
+    if isinstance(size, LongSize):
+        return f"{size.outer} c{size.columns} w{size.warps} * {_name(size.inner)}"
+    kernels = "one" if size.together else "two"
+    return f"{size.N1}x{size.N2} w{size.warps} s{size.stages} {kernels} r{size.registers or '-'}"
+
+
+def _kernels(size: Size | LongSize) -> ModuleType:
+    return fft_long if isinstance(size, LongSize) else fft_launch
+
+
+def _compile(variant: Variant) -> str:
+    """Compile a variant by running it; what went wrong, or nothing."""
+    length, size = variant
+    try:
+        _results(size, *_tensors(2, 16, length))
+        torch.cuda.synchronize()
+    except Exception as error:  # a variant that cannot run is a row of the table
+        return f"{type(error).__name__}: {str(error)[:80]}"
+    return ""
+
+
+def _tensors(rows: int, channels: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    u, dy = torch.randn(2, rows, channels, length, device="cuda").bfloat16().unbind()
+    decay = torch.exp(-torch.arange(length, device="cuda") * 4.0 / length)
+    return u, dy, torch.randn(channels, length, device="cuda") * decay
+
+
+def _results(size: Size | LongSize, u: Tensor, dy: Tensor, f: Tensor) -> tuple[Tensor, ...]:
+    """Output, gradient of the rows and of the filter."""
+    kernels = _kernels(size)
+    spectrum = kernels.make_spectrum(u, f, None, size)
+    y = kernels.forward(u, spectrum, size, None, None)
+    du, _, sums = kernels.backward(dy, u, spectrum, size, None, None, data=True, filters=True)
+    return y, du, filter_gradients(sums, f.shape[1], None)[0]
+
+
+def _errors(length: int, size: Size | LongSize) -> list[float]:
+    """Relative errors of the results against float64."""
+    u, dy, f = _tensors(2, 16, length)
+    found = _results(size, u, dy, f)
+    leaves = [x.double().requires_grad_() for x in (u, f)]
+    exact = fft.fft_conv(*leaves)
+    grads = torch.autograd.grad(exact, leaves, dy.double())
+    return [
+        float((a.double() - b).norm() / b.norm())
+        for a, b in zip(found, (exact.detach(), *grads), strict=True)
+    ]
+
+
+def _timed(length: int, size: Size | LongSize) -> str:
+    try:
+        errors = _errors(length, size)
+    except Exception as error:  # as in `_compile`
+        return f"{type(error).__name__}: {str(error)[:80]}"
+    elements = 8 * ELEMENTS if length > 1 << 19 else ELEMENTS
+    u, dy, f = _tensors(max(1, elements // (CHANNELS * length)), CHANNELS, length)
+    kernels = _kernels(size)
+    spectrum = kernels.make_spectrum(u, f, None, size)
+
+    def back() -> Tensor:
+        return kernels.backward(dy, u, spectrum, size, None, None, data=True, filters=True)[2]
+
+    sums = back()
+    calls: list[Callable[[], object]] = [
+        lambda: kernels.make_spectrum(u, f, None, size),
+        lambda: kernels.forward(u, spectrum, size, None, None),
+        back,
+        lambda: filter_gradients(sums, length, None),
+    ]
+    if isinstance(size, LongSize):
+        run = LongRun(u, size)
+        exponents = run.exponents(u, None)
+        planes, y = run.outward(u, None, exponents), torch.empty_like(u)
+        calls += [
+            lambda: run.exponents(u, None),
+            lambda: run.outward(u, None, exponents),
+            lambda: run.convolve(planes, spectrum),
+            lambda: run.inward(planes, y, None, None, None, exponents, spectrum),
+        ]
+    repeats = 3 if length > 1 << 19 else 9
+    times = " ".join(f"{median_ms(call, repeats=repeats, warm_up=1):7.3f}" for call in calls)
+    return f"{times} | {' '.join(f'{error:.1e}' for error in errors)}"
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

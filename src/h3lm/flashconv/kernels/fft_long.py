@@ -1,0 +1,390 @@
+"""Rows longer than a program holds: one more factor of the transform, through device memory.
+
+A pair of rows of n = N0 m points, l = m l0 + i, becomes N0 complex rows of m points
+
+    Z_k0[i] = exp(-2 pi i k0 i / n) sum_l0 W_N0[k0, l0] z[m l0 + i]
+
+(kept in float16, or float32, as two planes), each of which `fft_triton` convolves in place with
+frequencies k0 + N0 k of the filter; the same step backwards gives the rows. So a forward pass moves
+20 bytes for each element of a half dtype: 2 to find the scale of a row, 2 + 4 out, 4 + 4 in place,
+4 + 2 back, at any length. The zero half of a row is neither loaded nor multiplied here either.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from h3lm.flashconv.dispatch import MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL
+from h3lm.flashconv.kernels import fft_triton
+from h3lm.flashconv.kernels.fft_launch import (
+    Size,
+    Spectrum,
+    factors,
+    filter_spectrum,
+    pack_spectrum,
+    unitary_dft,
+)
+from h3lm.flashconv.kernels.fft_triton import exponent_of, power_of_two, to_unit
+from h3lm.flashconv.kernels.launch import multiprocessors, strides
+
+MIN_OUTER = 16  # the matrix units' smallest edge
+
+
+@dataclass(frozen=True)
+class LongSize:
+    """Factors of a transform of n = outer x inner points.
+
+    Attributes:
+        outer: N0, of the factor through device memory.
+        inner: Size of the transforms of what is left.
+        columns: Points of an inner transform that a program of the outer factor takes.
+        warps: Warps of such a program.
+    """
+
+    outer: int
+    inner: Size
+    columns: int = 64
+    warps: int = 4
+
+    @property
+    def points(self) -> int:
+        """n, at least twice the longest row."""
+        return self.outer * self.inner.points
+
+
+# the inner transform by the largest n that it is used for, with much shared memory and with 99 KB;
+# measured on an H200, see docs/log.md
+INNER = {1 << 17: Size(64, 32, 4), 2 * MAX_LONG_LENGTH: Size(64, 64, 4)}
+SMALL_INNER = {2 * MAX_LONG_LENGTH_SMALL: Size(64, 16, 4)}
+
+
+def long_size_for(length: int, large: bool) -> LongSize:
+    """Factors for rows of a length, on a GPU with as much shared memory as Hopper or with less.
+
+    Raises:
+        ValueError: if the row is too long.
+    """
+    points = 1 << (2 * length - 1).bit_length()
+    for most, inner in (INNER if large else SMALL_INNER).items():
+        if points <= most:
+            return LongSize(max(points // inner.points, 2), inner)
+    raise ValueError(f"rows of {length} are over what the block FFT was made for")
+
+
+@triton.jit
+def largest_kernel(
+    x, gate, exponents, x_row, x_channel, gate_row, gate_channel, D, L, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Biased exponent of the largest magnitude of each row, under its gate."""
+    row, channel = (tl.program_id(0) // D).to(tl.int64), (tl.program_id(0) % D).to(tl.int64)
+    x += row * x_row + channel * x_channel
+    if gate is not None:
+        gate += row * gate_row + channel * gate_channel
+    largest = tl.zeros((1, BLOCK), tl.float32)
+    for start in range(0, L, BLOCK):
+        at = start + tl.arange(0, BLOCK)[None, :]
+        value = tl.load(x + at, at < L, 0.0).to(tl.float32)
+        if gate is not None:
+            value *= tl.load(gate + at, at < L, 0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(value))
+    tl.store(exponents + tl.program_id(0), exponent_of(largest, largest >= 0))
+
+
+@triton.jit
+def outer_turns(k0, column, points, FAST: tl.constexpr):
+    """Cosine and sine of 2 pi k0 column / n; k0 column is below n."""
+    angle = (
+        k0.to(tl.float32)[:, None] * (column.to(tl.float32) * (6.283185307179586 / points))[None, :]
+    )
+    if FAST:
+        return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
+    else:
+        return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
+def program_tile(tiles, inner, D, COLUMNS: tl.constexpr):
+    """Tile, column block, channel and pair of a program; tiles that read the same come together."""
+    i = tl.program_id(0)
+    blocks = inner // COLUMNS
+    return i % tiles, i // tiles % blocks, i // tiles // blocks % D, i // tiles // blocks // D
+
+
+@triton.jit(do_not_specialize=["B"])
+def outward_kernel(
+    x, gate, exponents, planes, table,
+    x_row, x_channel, gate_row, gate_channel, B, D, L, inner, points,
+    N0: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr, SCALED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From pairs of rows to the planes of N0 complex rows; TILE of them and some columns here."""
+    tile, block, channel, pair = program_tile(K // TILE, inner, D, COLUMNS)
+    k0, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
+    channel, pair = channel.to(tl.int64), pair.to(tl.int64)
+    x += 2 * pair * x_row + channel * x_channel
+    if gate is not None:
+        gate += 2 * pair * gate_row + channel * gate_channel
+    re = tl.zeros((TILE, COLUMNS), tl.float32)
+    im = tl.zeros((TILE, COLUMNS), tl.float32)
+    for start in range(0, K, DEPTH):
+        row = start + tl.arange(0, DEPTH)  # (row of the pair, l0)
+        member, l0 = row // (K // 2), row % (K // 2)
+        position = l0[:, None] * inner + column[None, :]
+        inside = (position < L) & ((2 * pair + member < B)[:, None])
+        value = tl.load(x + (member.to(tl.int64) * x_row)[:, None] + position, inside, 0.0)
+        if gate is not None:
+            offsets = (member.to(tl.int64) * gate_row)[:, None] + position
+            value = value.to(tl.float32) * tl.load(gate + offsets, inside, 0.0).to(tl.float32)
+        if SCALED:
+            whose = exponents + (2 * pair + member) * D + channel
+            exponent = tl.load(whose, 2 * pair + member < B, 0)
+            value = value.to(tl.float32) * to_unit(exponent)[:, None]
+        factor = table + k0[:, None] * K + row[None, :]
+        value = value.to(table.dtype.element_ty)
+        re = tl.dot(tl.load(factor), value, re, input_precision=PRECISION)
+        im = tl.dot(tl.load(factor + K * K), value, im, input_precision=PRECISION)
+    cos, sin = outer_turns(k0, column, points, FAST)
+    out = planes + ((pair * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
+    inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
+    tl.store(out, (re * cos + im * sin).to(planes.dtype.element_ty), inside)
+    tl.store(out + inner, (im * cos - re * sin).to(planes.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["B"])
+def inward_kernel(
+    planes, y, gate, other, factor_of_other, exponents, unscale, table,
+    y_row, y_channel, gate_row, gate_channel, other_row, other_channel,
+    B, D, L, inner, points,
+    N0: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr, SCALED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `outward_kernel`, then y = gate out, and other = factor_of_other out.
+
+    `other` has the strides of y, its factor has its own.
+    """
+    tile, block, channel, pair = program_tile(K // TILE, inner, D, COLUMNS)
+    row, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
+    channel, pair = channel.to(tl.int64), pair.to(tl.int64)
+    out = tl.zeros((TILE, COLUMNS), tl.float32)
+    for start in range(0, K, DEPTH):
+        k0 = start + tl.arange(0, DEPTH)
+        at = planes + ((pair * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
+        inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
+        re = tl.load(at, inside, 0.0).to(tl.float32)
+        im = tl.load(at + inner, inside, 0.0).to(tl.float32)
+        cos, sin = outer_turns(k0, column, points, FAST)
+        factor = table + k0[None, :] * K + row[:, None]
+        back = (re * cos - im * sin).to(table.dtype.element_ty)
+        out = tl.dot(tl.load(factor), back, out, input_precision=PRECISION)
+        back = (re * sin + im * cos).to(table.dtype.element_ty)
+        out = tl.dot(tl.load(factor + K * K), back, out, input_precision=PRECISION)
+    member, l0 = row // (K // 2), row % (K // 2)
+    position = l0[:, None] * inner + column[None, :]
+    inside = (position < L) & ((2 * pair + member < B)[:, None])
+    out *= tl.load(unscale + channel * N0)
+    if SCALED:
+        whose = exponents + (2 * pair + member) * D + channel
+        out *= power_of_two(tl.load(whose, 2 * pair + member < B, 0))[:, None]
+    offsets = ((2 * pair + member) * y_row)[:, None] + channel * y_channel + position
+    if other is not None:
+        factors_at = ((2 * pair + member) * other_row)[:, None] + channel * other_channel + position
+        value = tl.load(factor_of_other + factors_at, inside, 0.0).to(tl.float32)
+        tl.store(other + offsets, (out * value).to(y.dtype.element_ty), inside)
+    if gate is not None:
+        gate_at = ((2 * pair + member) * gate_row)[:, None] + channel * gate_channel + position
+        out *= tl.load(gate + gate_at, inside, 0.0).to(tl.float32)
+    tl.store(y + offsets, out.to(y.dtype.element_ty), inside)
+
+
+@cache
+def outer_factors(outer: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """W_N0 on (row of the pair, l0), (part, k0, K), K at least 16; made in float64.
+
+    Columns of an l0 in a row's zero half, and rows behind N0, only fill up an edge of 16.
+    """
+    K = max(outer, MIN_OUTER)
+    W = torch.zeros(K, K // 2, dtype=torch.complex128)
+    W[:outer, : outer // 2] = unitary_dft(outer)[:, : outer // 2]
+    parts = torch.stack([torch.cat([W.real, -W.imag], 1), torch.cat([W.imag, W.real], 1)])
+    return parts.to(device, dtype).contiguous()
+
+
+def forward(
+    u: Tensor, spectrum: Spectrum, size: LongSize, pre: Tensor | None, post: Tensor | None
+) -> Tensor:
+    """Convolve rows of up to half of the size's points; positions are contiguous."""
+    run = LongRun(u, size)
+    exponents = run.exponents(u, pre)
+    planes = run.outward(u, pre, exponents)
+    run.convolve(planes, spectrum)
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    run.inward(planes, y, post, None, None, exponents, spectrum)
+    return y
+
+
+def backward(
+    dy: Tensor,
+    u: Tensor,
+    spectrum: Spectrum,
+    size: LongSize,
+    pre: Tensor | None,
+    post: Tensor | None,
+    *,
+    data: bool,
+    filters: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `fft_launch.backward`, for long rows."""
+    run = LongRun(u, size)
+    g_exponents = run.exponents(dy, post)
+    g_planes = run.outward(dy, post, g_exponents)
+    sums, z_planes, weights = None, g_planes, None
+    if filters:
+        x_exponents = run.exponents(u, pre)
+        x_exponents, weights = run.common(x_exponents, g_exponents)
+        z_planes = run.outward(u, pre, x_exponents)
+    sums = run.differentiate(g_planes, z_planes, weights, spectrum, data)
+    if not data:
+        return None, None, sums
+    du = torch.empty_like(u, memory_format=torch.contiguous_format)
+    dpre = None if pre is None else torch.empty_like(du)
+    run.inward(g_planes, du, pre, dpre, u, g_exponents, spectrum)
+    return du, dpre, sums
+
+
+def make_spectrum(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: LongSize) -> Spectrum:
+    """The filter's spectrum for rows like u."""
+    half = u.dtype != torch.float32
+    spectrum = filter_spectrum(f, f_reverse, size.points)
+    return pack_spectrum(spectrum, size.inner, half, size.outer)
+
+
+class LongRun:
+    """What the launches for one tensor have in common."""
+
+    def __init__(self, u: Tensor, size: LongSize) -> None:
+        self.B, self.D, self.L = u.shape
+        self.size, self.device = size, u.device
+        self.pairs = -(-self.B // 2)
+        self.half = u.dtype != torch.float32
+        self.dtype = torch.float16 if self.half else torch.float32
+        self.table = outer_factors(size.outer, self.dtype, u.device)
+        K = self.table.shape[-1]
+        tile = min(64, K)
+        common: dict[str, Any] = {
+            "FAST": self.half and u.is_cuda, "PRECISION": "tf32" if self.half else "tf32x3",
+        }  # fmt: skip
+        self.outer = common | {
+            "N0": size.outer, "K": K, "TILE": tile, "DEPTH": tile, "COLUMNS": size.columns,
+            "SCALED": self.half, "num_warps": size.warps,
+        }  # fmt: skip
+        self.inner = common | {
+            "N1": size.inner.N1, "N2": size.inner.N2, "K": 2 * size.inner.N1, "HALF": self.half,
+            "SCALED": False, "EVEN": True, "STAGES": size.inner.stages,
+            "num_warps": size.inner.warps, "maxnreg": size.inner.registers,
+        }  # fmt: skip
+        self.grid = (self.pairs * self.D * (size.inner.points // size.columns) * (K // tile),)
+        slots = 2 * multiprocessors(u.device)
+        self.channels = self.D * size.outer
+        groups = min(self.pairs, -(-slots // self.channels))
+        self.pairs_per_program = -(-self.pairs // groups)
+        self.groups = -(-self.pairs // self.pairs_per_program)
+        self.tables = factors(size.inner, self.dtype, u.device, True)
+
+    def exponents(self, x: Tensor, gate: Tensor | None) -> Tensor | None:
+        """Exponents of the scales of rows, (B, D); None in float32, which has none."""
+        if not self.half:
+            return None
+        exponents = torch.empty((self.B, self.D), dtype=torch.int32, device=self.device)
+        largest_kernel[(self.B * self.D,)](
+            x, gate, exponents, *strides(x), *strides(gate), self.D, self.L,
+            BLOCK=4096, num_warps=8,
+        )  # fmt: skip
+        return exponents
+
+    def common(self, x: Tensor | None, g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Exponents of x with which both rows of a pair enter dH with one weight, and that weight.
+
+        As in `fft_triton.backward_kernel`.
+        """
+        if x is None or g is None:
+            return None, None
+        last = 2 * self.pairs - self.B
+        xs, gs = (
+            torch.nn.functional.pad(e, (0, 0, 0, last)).unflatten(0, (self.pairs, 2))
+            for e in (x, g)
+        )
+        common = (xs + gs).amax(1, keepdim=True)
+        adjusted = torch.where((xs > 0) & (gs > 0), (common - gs).clamp(max=254), xs)
+        weights = torch.ldexp(torch.ones_like(common, dtype=torch.float32), common - 254)
+        weights = weights.transpose(1, 2).expand(-1, -1, self.size.outer).contiguous()
+        return adjusted.flatten(0, 1)[: self.B].to(torch.int32).contiguous(), weights
+
+    def outward(self, x: Tensor, gate: Tensor | None, exponents: Tensor | None) -> Tensor:
+        """The planes of N0 complex rows for each pair, (pairs, D, N0, 2, m)."""
+        shape = (self.pairs, self.D, self.size.outer, 2, self.size.inner.points)
+        planes = torch.empty(shape, dtype=self.dtype, device=self.device)
+        outward_kernel[self.grid](
+            x, gate, exponents, planes, self.table, *strides(x), *strides(gate),
+            self.B, self.D, self.L, self.size.inner.points, float(self.size.points), **self.outer,
+        )  # fmt: skip
+        return planes
+
+    def inward(
+        self,
+        planes: Tensor,
+        y: Tensor,
+        gate: Tensor | None,
+        other: Tensor | None,
+        factor_of_other: Tensor | None,
+        exponents: Tensor | None,
+        spectrum: Spectrum,
+    ) -> None:
+        """Rows y = gate out, and other = factor_of_other out, from planes."""
+        inward_kernel[self.grid](
+            planes, y, gate, other, factor_of_other, exponents, spectrum.unscale, self.table,
+            *strides(y), *strides(gate), *strides(factor_of_other),
+            self.B, self.D, self.L, self.size.inner.points, float(self.size.points), **self.outer,
+        )  # fmt: skip
+
+    def convolve(self, planes: Tensor, spectrum: Spectrum) -> None:
+        """Convolve all complex rows, in place."""
+        m = self.size.inner.points
+        fft_triton.forward_kernel[(self.channels * self.groups,)](
+            planes, None, None, planes, spectrum.packed, self._ones(), *self.tables,
+            m, 2 * m, 0, 0, 0, 0, m, 2 * m, 2 * self.channels, 2 * self.pairs, self.channels, m,
+            self.pairs, self.pairs_per_program, **self.inner,
+        )  # fmt: skip
+
+    def differentiate(
+        self,
+        g_planes: Tensor,
+        z_planes: Tensor,
+        weights: Tensor | None,
+        spectrum: Spectrum,
+        data: bool,
+    ) -> Tensor | None:
+        """Write dx over the planes of g (`data`); sums of conj(Z) G if those of z are others."""
+        filters = z_planes is not g_planes
+        m, inner = self.size.inner.points, self.size.inner
+        shape = (self.groups, self.D, self.size.outer, 2, inner.N1, inner.N2)
+        sums = g_planes.new_empty(shape, dtype=torch.float32) if filters else None
+        # sums first: the other pass writes over the planes that they read
+        passes = [(data, filters)] if inner.together else [(False, filters), (data, False)]
+        for with_data, with_filter in passes:
+            if with_data or with_filter:
+                fft_triton.backward_kernel[(self.channels * self.groups,)](
+                    g_planes, z_planes, None, None, g_planes, None, sums, spectrum.packed,
+                    self._ones(), weights, *self.tables, m, 2 * m, m, 2 * m, 0, 0, 0, 0, m, 2 * m,
+                    2 * self.channels, 2 * self.pairs, self.channels, m, self.pairs,
+                    self.pairs_per_program, DATA=with_data, FILTER=with_filter, **self.inner,
+                )  # fmt: skip
+        return sums
+
+    def _ones(self) -> Tensor:
+        return torch.ones(self.channels, device=self.device)
