@@ -1,7 +1,9 @@
+import math
+
 import pytest
-import torch
 
 from h3lm import H3Config, H3ForCausalLM
+from h3lm.models.presets import PRESETS, count_parameters
 
 # paper.md 1.6, each confirmed on the authors' model class or by its formula
 COUNTS = {
@@ -22,9 +24,53 @@ def test_presets_have_the_papers_parameter_counts(size):
         H3Config.from_preset(size, "attention"),
     )
     for config, expected in zip(configs, COUNTS[size], strict=True):
-        with torch.device("meta"):
-            model = H3ForCausalLM(config)
-        assert sum(p.numel() for p in model.parameters()) == expected
+        assert count_parameters(config) == expected
+
+
+def formula(size, mixers):
+    """Parameters of the baselines in Table 3, by paper.md 1.6 and mixers.md 2.1 and 4."""
+    d, n = PRESETS[size]["hidden_size"], PRESETS[size]["num_hidden_layers"]
+    mlp, attention = 8 * d**2 + 7 * d, 4 * d**2 + 4 * d  # with the norm in front of the MLP
+    h, f, modes = d // 4, 4 * d, 64
+    gss = 9.25 * d**2 + (2 * f + h + d) + 2 * h + 2 * modes + 2 * h * modes + h
+    s4d = d**2 + d + 2 * 32 + 2 * d * 32 + 2 * d  # one A, C and dt and a skip of each channel
+    layers = {
+        "s4d": n * (s4d + mlp),
+        "gss": n * gss,
+        "gss-hybrid": (n - 2) * gss + 2 * (attention + mlp),
+    }
+    return 50264 * d + 2 * d + n * 2 * d + layers[mixers]
+
+
+@pytest.mark.parametrize("mixers", ["s4d", "gss", "gss-hybrid"])
+def test_baselines_have_the_parameters_of_their_formulas(mixers):
+    for size in PRESETS:
+        assert count_parameters(H3Config.from_preset(size, mixers)) == formula(size, mixers)
+
+
+def test_gss_layers_of_presets_have_no_mlp_and_attention_keeps_its_own():
+    few = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 40}
+    model = H3ForCausalLM(H3Config.from_preset("125m", "gss-hybrid", **few))
+    assert [layer.mlp is None for layer in model.model.layers] == [True, False, True, False]
+    names = {name for name, _ in model.named_parameters()}
+    assert "model.layers.0.mixer.gate_proj.weight" in names
+    assert not any(
+        name.startswith(("model.layers.0.mlp", "model.layers.0.norm2")) for name in names
+    )
+    with_mlp = H3Config.from_preset("125m", "gss-hybrid", gss_mlp=True, **few)
+    assert all(layer.mlp is not None for layer in H3ForCausalLM(with_mlp).model.layers)
+    bare = H3Config(intermediate_size=0, **few)
+    assert all(layer.mlp is None for layer in H3ForCausalLM(bare).model.layers)
+
+
+def test_without_an_mlp_the_mixers_output_starts_smaller_in_its_place():
+    config = H3Config(
+        hidden_size=64, num_hidden_layers=2, mixers="gss", gss_mlp=False, vocab_size=8
+    )
+    mixer = H3ForCausalLM(config).model.layers[0].mixer
+    small, usual = (p.weight.std().item() for p in (mixer.output_proj, mixer.up_proj))
+    assert small == pytest.approx(0.02 / math.sqrt(4), rel=0.1)
+    assert usual == pytest.approx(0.02, rel=0.1)
 
 
 def test_preset_details():

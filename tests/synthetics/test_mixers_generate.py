@@ -9,9 +9,10 @@ from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.ssm import SSMModule
 
 NAMES = [*MIXERS, "gss-hybrid", "s4d-hybrid"]
+ALONE = ["gss alone", "gss-hybrid alone"]  # GSS layers as in the presets, without an MLP
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[*NAMES, *ALONE])
 def model(request):
     torch.manual_seed(0)
     config = H3Config(
@@ -19,11 +20,26 @@ def model(request):
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        mixers=request.param,
+        mixers=request.param.removesuffix(" alone"),
+        gss_mlp=request.param not in ALONE,
         d_state=8,
         initializer_range=0.2,
     )
     return H3ForCausalLM(config).eval()
+
+
+def test_trains_with_a_gradient_for_every_parameter(model):
+    ids = torch.randint(0, 40, (2, 11))
+    optimiser = torch.optim.AdamW(model.train().parameters(), 1e-2)
+    losses = []
+    for _ in range(5):
+        optimiser.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
 
 
 def test_generates_through_the_cache_what_full_passes_give(model):

@@ -13,6 +13,7 @@ from h3lm.cli.doctor import doctor
 from h3lm.cli.eval import evaluate
 from h3lm.cli.generate import generate
 from h3lm.cli.prepare import prepare
+from h3lm.cli.presets import presets
 from h3lm.cli.recipes import recipes
 from h3lm.cli.synthetics import synthetics
 from h3lm.cli.train import train
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (prepare, recipes, train, generate, convert, synthetics, doctor):
+for command in (prepare, presets, recipes, train, generate, convert, synthetics, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(bench)

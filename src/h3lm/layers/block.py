@@ -10,7 +10,7 @@ from h3lm.layers.step import finish_step
 
 
 class Block(nn.Module):
-    """A mixer and an MLP, each behind a LayerNorm, each added to the residual stream.
+    """A mixer and perhaps an MLP, each behind a LayerNorm, each added to the residual stream.
 
         r = r + dropout(mixer(norm1(r)));   r = r + dropout(mlp(norm2(r)))
 
@@ -20,7 +20,7 @@ class Block(nn.Module):
     Args:
         mixer_name: A name of `MIXERS`.
         sizes: Sizes of the mixer.
-        d_inner: Inner width of the MLP.
+        d_inner: Inner width of the MLP; None for a block that is its mixer alone.
         dropout: Dropout on both sublayers' outputs.
         norm_eps: Epsilon of the norms.
     """
@@ -29,7 +29,7 @@ class Block(nn.Module):
         self,
         mixer_name: str,
         sizes: MixerSizes,
-        d_inner: int,
+        d_inner: int | None,
         *,
         dropout: float = 0.0,
         norm_eps: float = 1e-5,
@@ -38,8 +38,10 @@ class Block(nn.Module):
         self.mixer_name = mixer_name
         self.norm1 = nn.LayerNorm(sizes.d_model, eps=norm_eps)
         self.mixer: Any = mixer(mixer_name).build(sizes)
-        self.norm2 = nn.LayerNorm(sizes.d_model, eps=norm_eps)
-        self.mlp = MLP(sizes.d_model, d_inner)
+        self.mlp = None
+        if d_inner is not None:
+            self.norm2 = nn.LayerNorm(sizes.d_model, eps=norm_eps)
+            self.mlp = MLP(sizes.d_model, d_inner)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, r: Tensor, state: Any = None, **where: Any) -> tuple[Tensor, Any]:
@@ -58,6 +60,8 @@ class Block(nn.Module):
 
     def finish(self, r: Tensor, mixed: Tensor) -> Tensor:
         """Everything behind the mixer."""
+        if self.mlp is None:
+            return r + self.dropout(mixed)
         if r.shape[-2] == 1 and r.dim() == 3:
             advanced = finish_step(r, mixed, self.norm2, self.mlp)
             if advanced is not None:

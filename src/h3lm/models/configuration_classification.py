@@ -19,7 +19,7 @@ class H3ClassificationConfig(H3Config):
 
     Args:
         num_channels: Channels of `input_values`; None for a model of `input_ids`.
-        intermediate_size: As in `H3Config`; 0 for blocks without an MLP, as in S4.
+        intermediate_size: As in `H3Config`; S4's blocks have no MLP, which is 0.
         bidirectional: Whether a position sees what comes after it.
         norm: "layer" or "batch".
         norm_position: "pre": in front of each sublayer; "post": behind each residual sum.

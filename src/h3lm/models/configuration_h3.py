@@ -17,7 +17,7 @@ class H3Config(PreTrainedConfig):
         tokenizer_vocab_size: Ids that the tokenizer knows; `generate` emits none above. None
             means `vocab_size`.
         hidden_size: Width of the residual stream.
-        intermediate_size: Inner width of the MLPs; 4 * hidden_size if None.
+        intermediate_size: Inner width of the MLPs; 4 * hidden_size if None, 0 for blocks without.
         num_hidden_layers: Number of blocks.
         num_attention_heads: Heads of the attention layers.
         mixers: The mixer of each layer, `num_hidden_layers` names; or one word: a name for all of
@@ -29,6 +29,8 @@ class H3Config(PreTrainedConfig):
         num_learned_positions: Rows of a learned position table at the embedding; 0 for none.
         d_state: State size of the SSMs, and taps of the shift SSM.
         h3_head_dim: Channels of an H3 head.
+        gss_mlp: Whether the block of a GSS layer has an MLP. The published layer has none: its wide
+            gate takes the MLP's place, and presets leave it out.
         embedding_dropout: Dropout on the embedding.
         residual_dropout: Dropout on what each sublayer adds.
         attention_dropout: Dropout on attention weights.
@@ -58,6 +60,7 @@ class H3Config(PreTrainedConfig):
     num_learned_positions: int = 0
     d_state: int = 64
     h3_head_dim: int = 1
+    gss_mlp: bool = True
     embedding_dropout: float = 0.0
     residual_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -111,6 +114,12 @@ class H3Config(PreTrainedConfig):
             for name in self.mixers
         ]
 
+    def inner_width(self, layer: int) -> int | None:
+        """Inner width of a layer's MLP; None if its block has none."""
+        if self.mixers[layer] == "gss" and not self.gss_mlp:
+            return None
+        return self.intermediate_size or None
+
     @property
     def mixer_sizes(self) -> MixerSizes:
         """Sizes for `layers.MIXERS`."""
@@ -127,10 +136,12 @@ class H3Config(PreTrainedConfig):
     def from_preset(cls, size: str, mixers: str | list[str] = "hybrid", **overrides: Any) -> Self:
         """One of the paper's sizes: "125m", "355m", "1.3b" or "2.7b".
 
+        `h3lm presets` lists them with their parameter counts.
+
         Args:
             size: Name of the size.
             mixers: As the field; "h3" has h3_head_dim 8 as in the paper, "attention" rotary
-                embedding over the whole head, hybrids have no positions at all.
+                embedding over the whole head, hybrids have no positions at all, GSS layers no MLP.
             overrides: Any field of the config.
 
         Raises:

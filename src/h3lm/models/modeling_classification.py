@@ -32,9 +32,10 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         self.mixer: Any = mixer(name).build(config.mixer_sizes)
         residual: list[Any] = [] if name != "attention" else [self.mixer.output_proj]
         self.mlp = None
-        if config.intermediate_size:
+        inner_width = config.inner_width(layer_idx)
+        if inner_width is not None:
             self.norm2 = _norm(config)
-            self.mlp = MLP(D, config.intermediate_size)
+            self.mlp = MLP(D, inner_width)
             residual.append(self.mlp.down_proj)
         self.dropout = nn.Dropout(config.residual_dropout)
         for projection in residual:  # a mark for the initialisation, as in `H3DecoderLayer`

@@ -58,15 +58,15 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
         super().__init__(
             config.mixers[layer_idx],
             config.mixer_sizes,
-            config.intermediate_size or 4 * config.hidden_size,
+            config.inner_width(layer_idx),
             dropout=config.residual_dropout,
             norm_eps=config.layer_norm_eps,
         )
         self.layer_idx = layer_idx
         # Marks for the initialisation, as in the release: what a layer adds to the residual stream
-        # starts smaller, but for H3's own output projection
-        residual: list[Any] = [self.mlp.down_proj]
-        if self.mixer_name == "attention" or config.scale_h3_output:
+        # starts smaller, but for H3's own output projection; without an MLP it is the mixer's
+        residual: list[Any] = [] if self.mlp is None else [self.mlp.down_proj]
+        if self.mixer_name == "attention" or config.scale_h3_output or self.mlp is None:
             residual.append(self.mixer.output_proj)
         for projection in residual:
             projection.adds_to_residual = True

@@ -7,7 +7,10 @@ checkpoint.
 
 import math
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from h3lm.models.configuration_h3 import H3Config
 
 GPT2_VOCAB_SIZE = 50257
 GPT2_END_OF_TEXT = 50256
@@ -21,6 +24,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 HYBRID_ATTENTION_LAYERS = {"2.7b": [10, 21]}
 PURE_H3_HEAD_DIM = 8
+# The rows of the paper's Table 3 (12 layers on OpenWebText), as words for `mixers`
+TABLE_3 = ("s4d", "gss", "gss-hybrid", "h3", "hybrid", "attention")
 
 
 def preset_fields(
@@ -41,6 +46,7 @@ def preset_fields(
         "mixers": mixers,
         "embedding_dropout": 0.1,
         "attention_dropout": 0.1,
+        "gss_mlp": False,
         **PRESETS[size],
     }
     if "vocab_size" in overrides:  # another tokenizer
@@ -55,3 +61,24 @@ def preset_fields(
     if mixers == "attention":
         chosen["rotary_dim"] = chosen["hidden_size"] // chosen["num_attention_heads"]
     return chosen | overrides
+
+
+def count_parameters(config: "H3Config") -> int:
+    """Parameters of a config's model, a tied head counted once; no memory is taken for them."""
+    import torch
+
+    from h3lm.models.modeling_h3 import H3ForCausalLM
+
+    with torch.device("meta"):
+        return H3ForCausalLM(config).num_parameters()
+
+
+def parameter_table() -> str:
+    """Parameter counts of every preset with the mixers of the paper's Table 3."""
+    from h3lm.models.configuration_h3 import H3Config
+
+    lines = ["".join([f"{'mixers':<12}", *(f"{size:>15}" for size in PRESETS)])]
+    for mixers in TABLE_3:
+        counts = [count_parameters(H3Config.from_preset(size, mixers)) for size in PRESETS]
+        lines.append("".join([f"{mixers:<12}", *(f"{count:>15,}" for count in counts)]))
+    return "\n".join(lines)

@@ -56,7 +56,7 @@ def shard_model(
             for name in _parameter_readers(module):
                 register_fsdp_forward_method(module, name)
     for layer in model.model.layers:
-        norms: list[nn.Module] = [layer.norm1, layer.norm2]
+        norms: list[nn.Module] = [m for m in layer.children() if isinstance(m, nn.LayerNorm)]
         fully_shard(norms, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
         fully_shard(layer, mesh=mesh, mp_policy=products)
     fully_shard(model, mesh=mesh, mp_policy=exact)
