@@ -32,6 +32,20 @@ def test_short_form_is_the_layer_with_all_its_gradients(name, length):
         assert torch.allclose(a, b, rtol=1e-4, atol=2e-5 * (a.abs().max().item() + 1e-3))
 
 
+def test_modes_that_die_out_within_a_step_leave_finite_gradients():
+    # training may drive the decay of GSS there: exp(-exp(5)) is 0 in float32
+    layer, other = build("gss"), build("gss")
+    shorten(other)
+    for one in (layer, other):
+        with torch.no_grad():
+            one.diagonal_ssm.log_neg_A_real[:3] = torch.tensor([4.6, 5.0, 6.0])
+    u = torch.randn(3, 22, 8, requires_grad=True)
+    usual = output_and_gradients(lambda u: layer(u)[0], layer, u)
+    for a, b in zip(usual, output_and_gradients(lambda u: other(u)[0], other, u), strict=True):
+        assert torch.isfinite(b).all()
+        assert torch.allclose(a, b, rtol=1e-4, atol=2e-5 * (a.abs().max().item() + 1e-3))
+
+
 @pytest.mark.parametrize("name", ["h3", "s4d"])
 def test_longer_rows_and_states_take_the_layers_own_way(name):
     layer, other = build(name), build(name)

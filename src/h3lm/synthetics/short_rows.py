@@ -31,7 +31,6 @@ def shorten(model: nn.Module) -> None:
     """Let the mixers of a model run rows of up to `MAX_LENGTH` positions by a Toeplitz product.
 
     They return no state then. Longer rows run as ever, in plain PyTorch, which `vmap` knows.
-    No mode may be exactly zero, whose logarithm is not finite; those that are trained are not.
     """
     for module in model.modules():
         if isinstance(module, H3):
@@ -62,9 +61,7 @@ def response(system: DiagonalSystem | DPLRSystem, length: int) -> Float[Tensor, 
     """The impulse response, skip term included."""
     if isinstance(system, DPLRSystem):
         return _with_skip(_krylov(system, length), system.skip)
-    steps = torch.arange(length, device=system.a.device, dtype=torch.float64)
-    log_a = torch.log(system.a.to(torch.complex128))
-    powers = torch.exp(log_a[:, None] * steps[:, None])  # [H, L, N/2]
+    powers = system.powers(torch.arange(length, device=system.a.device)).mT  # [H, L, N/2]
     weights = (2 * (system.b * system.c)).to(powers.dtype)
     # Re(w a^l) as a product of real rows and columns
     row = torch.stack([weights.real, -weights.imag], -1).flatten(1)
