@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,70 @@ def test_two_processes_resume_exactly(together, way):
     assert equal(cut, straight)
     names = {path.name for path in (straight / "checkpoints" / "checkpoint-6").rglob("*")}
     assert {"rng_state_0.pth", "rng_state_1.pth", "__0_0.distcp", "__1_0.distcp"} <= names
+
+
+@pytest.mark.slow
+def test_what_happens_to_one_process_ends_all_at_the_same_step(together):
+    folder, said = together
+    # the second is told to end: all write the checkpoint that the run goes on from
+    goes_on = f"the same command goes on from {folder / 'stopped' / 'checkpoints/checkpoint-3'}"
+    assert said["stopped"] == f"SIGTERM ended the run at step 3: {goes_on}"
+    assert log(folder / "stopped") == log(folder / "fsdp")
+    assert equal(folder / "stopped", folder / "fsdp")
+    # the second's loss is not a number: all say so, and none writes it down
+    assert "not finite at step 5; the last good checkpoint is" in said["nan"]
+    assert said["nan"].index("checkpoint-4") > 0
+    assert not (folder / "nan" / "model").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [True, False])
+def test_one_process_says_why_all_end(tmp_path, alone):
+    script = tmp_path / "fail.py"
+    script.write_text(
+        "import sys\n"
+        "from torch import distributed\n"
+        "from h3lm.train.processes import one_voice, rank, wait_for_all\n"
+        "with one_voice():\n"
+        "    distributed.init_process_group('gloo')\n"
+        f"    if rank() == 1 or not {alone}:\n"
+        "        sys.exit(f'error: {rank()} of two')\n"
+        "    wait_for_all()\n"
+    )
+    process = torchrun(2, script)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1
+    said = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert len(said) == 1, errors
+    assert said[0] == "error: 1 of two" or not alone
+    assert "rank0]: Traceback" not in errors
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_gpus_train_sharded_as_one_does_and_resume(recipe_file, tmp_path, precision):
+    changes = RECIPE | {"steps": 8, "precision": precision, "deterministic": True}
+    recipe = recipe_file(**changes)
+
+    def start(processes: int, name: str, *more: str) -> str:
+        command = ("-m", "h3lm", "train", recipe, f"output_dir={tmp_path / name}", *more)
+        return output_of(torchrun(processes, *command))
+
+    start(1, "one")
+    for way in ("ddp", "fsdp"):
+        shown = start(2, way, f"parallel={way}")
+        assert f"cuda:0, 2 processes, {way}" in shown
+        # sums in another order; in bfloat16 that can move a product by a unit in the last place
+        tolerance = 1e-4 if precision == "fp32" else 2e-2
+        assert log(tmp_path / way) == pytest.approx(log(tmp_path / "one"), abs=tolerance)
+        assert log(tmp_path / way)[-1] < log(tmp_path / way)[0]
+    shutil.copytree(tmp_path / "fsdp", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-8")
+    assert "resuming at step 4" in start(2, "cut", "parallel=fsdp")
+    assert log(tmp_path / "cut") == log(tmp_path / "fsdp")
+    assert equal(tmp_path / "cut", tmp_path / "fsdp")
 
 
 @pytest.mark.slow

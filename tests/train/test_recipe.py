@@ -26,6 +26,10 @@ def test_unknown_keys_are_errors_that_name_the_nearest():
         ({"steps": 0}, "steps=0 must be positive"),
         ({"steps": 1, "batch_size": 8, "micro_batch_size": 3}, "micro_batch_size=3 must divide"),
         ({"steps": 1, "schedule": "sine"}, "'sine' is not one of cosine, linear, constant"),
+        ({"steps": 1, "parallel": "tensor"}, "'tensor' is not one of ddp, fsdp"),
+        ({"steps": 1, "compile": "all"}, "'all' is not one of blocks, model"),
+        ({"steps": 1, "compile": True}, "compile=True must be str"),
+        ({"steps": 1, "profile_steps": 0}, "profile_steps=0 must be positive"),
         ({"steps": 1, "learning_rate": "fast"}, "learning_rate='fast' must be float"),
         ({"steps": True}, "steps=True must be int"),
         ({"steps": 1, "name": None}, "name=None must be str"),
@@ -114,7 +118,8 @@ def parameters_of(name):
 
 def test_recipes_are_shipped_for_each_text_and_size_in_three_families():
     expected = {name + end for name in (*SMALL, *PAPERS) for end in FAMILIES} | {"demo"}
-    assert set(shipped_recipes()) == expected
+    language = {n for n in shipped_recipes() if load_recipe(n).task == "language"}
+    assert language == expected
     assert all(shipped_recipes().values())
 
 

@@ -1,7 +1,10 @@
 import io
 import json
 import math
+import os
 import shutil
+import signal
+import sys
 
 import pytest
 import torch
@@ -9,10 +12,12 @@ from rich.console import Console
 from torch.nn.functional import cross_entropy
 
 from h3lm import H3ForCausalLM
+from h3lm.cli import main
 from h3lm.data.blocks import Blocks, TokenStream
 from h3lm.errors import UserError
 from h3lm.models.folders import load_model
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
+from h3lm.train.interrupt import RunStopped
 from h3lm.train.run import build_config, train
 
 
@@ -216,3 +221,91 @@ def test_tensorboard_gets_the_log_where_it_is_installed(tiny):
     for name in ("train/loss", "train/tokens_per_s", "train/seconds_left"):
         assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4, 5, 6]
     assert "eval/loss" in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_behind_its_step_and_it_goes_on(tiny, tmp_path, monkeypatch, number):
+    def stopping_at(step):
+        forward, calls = H3ForCausalLM.forward, 0
+
+        def watched(self, *arguments, **named):
+            nonlocal calls
+            calls += self.training
+            if self.training and calls == step:
+                os.kill(os.getpid(), number)
+            return forward(self, *arguments, **named)
+
+        monkeypatch.setattr(H3ForCausalLM, "forward", watched)
+
+    before = signal.getsignal(number)
+    run(tiny(output_dir=str(tmp_path / "straight"), log_every=4, save_every=4))
+    stopping_at(3)
+    recipe = tiny(log_every=4, save_every=4)
+    with pytest.raises(RunStopped, match=f"{number.name} ended the run at step 3: the same") as e:
+        run(recipe)
+    assert e.value.status == 128 + number
+    assert str(recipe.folder / "checkpoints" / "checkpoint-3") in str(e.value)
+    assert not (recipe.folder / "model").exists()
+    monkeypatch.undo()
+    assert signal.getsignal(number) is before
+    assert "resuming at step 3" in run(recipe)[1]
+    entries = [json.loads(line) for line in (recipe.folder / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 3, 4, 6]
+    for name in ("model/model.safetensors",):
+        assert (recipe.folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    stopping_at(2)
+    with pytest.raises(RunStopped, match="nothing was saved, since the recipe has no save_every"):
+        run(tiny(output_dir=str(tmp_path / "unsaved")))
+
+
+def test_the_command_line_ends_with_the_signals_status(monkeypatch, capsys):
+    def stopped(_):
+        raise RunStopped("SIGTERM ended the run at step 3", signal.SIGTERM)
+
+    monkeypatch.setattr("h3lm.train.run.train", stopped)
+    monkeypatch.setattr(sys, "argv", ["h3lm", "train", "demo"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 143
+    assert capsys.readouterr().err == "SIGTERM ended the run at step 3\n"
+
+
+def test_a_checkpoint_closes_the_mean_that_is_being_logged(tiny, tmp_path):
+    run(tiny(output_dir=str(tmp_path / "often"), log_every=1, save_every=2))
+    run(tiny(output_dir=str(tmp_path / "seldom"), log_every=4, save_every=2))
+    often, seldom = losses(tmp_path / "often"), losses(tmp_path / "seldom")
+    expected = [often[0], often[1], sum(often[2:4]) / 2, sum(often[4:6]) / 2]
+    assert seldom == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own look
+@pytest.mark.parametrize("compiled", ["blocks", "model"])
+def test_a_compiled_run_is_the_same_run(tiny, tmp_path, monkeypatch, compiled):
+    """Traced and differentiated by the compiler; no code is generated, which takes a minute."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend="aot_eager"))
+    model = tiny().model | {"embedding_dropout": 0.0}
+    changes = {"model": model, "steps": 2, "eval_every": 1, "gradient_checkpointing": True}
+    run(tiny(output_dir=str(tmp_path / "a"), **changes))
+    result, _ = run(tiny(output_dir=str(tmp_path / "b"), compile=compiled, **changes))
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), abs=1e-5)
+    assert load_model(result.folder / "model").num_parameters() == result.summary["parameters"]
+
+
+def test_a_profile_says_where_the_time_goes(tiny):
+    recipe = tiny(steps=8, profile_steps=2)
+    run(recipe)
+    profile = json.loads((recipe.folder / "profile.json").read_text())
+    assert (profile["device"], profile["steps"]) == ("the CPU", 2)
+    kinds = {"making of operators", "H3 core", "products", "norms", "attention", "loss"}
+    assert kinds <= set(profile["groups"])
+    for kind in kinds:
+        assert all(ms > 0 for ms in profile["groups"][kind]), kind  # forward and backward
+    assert profile["groups"]["optimizer"][1] == 0
+    busy = sum(map(sum, profile["groups"].values()))
+    assert 0.5 * profile["step_ms"] < busy <= profile["step_ms"]
+    assert profile["idle_ms"] < profile["step_ms"]
+    table = (recipe.folder / "profile.txt").read_text()
+    assert "2 steps on the CPU" in table
+    assert len(table.splitlines()) < 40

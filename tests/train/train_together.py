@@ -8,6 +8,8 @@ folder for each way, and prints what the processes computed with as a line of JS
 
 import io
 import json
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +19,10 @@ from rich.console import Console
 from torch.distributed.tensor import DTensor
 
 import h3lm.train.outcome
+from h3lm.errors import UserError
 from h3lm.ssm import DiagonalSSM
-from h3lm.train.processes import is_first, one_voice
+from h3lm.train.interrupt import RunStopped
+from h3lm.train.processes import is_first, one_voice, rank
 from h3lm.train.recipe import Recipe, load_recipe
 from h3lm.train.run import train
 from h3lm.train.trainer import H3Trainer
@@ -49,6 +53,30 @@ def run_cut(recipe: Recipe) -> str:
     finally:
         H3Trainer._save_checkpoint = save
     raise AssertionError("it was not cut")
+
+
+def run_with(recipe: Recipe, at_step: int, happening) -> str:
+    """Run with something that happens to the loss of the second process; says why it ended."""
+    compute = H3Trainer.compute_loss
+
+    def compute_with_it(self, *arguments, **named):
+        loss = compute(self, *arguments, **named)
+        mine = rank() == 1 and self.state.global_step + 1 == at_step
+        return happening(loss) if mine else loss
+
+    H3Trainer.compute_loss = compute_with_it
+    try:
+        run(recipe)
+    except (UserError, RunStopped) as ended:
+        return str(ended)
+    finally:
+        H3Trainer.compute_loss = compute
+    raise AssertionError("it ran to its end")
+
+
+def terminated(loss: torch.Tensor) -> torch.Tensor:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return loss
 
 
 def watched(recipe: Recipe) -> dict[str, list[str]]:
@@ -103,6 +131,10 @@ def main(recipe_file: str, place: str) -> None:
         run(to(parallel, parallel=parallel))
         report[parallel] = run_cut(to(f"{parallel}-cut", parallel=parallel))
     run(to("recomputed", parallel="fsdp", gradient_checkpointing=True, micro_batch_size=1))
+    stopped = to("stopped", parallel="fsdp")
+    report["stopped"] = run_with(stopped, 3, terminated)
+    run(stopped)
+    report["nan"] = run_with(to("nan", save_every=2), 5, lambda loss: loss * float("nan"))
     half = {"precision": "bf16", "save_every": None, "sample": ""}
     report["bf16"] = watched(to("bf16", parallel="fsdp", **half))
     run(to("bf16-ddp", **half))

@@ -16,13 +16,16 @@ from h3lm.errors import UserError
 
 SHIPPED = files("h3lm.train") / "recipes"
 SCHEDULES = ("cosine", "linear", "constant")
+TASKS = ("language", "classification")
 PRECISIONS = ("auto", "bf16", "fp32")
 PARALLEL = ("ddp", "fsdp")
 COMPILE = ("blocks", "model")
+NESTED = ("model", "classification")  # keys with fields of their own
 DURATIONS = ("steps", "epochs", "time_limit_s")
 POSITIVE = (
     "block_length", "batch_size", "learning_rate", "ssm_max_learning_rate", "log_every",
     "eval_every", "eval_stride", "save_every", "keep_checkpoints", "sample_tokens",
+    "profile_steps",
 )  # fmt: skip
 
 
@@ -40,15 +43,26 @@ class Recipe:
 
     name: str = key("", "what the run is called", free=True)
     description: str = key("", "one line for `h3lm recipes`", free=True)
+    task: str = key("language", "language, or classification of labelled sequences")
     data: str = key(
-        "", "folder of prepared blocks, or `tinyshakespeare` for the text we ship", free=True
+        "",
+        "folder of prepared blocks or labelled rows, or `tinyshakespeare` for the text we ship",
+        free=True,
     )
     output_dir: str = key("", "where checkpoints and results go; runs/NAME if empty", free=True)
     seed: int = key(0, "seed of the weights, the order of blocks, and dropout")
 
     preset: str | None = key(None, "size of the model: 125m, 355m, 1.3b, 2.7b")
     mixers: str | list[str] = key("hybrid", "mixer of each layer, or one word for all")
-    model: dict[str, Any] = key({}, "fields of H3Config, over those of the preset")
+    model: dict[str, Any] = key(
+        {},
+        "fields of H3Config, over those of the preset; of H3ClassificationConfig for classifiers",
+    )
+    classification: dict[str, Any] = key(
+        {},
+        "classifiers only: seeds, max_length, standardise, label_smoothing, and how signals vary "
+        "in training: shift, gain_db, noise, stretch",
+    )
     init_from: str | None = key(None, "model folder whose weights to start from")
 
     steps: int | None = key(None, "optimiser steps in all", "steps")
@@ -98,6 +112,12 @@ class Recipe:
         False, "start every document of a block from an empty state; the paper does not"
     )
 
+    profile_steps: int | None = key(
+        None,
+        "profile so many steps behind the first five, into profile.txt and profile.json",
+        "steps",
+        free=True,
+    )
     log_every: int = key(10, "how often the loss is logged", "steps", free=True)
     eval_every: int | None = key(None, "how often the validation loss is taken", "steps", free=True)
     eval_stride: int | None = key(
@@ -141,7 +161,7 @@ class Recipe:
             raise UserError(f"micro_batch_size={micro} must divide batch_size={self.batch_size}")
         for name, allowed in (
             ("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL),
-            ("compile", COMPILE),
+            ("compile", COMPILE), ("task", TASKS),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value not in allowed:
@@ -172,7 +192,8 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         source: Path of a YAML file, or the name of a shipped recipe.
-        overrides: `key=value` each; `model.FIELD=value` for a field of the model.
+        overrides: `key=value` each; `model.FIELD=value` for a field of the model, and
+            `classification.FIELD=value`.
 
     Raises:
         UserError: if there is no such recipe, a key is unknown (names the nearest), a value has
@@ -183,11 +204,12 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     if any(key in DURATIONS and value is not None for key, value in changes):
         values = {key: value for key, value in values.items() if key not in DURATIONS}
     for key_, value in changes:
-        if key_.startswith("model."):
-            fields_ = values.get("model") or {}
+        outer, dot, inner = key_.partition(".")
+        if dot and outer in NESTED:
+            fields_ = values.get(outer) or {}
             if not isinstance(fields_, dict):
-                raise UserError(f"model={fields_!r} must be dict")
-            values["model"] = fields_ | {key_.removeprefix("model."): value}
+                raise UserError(f"{outer}={fields_!r} must be dict")
+            values[outer] = fields_ | {inner: value}
         else:
             values[key_] = value
     return make_recipe(values)
@@ -213,10 +235,11 @@ def _read_values(source: str, inside: tuple[str, ...] = ()) -> dict[str, Any]:
     values_of_base = _read_values(str(base), (*inside, source))
     if any(values.get(name) is not None for name in DURATIONS):
         values_of_base = {k: v for k, v in values_of_base.items() if k not in DURATIONS}
-    models = [v["model"] for v in (values_of_base, values) if isinstance(v.get("model"), dict)]
     merged = values_of_base | values
-    if len(models) == 2:
-        merged["model"] = models[0] | models[1]
+    for name in NESTED:
+        parts = [v[name] for v in (values_of_base, values) if isinstance(v.get(name), dict)]
+        if len(parts) == 2:
+            merged[name] = parts[0] | parts[1]
     return merged
 
 

@@ -32,6 +32,7 @@ from h3lm.train.interrupt import RunStopped, StopOnSignal
 from h3lm.train.outcome import Result, finish
 from h3lm.train.param_groups import describe_groups, parameter_groups
 from h3lm.train.processes import is_first, rank, wait_for_all, world_size
+from h3lm.train.profiling import Profiler
 from h3lm.train.progress import Clock, ProgressLine, Speed, write_log
 from h3lm.train.recipe import Recipe
 from h3lm.train.throughput import FORMULA, flops_per_token, peak_flops
@@ -53,6 +54,10 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
     only = only_writer(recipe.folder, "another h3lm train") if is_first() else nullcontext()
     try:
         with only:
+            if recipe.task == "classification":
+                from h3lm.train.classification import train_classifier
+
+                return train_classifier(recipe, console)
             return _train(recipe, console)
     except OSError as error:
         if not checkpoints.is_no_space(error):
@@ -63,10 +68,10 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
 
 def _train(recipe: Recipe, console: Console) -> Result:
     if recipe.deterministic:
-        _compute_the_same_bits()
+        compute_the_same_bits()
     arguments = training_arguments(recipe)  # several processes find each other here
     library_logging.disable_progress_bar()
-    checkpoint = _find_checkpoint(recipe, console)
+    checkpoint = find_checkpoint(recipe, console)
     blocks = _open_blocks(recipe)
     tokenizer = tokenizer_of(blocks)
     set_seed(recipe.seed)
@@ -77,13 +82,16 @@ def _train(recipe: Recipe, console: Console) -> Result:
         set_seed(recipe.seed + rank())  # or all would drop out the same of different texts
 
     clock = Clock(recipe.time_limit_s, checkpoint.point.elapsed_s if checkpoint else 0.0)
-    arguments.max_steps = _number_of_steps(recipe, len(blocks), clock, checkpoint)
+    arguments.max_steps = number_of_steps(recipe, len(blocks), clock, checkpoint)
     speed = Speed(clock, recipe.batch_size * recipe.block_length, _peak_rate(recipe, model))
     line = ProgressLine(speed, console)
     stop = StopOnSignal()
     callbacks: list[TrainerCallback] = [clock, speed, stop]
     if is_first():
-        callbacks += [line, *_tensorboard(recipe.folder)]
+        callbacks += [line, *tensorboard(recipe.folder)]
+        if recipe.profile_steps is not None:
+            label = recipe.compile is None
+            callbacks.append(Profiler(recipe.profile_steps, recipe.folder, label=label))
     trainer = H3Trainer(
         recipe,
         held_out(recipe, blocks, tokenizer),
@@ -100,8 +108,8 @@ def _train(recipe: Recipe, console: Console) -> Result:
     )
     if checkpoint is not None:
         checkpoint.point.check_same_run(trainer.point(checkpoint.point.step), checkpoint.folder)
-        _say_resumed(checkpoint, console)
-    _write_recipe(recipe)
+        say_resumed(checkpoint, console)
+    write_recipe(recipe)
     _describe(trainer, len(blocks), console)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
@@ -111,7 +119,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
         if is_first() and trainer.state.log_history:
             write_log(trainer.state.log_history, recipe.folder / "log.jsonl")
     if stop.agreed:
-        raise _stopped(trainer, stop.agreed)
+        raise stopped(trainer, stop.agreed)
     return finish(trainer, tokenizer, console)
 
 
@@ -133,14 +141,16 @@ def build_config(recipe: Recipe, vocab_size: int) -> H3Config:
         raise UserError(f"the recipe's model: {' '.join(str(error).split())}") from None
 
 
-def _compute_the_same_bits() -> None:
+def compute_the_same_bits() -> None:
+    """Have every run compute the same bits, also on a GPU."""
     # cuBLAS reads it when CUDA starts; 8 buffers of 4 MiB keep its fast kernels
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _stopped(trainer: H3Trainer, number: int) -> RunStopped:
+def stopped(trainer: H3Trainer, number: int) -> RunStopped:
+    """What ends a run that a signal has stopped."""
     step = trainer.state.global_step
     if trainer.recipe.save_every is None:
         rest = "nothing was saved, since the recipe has no save_every"
@@ -158,7 +168,8 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: cannot write there: {error.strerror}") from None
 
 
-def _find_checkpoint(recipe: Recipe, console: Console) -> Checkpoint | None:
+def find_checkpoint(recipe: Recipe, console: Console) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; what is passed over is told."""
     checkpoint, passed = checkpoints.newest(recipe.folder / "checkpoints")
     for words in passed:
         console.print(words, highlight=False)
@@ -186,9 +197,10 @@ def _make_model(recipe: Recipe, vocab_size: int) -> H3ForCausalLM:
     return H3ForCausalLM(build_config(recipe, vocab_size))
 
 
-def _number_of_steps(
+def number_of_steps(
     recipe: Recipe, num_blocks: int, clock: Clock, checkpoint: Checkpoint | None
 ) -> int:
+    """Optimiser steps that a recipe asks for."""
     if recipe.steps is not None:
         return recipe.steps
     if recipe.epochs is not None:
@@ -205,7 +217,8 @@ def _peak_rate(recipe: Recipe, model: H3ForCausalLM) -> float | None:
     return peak * world_size() / flops_per_token(model, recipe.block_length)
 
 
-def _tensorboard(folder: Path) -> list[TrainerCallback]:
+def tensorboard(folder: Path) -> list[TrainerCallback]:
+    """The callback that writes TensorBoard's files, if it is installed."""
     from transformers.integrations import TensorBoardCallback
 
     try:
@@ -216,7 +229,8 @@ def _tensorboard(folder: Path) -> list[TrainerCallback]:
     return [callback]
 
 
-def _say_resumed(checkpoint: Checkpoint, console: Console) -> None:
+def say_resumed(checkpoint: Checkpoint, console: Console) -> None:
+    """Tell where a run goes on from."""
     point = checkpoint.point
     words = f"resuming at step {point.step:,} from {checkpoint.folder}"
     if point.processes != world_size():
@@ -227,7 +241,8 @@ def _say_resumed(checkpoint: Checkpoint, console: Console) -> None:
     console.print(words, highlight=False)
 
 
-def _write_recipe(recipe: Recipe) -> None:
+def write_recipe(recipe: Recipe) -> None:
+    """Write the whole recipe into its folder."""
     if is_first():
         (recipe.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
