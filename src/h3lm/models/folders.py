@@ -10,14 +10,14 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from h3lm.errors import UserError
-from h3lm.models.modeling_h3 import H3ForCausalLM
+from h3lm.models.modeling_h3 import H3ForCausalLM, H3PreTrainedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 def save_model(
-    model: H3ForCausalLM,
+    model: H3PreTrainedModel,
     out_dir: str | Path,
     tokenizer: "PreTrainedTokenizerFast | None" = None,
     weights: dict[str, torch.Tensor] | None = None,
@@ -30,7 +30,7 @@ def save_model(
     Raises:
         UserError: if the tokenizer has more ids than the model, or the folder cannot be written.
     """
-    if tokenizer is not None:
+    if tokenizer is not None and isinstance(model, H3ForCausalLM):
         fit_tokenizer(model, tokenizer)
     try:
         with _no_progress_bars():

@@ -1,0 +1,187 @@
+"""Labelled examples of a recipe, as torch sees them."""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from h3lm.data.labelled import Example, Labelled, RowKind
+from h3lm.errors import UserError
+from h3lm.train.corpus import BlockOrder
+
+
+@dataclass(frozen=True)
+class ClassificationSettings:
+    """The keys of a recipe's `classification`.
+
+    Attributes:
+        seeds: Runs with seeds `seed`, `seed` + 1, ..., reported with their spread.
+        max_length: Longer rows are cut there.
+        standardise: Whether each channel of a row gets mean 0 and variance 1.
+        label_smoothing: Part of a target spread over all classes.
+        shift: Signals in training: moved by up to so many positions either way.
+        gain_db: Signals in training: louder or softer by up to so much.
+        noise: Signals in training: white noise of up to so many standard deviations of the row.
+        stretch: Signals in training: played faster or slower by up to this part.
+    """
+
+    seeds: int = 1
+    max_length: int | None = None
+    standardise: bool = False
+    label_smoothing: float = 0.0
+    shift: int = 0
+    gain_db: float = 0.0
+    noise: float = 0.0
+    stretch: float = 0.0
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Self:
+        """Check the keys and values of a recipe.
+
+        Raises:
+            UserError: if a key is unknown or a value impossible.
+        """
+        known = {field.name: field for field in fields(cls)}
+        for name, value in values.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UserError(f"unknown recipe key classification.{name}{hint}")
+            default = known[name].default
+            whole = name in ("seeds", "max_length", "shift")
+            kinds = bool if isinstance(default, bool) else int if whole else (int, float)
+            empty = value is None and default is None
+            if not empty and (
+                not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool)
+            ):
+                wanted = (
+                    "true or false" if kinds is bool else "a whole number" if whole else "a number"
+                )
+                raise UserError(f"classification.{name}={value!r} must be {wanted}")
+        settings = cls(**values)
+        for name, low in (
+            ("seeds", 1),
+            ("max_length", 1),
+            ("shift", 0),
+            ("gain_db", 0),
+            ("noise", 0),
+        ):
+            value = getattr(settings, name)
+            if value is not None and value < low:
+                raise UserError(f"classification.{name}={value} must be at least {low}")
+        for name in ("label_smoothing", "stretch"):
+            if not 0 <= getattr(settings, name) < 1:
+                raise UserError(
+                    f"classification.{name}={getattr(settings, name)} must be from 0 to below 1"
+                )
+        return settings
+
+
+class ExampleDataset(Dataset[Example]):
+    """Examples for a data loader; those for training are varied.
+
+    Item i + n * pass is example i as it is in that pass: the variation depends on the seed, the
+    pass and the example alone, so that a resumed run sees what an uninterrupted one would.
+
+    Args:
+        labelled: The split.
+        settings: What is done to its rows.
+        labels: The model's class of each of the data's.
+        seed: Of the variation; None for none.
+    """
+
+    def __init__(
+        self,
+        labelled: Labelled,
+        settings: ClassificationSettings,
+        labels: NDArray[np.int64],
+        seed: int | None = None,
+    ) -> None:
+        self.labelled, self.settings, self.seed = labelled, settings, seed
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+    def __getitem__(self, i: int) -> Example:
+        number, index = divmod(i, len(self))
+        example = self.labelled[index]
+        rows = example.rows
+        if self.labelled.kind.num_channels is not None:
+            rows = tuple(self._signal(row, number, index) for row in rows)
+        rows = tuple(row[: self.settings.max_length] for row in rows)
+        return Example(rows, int(self.labels[example.label]))
+
+    def _signal(self, row: NDArray, number: int, index: int) -> NDArray:
+        if self.seed is not None:
+            row = varied(row, self.settings, np.random.default_rng([self.seed, number, index]))
+        if self.settings.standardise:
+            spread = row.std(0)
+            row = (row - row.mean(0)) / np.where(spread > 0, spread, 1)
+        return row.astype(np.float32)
+
+
+def varied(row: NDArray, settings: ClassificationSettings, rng: np.random.Generator) -> NDArray:
+    """A signal (L, C), varied as far as the settings allow."""
+    s = settings
+    if s.stretch:
+        n = max(1, round(len(row) * (1 + rng.uniform(-s.stretch, s.stretch))))
+        at = np.linspace(0, len(row) - 1, n)
+        row = np.stack([np.interp(at, np.arange(len(row)), c) for c in row.T], 1)
+    if s.shift:
+        by = int(rng.integers(-s.shift, s.shift + 1))
+        silence = np.zeros((max(by, 0), row.shape[1]), row.dtype)
+        row = np.concatenate([silence, row[min(max(-by, 0), len(row) - 1) :]])
+    if s.gain_db:
+        row = row * 10 ** (rng.uniform(-s.gain_db, s.gain_db) / 20)
+    if s.noise:
+        row = row + rng.normal(size=row.shape) * rng.uniform(0, s.noise) * row.std()
+    return row
+
+
+class ExampleOrder(BlockOrder):
+    """As `BlockOrder`, each number telling its pass too; see `ExampleDataset`."""
+
+    def __iter__(self) -> Iterator[int]:
+        for position, index in enumerate(super().__iter__()):
+            yield position // self.num_blocks * self.num_blocks + index
+
+
+class ExampleCollator:
+    """Examples to a batch for `H3ForSequenceClassification`.
+
+    Rows are padded to the longest of the batch; there is a mask if any is.
+
+    Args:
+        kind: What the rows are.
+    """
+
+    def __init__(self, kind: RowKind) -> None:
+        self.kind = kind
+
+    def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
+        """`input_ids` or `input_values`, `labels`, and `attention_mask` where it hides anything."""
+        rows = [row for example in examples for row in example.rows]
+        lengths = np.array([len(row) for row in rows])
+        shape = (len(rows), int(lengths.max()), *rows[0].shape[1:])
+        padded = np.zeros(shape, rows[0].dtype)
+        for i, row in enumerate(rows):
+            padded[i, : len(row)] = row
+        batch = {
+            "input_ids" if self.kind.num_channels is None else "input_values": padded,
+            "labels": np.array([example.label for example in examples]),
+        }
+        if lengths.min() < lengths.max():
+            batch["attention_mask"] = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        if self.kind.rows_per_example > 1:
+            pairs = self.kind.rows_per_example
+            for name in tensors.keys() - {"labels"}:
+                tensors[name] = tensors[name].unflatten(0, (-1, pairs))
+        return tensors
