@@ -137,7 +137,7 @@ def run_tasks(lm: "LM", loaded: LoadedTasks, *, limit: int | None = None) -> dic
     """
     from lm_eval.evaluator import evaluate
 
-    with _quiet():
+    with quiet():
         # the harness's bootstrap forks processes; errors are worked out below
         results = evaluate(
             lm, {"tasks": loaded.tasks}, limit=limit, bootstrap_iters=0, log_samples=True
@@ -223,7 +223,7 @@ def _local_source(config: dict[str, Any], documents: dict[str, list[Any]]) -> di
 def _build(name: str, config: dict[str, Any], num_fewshot: int) -> "Task":
     from lm_eval.api.task import ConfigurableTask
 
-    with _quiet():
+    with quiet():
         try:
             task = ConfigurableTask(config=config)
         except (OSError, ConnectionError, ValueError) as error:
@@ -310,7 +310,7 @@ def _mend_multirc(result: TaskResult, samples: Sequence[dict[str, Any]]) -> None
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the harness's bars and its warnings about what we asked for."""
     import datasets
     from lm_eval.api import task as task_module

@@ -1,0 +1,277 @@
+"""How fast the prefix tree is against the harness's own path, and what a long document costs.
+
+    python -m h3lm.bench.evals --data-dir DIR --gpt2 DIR --output DIR
+
+Run on an otherwise idle GPU. Nothing is timed unless answers agree first.
+"""
+
+import argparse
+import gc
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from h3lm.bench.measure import environment
+from h3lm.bench.report import Row, write
+from h3lm.data.tokenizers import gpt2_tokenizer
+from h3lm.errors import UserError
+from h3lm.evals.harness import load_tasks, quiet
+from h3lm.evals.prefix_tree import Request
+from h3lm.evals.scorer import TreeScorer
+from h3lm.evals.tree_lm import TreeLM
+from h3lm.models import H3Config, H3ForCausalLM
+
+SUPERGLUE = ("boolq", "cb", "copa", "multirc", "sglue_rte", "wic", "wsc")  # those with data
+PRESETS = {"hybrid": "hybrid", "Transformer": "attention"}
+LONG_PRESETS = {"H3": "h3", **PRESETS}
+PLAIN_BATCHES = (32, 128, 512)
+SAMPLE = 384  # requests that the plain path's batch size is chosen on
+# float32 on a GPU, against the plain path: sums of up to hundreds of log-probabilities near -11
+GATE_NATS = 1e-3
+NOTES = """Random weights: the time does not depend on them. Time is that of answering the requests
+of a set, tokenising included; building prompts and metrics is the same for both and is not in it.
+`plain` is lm-eval's own `hf` model at the best of the batch sizes tried, on the same requests.
+`asked` and `computed` are input tokens of the requests and of the tree."""
+
+
+@dataclass(frozen=True)
+class Set:
+    """A set of tasks that is measured as one.
+
+    Attributes:
+        name: As in the table.
+        tasks: The harness's names.
+        shots: Few-shot examples, the same for all documents.
+        limits: First documents of each task; all where it is not named.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    shots: int
+    limits: dict[str, int]
+
+
+SETS = (
+    Set("seven SuperGLUE sets, zero-shot", SUPERGLUE, 0, {"boolq": 1000, "multirc": 1200}),
+    Set("MultiRC, zero-shot", ("multirc",), 0, {"multirc": 1200}),
+    Set("HellaSwag, fixed 3-shot", ("hellaswag",), 3, {"hellaswag": 400}),
+)
+
+
+def main() -> None:
+    """Check, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-dir", type=Path, required=True, help="evaluation sets")
+    parser.add_argument("--gpt2", type=Path, required=True, help="files of GPT-2's tokenizer")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--device", default="cuda", help="cpu only to try the script out")
+    parser.add_argument("--size", default="125m")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the limits of sets")
+    parser.add_argument("--long", type=int, default=2**18, help="tokens of the long document")
+    parser.add_argument("--seconds", type=float, default=240, help="start nothing new after this")
+    arguments = parser.parse_args()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        _run(arguments)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    began = time.monotonic()
+    torch.set_grad_enabled(False)
+    device = torch.device(arguments.device)
+    tokenizer = gpt2_tokenizer(arguments.gpt2)
+
+    def make(mixers: str, dtype: torch.dtype) -> H3ForCausalLM:
+        torch.manual_seed(0)
+        config = H3Config.from_preset(arguments.size, mixers=mixers)
+        return H3ForCausalLM(config).to(device, dtype).eval()
+
+    instances = {s.name: _instances(s, arguments.data_dir, arguments.scale) for s in SETS}
+    sample = [x for every in instances.values() for x in every[:: max(1, len(every) // 100)]]
+    _say(f"prompts built after {time.monotonic() - began:.0f} s")
+    agreement = [_check(name, make, mixers, tokenizer, sample) for name, mixers in PRESETS.items()]
+    races: list[Row] = []
+    for name, mixers in PRESETS.items():
+        model = make(mixers, torch.bfloat16)
+        _answer(TreeLM(model, tokenizer), sample)  # kernels are compiled here, not below
+        for s in SETS:
+            if time.monotonic() - began > arguments.seconds:
+                _say(f"no time left for {name} on {s.name}")
+                continue
+            races.append(_race(f"{name}, {s.name}", model, tokenizer, instances[s.name]))
+            _say(races[-1])
+        del model
+        _forget()
+    long: list[Row] = []
+    for name, mixers in LONG_PRESETS.items():
+        model = make(mixers, torch.bfloat16)
+        long.append(_long_document(name, model, arguments.long))
+        _say(long[-1])
+        del model
+        _forget()
+    where = environment(" ".join(sys.argv)) if device.type == "cuda" else {"device": "cpu"}
+    notes = f"{NOTES}\n\nBefore anything was timed: {'; '.join(agreement)}."
+    about_long = f"One document of {arguments.long:,} tokens, all of them scored, in bfloat16."
+    for title, text, rows in (("prefix_tree", notes, races), ("long_document", about_long, long)):
+        _say(write(title, arguments.output, where, text, rows).read_text())
+
+
+def _instances(s: Set, data_dir: Path, scale: float) -> list[Any]:
+    """The harness's requests of a set."""
+    every: list[Any] = []
+    loaded = load_tasks(
+        s.tasks, data_dir=data_dir, num_fewshot=s.shots, fixed_fewshot=bool(s.shots)
+    )
+    with quiet():
+        for name, task in loaded.tasks.items():
+            limit = s.limits.get(name, len(task.task_docs))
+            task.build_all_requests(limit=max(1, int(limit * scale)))
+            every += task.instances
+    return every
+
+
+def _check(
+    name: str, make: Callable[..., H3ForCausalLM], mixers: str, tokenizer: Any, sample: list[Any]
+) -> str:
+    """Compare the paths; the tree may be twice as wrong in bfloat16 as the plain path."""
+    model = make(mixers, torch.float32)
+    exact = _answer(TreeLM(model, tokenizer), sample)
+    plain = _answer(_plain(model, tokenizer, 16), sample)
+    apart = _farthest(exact, plain)
+    flags = sum(a[1] != b[1] for a, b in zip(exact, plain, strict=True))
+    if apart > GATE_NATS or flags:
+        raise UserError(f"{name}: tree and plain path are {apart} nats and {flags} flags apart")
+    del model
+    _forget()
+    half = make(mixers, torch.bfloat16)
+    wrong = [
+        _mean_error(_answer(lm, sample), exact)
+        for lm in (TreeLM(half, tokenizer), _plain(half, tokenizer, 16))
+    ]
+    if wrong[0] > 2 * wrong[1]:
+        raise UserError(f"{name}: in bfloat16 the tree is off by {wrong[0]}, plain by {wrong[1]}")
+    said = (
+        f"{name}: {len(sample)} requests at most {apart:.1e} nats apart in float32, greedy flags "
+        f"the same; in bfloat16 the tree is off by {wrong[0]:.1e} on average, the plain path by "
+        f"{wrong[1]:.1e}"
+    )
+    _say(said)
+    return said
+
+
+def _race(name: str, model: H3ForCausalLM, tokenizer: Any, requests: list[Any]) -> Row:
+    """Time of both paths on the same requests."""
+    part = requests[:: max(1, len(requests) // SAMPLE)]
+    speeds = {}
+    for batch in PLAIN_BATCHES:
+        lm = _plain(model, tokenizer, batch)
+        _answer(lm, part[:batch])
+        try:
+            speeds[batch], _ = _timed(lm, part)
+        except torch.OutOfMemoryError:
+            _forget()
+    best = min(speeds, key=lambda batch: speeds[batch])
+    plain_s, plain_gb = _timed(_plain(model, tokenizer, best), requests)
+    tree = TreeLM(model, tokenizer)
+    tree_s, tree_gb = _timed(tree, requests)
+    work = tree.scorer.work
+    return {
+        "model and set": name,
+        "requests": len(requests),
+        "plain s": plain_s,
+        "plain batch": best,
+        "tree s": tree_s,
+        "times faster": plain_s / tree_s,
+        "asked": work.asked,
+        "computed": work.computed,
+        "asked / computed": work.asked / work.computed,
+        "run": work.run,
+        "calls": work.calls,
+        "tree without tokenising s": work.seconds,
+        "plain peak GB": plain_gb,
+        "tree peak GB": tree_gb,
+    }
+
+
+def _long_document(name: str, model: H3ForCausalLM, length: int) -> Row:
+    """Score every token of one document."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50257, (length + 1,), generator=draw).tolist()
+    scorer = TreeScorer(model)
+    scorer.score([Request(ids[:1], ids[1:8192])])
+    _synchronise()
+    _reset_peak()
+    began = time.perf_counter()
+    (answer,) = scorer.score([Request(ids[:1], ids[1:])])
+    _synchronise()
+    return {
+        "model": name,
+        "tokens": length,
+        "s": time.perf_counter() - began,
+        "peak GB": _peak_gb(),
+        "nats per token": -answer.log_likelihood / length,
+    }
+
+
+def _plain(model: H3ForCausalLM, tokenizer: Any, batch: int) -> HFLM:
+    return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+
+
+def _answer(lm: HFLM, requests: list[Any]) -> list[tuple[float, bool]]:
+    return lm.loglikelihood(requests, disable_tqdm=True)
+
+
+def _timed(lm: HFLM, requests: list[Any]) -> tuple[float, float]:
+    """Seconds, and peak memory in GB, the model's weights included."""
+    _forget()
+    _reset_peak()
+    began = time.perf_counter()
+    _answer(lm, requests)
+    _synchronise()
+    return time.perf_counter() - began, _peak_gb()
+
+
+def _farthest(a: list[tuple[float, bool]], b: list[tuple[float, bool]]) -> float:
+    return max(abs(x[0] - y[0]) for x, y in zip(a, b, strict=True))
+
+
+def _mean_error(a: list[tuple[float, bool]], b: list[tuple[float, bool]]) -> float:
+    return sum(abs(x[0] - y[0]) for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def _say(what: object) -> None:
+    sys.stdout.write(f"{what}\n")
+    sys.stdout.flush()
+
+
+def _forget() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_gb() -> float:
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+
+
+if __name__ == "__main__":
+    main()
