@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from h3lm import H3Config, H3ForCausalLM
+from h3lm import H3ClassificationConfig, H3Config, H3ForCausalLM
 from h3lm.models.presets import PRESETS, count_parameters
 
 # paper.md 1.6, each confirmed on the authors' model class or by its formula
@@ -117,12 +117,19 @@ def test_vocabulary_is_never_altered():
         ({"d_state": 63}, "d_state=63 must be even"),
         ({"rotary_dim": 7}, "rotary_dim=7 must be even and at most 64"),
         ({"rotary_dim": 66}, "at most 64"),
+        ({"bidirectional": True}, "does not fit a causal model"),
         ({"vocab_size": 100, "tokenizer_vocab_size": 101}, "within vocab_size=100"),
     ],
 )
 def test_mistakes_are_one_clear_line(fields, message):
     with pytest.raises(ValueError, match=message):
         H3Config(**fields)
+
+
+def test_a_causal_model_refuses_a_classifiers_bidirectional_layers():
+    config = H3ClassificationConfig(bidirectional=True, num_hidden_layers=2, mixers="s4d")
+    with pytest.raises(ValueError, match="does not fit a causal model"):
+        H3ForCausalLM(config)
 
 
 def test_unknown_presets_and_fields_are_refused():

@@ -7,6 +7,10 @@ from transformers import PreTrainedConfig
 from h3lm.layers.mixers import MixerSizes, mixer
 
 HYBRID = "-hybrid"
+NOT_CAUSAL = (
+    "bidirectional=True: a layer that sees what it is asked to predict does not fit a causal "
+    "model; classifiers (H3ClassificationConfig) may have it"
+)
 
 
 class H3Config(PreTrainedConfig):
@@ -42,7 +46,8 @@ class H3Config(PreTrainedConfig):
         tie_word_embeddings: Whether the head is the embedding.
 
     Raises:
-        ValueError: if sizes do not divide or the choice of mixers contradicts itself.
+        ValueError: if sizes do not divide, the choice of mixers contradicts itself or a layer
+            would be bidirectional.
     """
 
     model_type = "h3"
@@ -80,6 +85,8 @@ class H3Config(PreTrainedConfig):
         self.mixers = _resolve_mixers(self.mixers, self.attention_layers, self.num_hidden_layers)
         self.attention_layers = [i for i, name in enumerate(self.mixers) if name == "attention"]
         self._check_sizes()
+        if kwargs.get("bidirectional"):
+            raise ValueError(NOT_CAUSAL)
         super().__post_init__(**kwargs)
 
     def _check_sizes(self) -> None:

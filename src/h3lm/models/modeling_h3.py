@@ -26,7 +26,7 @@ from h3lm.layers import Block, CausalAttention
 from h3lm.layers.attention import Rotation
 from h3lm.models import decoding
 from h3lm.models.cache import DecodingCache, RingLayer, prepare_cache
-from h3lm.models.configuration_h3 import H3Config
+from h3lm.models.configuration_h3 import NOT_CAUSAL, H3Config
 from h3lm.ssm import SSMModule
 
 logger = logging.getLogger("h3lm.models")
@@ -169,6 +169,8 @@ class H3Model(H3PreTrainedModel):
     """Embedding, blocks and final norm: token ids to hidden states."""
 
     def __init__(self, config: H3Config) -> None:
+        if config.mixer_sizes.bidirectional:  # a classifier's config
+            raise ValueError(NOT_CAUSAL)
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.num_learned_positions:
