@@ -70,7 +70,6 @@ def test_help_and_version():
     [
         (["fly"], "fly"),
         (["generate", "x", "--prompt", "a", "--colour", "red"], "--colour"),
-        (["generate", "x"], "--prompt"),
         (["generate", "x", "--prompt", "a", "--top-p", "2"], "--top-p"),
     ],
 )

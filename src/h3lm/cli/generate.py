@@ -7,7 +7,16 @@ from typer import Argument, Option
 
 def generate(
     model: Annotated[str, Argument(help="Model folder, or a name on the Hugging Face hub.")],
-    prompt: Annotated[str, Option(help="Text to continue.")],
+    prompt: Annotated[str | None, Option(help="Text to continue.")] = None,
+    requests: Annotated[
+        str | None,
+        Option(
+            help='File of prompts in place of --prompt: a JSON object in each line, {"prompt": '
+            '"Once", "max_new_tokens": 20, "seed": 1}; all but the prompt may be left out. Prints '
+            "a JSON line for each as it ends."
+        ),
+    ] = None,
+    slots: Annotated[int, Option(min=1, help="Requests that run at a time.")] = 16,
     max_new_tokens: Annotated[int, Option(min=1, help="Tokens to generate at most.")] = 200,
     temperature: Annotated[
         float, Option(min=0.0, help="Of the sampling distribution; 0 is greedy.")
@@ -19,12 +28,14 @@ def generate(
     seed: Annotated[int | None, Option(help="Seed of the sampling.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
-    """Continue a text, streaming it as it is made."""
-    from h3lm.models.generation import stream_text
+    """Continue a text, streaming it as it is made, or many texts at once."""
+    from h3lm.models.generation import answer
 
-    for piece in stream_text(
+    for piece in answer(
         model,
         prompt,
+        requests,
+        slots=slots,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,

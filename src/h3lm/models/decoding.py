@@ -8,7 +8,7 @@ too late (a row has stopped) it mends in its own copy. Without CUDA the same loo
 eagerly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -55,6 +55,8 @@ def refusal(
         return f"{unknown_processor(processors) or stranger} is not known here"
     if unknown:
         return f"the model is given {', '.join(unknown)}"
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return "the model is spread over devices"
     if ids.shape[1] == 0 or _steps(criteria, ids) < 1:
         return "the prompt is empty or nothing is to be generated"
     if config.prefill_chunk_size is not None and config.prefill_chunk_size < 1:
@@ -148,13 +150,15 @@ class Decoder:
     Args:
         model: An `H3ForCausalLM` in eval mode.
         cache: Fixed memory for its states.
-        chooser: Picks tokens.
+        chooser: Picks the token of each row from logits (rows, vocab_size), on the device.
 
     Attributes:
         token: The newest token of each row, (rows,), int64, at a fixed address.
     """
 
-    def __init__(self, model: Any, cache: DecodingCache, chooser: Chooser) -> None:
+    def __init__(
+        self, model: Any, cache: DecodingCache, chooser: Callable[[Tensor], Tensor]
+    ) -> None:
         self.model, self.cache, self.chooser = model, cache, chooser
         device = cache.lengths.device
         self.token = torch.zeros(cache.rows, dtype=torch.int64, device=device)
@@ -173,10 +177,10 @@ class Decoder:
         """
         device = self.cache.lengths.device
         random = torch.cuda.get_rng_state(device)
+        self.allocate()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            self.allocate()
             for _ in range(2):
                 self._advance()
         torch.cuda.current_stream(device).wait_stream(stream)
@@ -251,7 +255,7 @@ def prefill(
         decoder.logits.copy_(read_prompt(model, cache, ids, chunk))
         cache.start_steps(ids.shape[1])
         return
-    if not decoder.graph:
+    if decoder.graph is None:
         decoder.allocate()
     cache.start_empty()
     lengths = mask.bool().sum(1)

@@ -1,6 +1,9 @@
 """Text in, text out."""
 
+import json
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
@@ -14,8 +17,7 @@ from h3lm.data.tokenizers import encode
 from h3lm.errors import UserError
 from h3lm.models.folders import load_model
 from h3lm.models.modeling_h3 import H3ForCausalLM
-
-PREFILL_CHUNK = 4096  # tokens of a prompt that are in memory at a time
+from h3lm.models.serving import Slots, read_requests
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -35,6 +37,23 @@ def pick_device(name: str = "auto") -> torch.device:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
+def answer(
+    model: str, prompt: str | None, requests: str | None, *, slots: int, **options: Any
+) -> Iterator[str]:
+    """The text of `stream_text`, or the lines of `serve_text`: what `h3lm generate` prints.
+
+    Raises:
+        UserError: if there is neither a prompt nor a file of requests, or both; and theirs.
+    """
+    if (prompt is None) == (requests is None):
+        raise UserError("give --prompt or --requests, one of them")
+    if prompt is not None:
+        yield from stream_text(model, prompt, **options)
+    elif requests is not None:
+        for i, line in enumerate(serve_text(model, requests, slots=slots, **options)):
+            yield f"\n{line}" if i else line
+
+
 def stream_text(
     model: str,
     prompt: str,
@@ -52,8 +71,9 @@ def stream_text(
 
     Raises:
         UserError: if the model or its tokenizer cannot be loaded, the tokenizer cannot spell the
-            prompt, or it has ids that the model lacks.
+            prompt, it has ids that the model lacks, or the sampling options contradict each other.
     """
+    check_sampling(temperature, top_p, top_k)
     where = pick_device(device)
     loaded = load_model(model, device=where, dtype=_inference_dtype(where))
     tokenizer = load_tokenizer_of(model)
@@ -105,8 +125,6 @@ def continue_ids(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    if ids.shape[1] > PREFILL_CHUNK:
-        sampling["prefill_chunk_size"] = PREFILL_CHUNK
     streamer = _TextStreamer(tokenizer)
     failure: list[BaseException] = []
 
@@ -130,6 +148,66 @@ def continue_ids(
     thread.join()
     if failure:
         raise failure[0]
+
+
+def serve_text(
+    model: str,
+    requests: str,
+    *,
+    slots: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    device: str = "auto",
+) -> Iterator[str]:
+    """Load a model folder and run the requests of a file, yielding JSON lines as they end.
+
+    A line has the request's line in the file, its prompt and what follows it. The prompt's tokens
+    and what was generated are the same whatever else the file has.
+
+    Raises:
+        UserError: if the model or its tokenizer cannot be loaded, a line of the file is not a
+            request, the slots do not fit, or the sampling options contradict each other.
+    """
+    check_sampling(temperature, top_p, top_k)
+    where = pick_device(device)
+    loaded = load_model(model, device=where, dtype=_inference_dtype(where))
+    tokenizer = load_tokenizer_of(model)
+    jobs = read_requests(
+        Path(requests), partial(encode, tokenizer), max_new_tokens, 0 if seed is None else seed
+    )
+    stop = loaded.generation_config.eos_token_id
+    batch = Slots(
+        loaded,
+        min(slots, len(jobs)),
+        max(len(job.ids) + job.max_new_tokens for job in jobs),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=[] if stop is None else [stop] if isinstance(stop, int) else stop,
+    )
+    for done in batch.run(jobs):
+        prompt, text = (
+            tokenizer.decode(ids, skip_special_tokens=True) for ids in (done.ids, done.tokens)
+        )
+        line = {"line": done.number, "prompt": prompt, "text": text, "tokens": len(done.tokens)}
+        yield json.dumps(line, ensure_ascii=False)
+
+
+def check_sampling(temperature: float, top_p: float, top_k: int) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        UserError: if sampling is narrowed down where nothing is sampled.
+    """
+    narrowed = [name for name, on in (("top_p", top_p < 1), ("top_k", top_k > 0)) if on]
+    if temperature == 0 and narrowed:
+        raise UserError(
+            f"temperature 0 always takes the likeliest token, which contradicts "
+            f"{' and '.join(narrowed)}: leave that out or raise the temperature"
+        )
 
 
 def load_tokenizer_of(model: str) -> PreTrainedTokenizerFast:
