@@ -34,3 +34,11 @@ def train(
     from h3lm.bench.train import run
 
     print(run(out, print, preset=preset, compiled=compiled))
+
+
+@bench.command()
+def lra(out: Folder = DEFAULT_FOLDER) -> None:
+    """Training steps on the Long Range Arena's shapes: S4 by torch.fft and by our kernel."""
+    from h3lm.bench.lra import run
+
+    print(run(out, print))
