@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import CheckpointException
 
 from h3lm.data.lock import LOCK_FILE, only_writer
 from h3lm.errors import UserError
@@ -255,6 +257,27 @@ def test_no_space_stops_with_one_line_and_harms_no_checkpoint(tiny, stopped_at, 
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     run(recipe)
     assert names(recipe.folder) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_write_that_fails_in_one_process_is_one_line_in_all(tiny, stopped_at, monkeypatch):
+    recipe = tiny(save_every=2)
+    stopped_at(recipe, 2)
+
+    def failing(error):
+        def save(*_, **__):
+            raise CheckpointException("write", {1: (error, None)})
+
+        monkeypatch.setattr("h3lm.train.optimizer_state.checkpoint.save", save)
+
+    failing(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(
+        UserError, match=r"could not be written \(No space left on device\); checkp"
+    ):
+        run(recipe)
+    assert names(recipe.folder) == ["checkpoint-2"]
+    failing(KeyError("ours"))  # a fault is no full disk
+    with pytest.raises(CheckpointException, match="ours"):
+        run(recipe)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

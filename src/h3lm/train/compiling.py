@@ -1,5 +1,7 @@
 """`torch.compile`, without a wrapper that would rename the weights."""
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import nn
 
@@ -19,3 +21,8 @@ def compile_model(model: H3ForCausalLM, way: str) -> None:
     modules: list[nn.Module] = list(model.model.layers) if way == "blocks" else [model]
     for module in modules:
         module.forward = torch.compile(module.forward)
+
+
+def eagerly() -> AbstractContextManager[None]:
+    """A compiled model called as it was written: for other shapes, which would be compiled for."""
+    return torch.compiler.set_stance("force_eager")

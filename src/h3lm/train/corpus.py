@@ -40,19 +40,23 @@ class HeldOut:
     characters: bool = False
 
 
-def prepared_folder(recipe: Recipe) -> Path:
-    """The folder of a recipe's blocks; the text that we ship is prepared on the way."""
-    if recipe.data != TINY_SHAKESPEARE:
-        if not recipe.data:
-            raise UserError("the recipe has no data: give data=FOLDER, made by `h3lm prepare`")
-        return Path(recipe.data)
-    folder = recipe.folder / "data"
-    with as_file(_shipped_text()) as path:
-        prepare(
-            path, folder, tokenizer="characters", valid_fraction=0.1,
-            block_length=recipe.block_length, progress=False,
-        )  # fmt: skip
-    return folder
+def blocks_folder(recipe: Recipe) -> Path:
+    """The folder of a recipe's blocks."""
+    if recipe.data == TINY_SHAKESPEARE:
+        return recipe.folder / "data"
+    if not recipe.data:
+        raise UserError("the recipe has no data: give data=FOLDER, made by `h3lm prepare`")
+    return Path(recipe.data)
+
+
+def prepare_shipped_text(recipe: Recipe) -> None:
+    """Prepare the text that we ship, if the recipe trains on it."""
+    if recipe.data == TINY_SHAKESPEARE:
+        with as_file(_shipped_text()) as path:
+            prepare(
+                path, blocks_folder(recipe), tokenizer="characters", valid_fraction=0.1,
+                block_length=recipe.block_length, progress=False,
+            )  # fmt: skip
 
 
 def held_out(

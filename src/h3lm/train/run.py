@@ -24,8 +24,9 @@ from h3lm.train.checkpoints import Checkpoint
 from h3lm.train.corpus import (
     BlockCollator,
     BlockDataset,
+    blocks_folder,
     held_out,
-    prepared_folder,
+    prepare_shipped_text,
     tokenizer_of,
 )
 from h3lm.train.interrupt import RunStopped, StopOnSignal
@@ -178,13 +179,14 @@ def find_checkpoint(recipe: Recipe, console: Console) -> Checkpoint | None:
 
 def _open_blocks(recipe: Recipe) -> Blocks:
     """The training blocks; the first process prepares and verifies what is not."""
+    folder = blocks_folder(recipe)
     if is_first():
-        data = prepared_folder(recipe)
-        blocks = Blocks(data, "train", recipe.block_length)
+        prepare_shipped_text(recipe)
+        blocks = Blocks(folder, "train", recipe.block_length)
         if recipe.verify_data:
-            blocks.stream.index.verify(data)
+            blocks.stream.index.verify(folder)
     wait_for_all()
-    return Blocks(prepared_folder(recipe), "train", recipe.block_length)
+    return Blocks(folder, "train", recipe.block_length)
 
 
 def _fingerprint(blocks: Blocks) -> str:

@@ -1,6 +1,7 @@
 """Hugging Face's Trainer with what is ours: groups, schedule, evaluation, checkpoints."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from h3lm.evals.perplexity import TextScore, score_tokens
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.train import checkpoints
 from h3lm.train.checkpoints import RunPoint
-from h3lm.train.compiling import compile_model
+from h3lm.train.compiling import compile_model, eagerly
 from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut
 from h3lm.train.finite import FiniteWatch
 from h3lm.train.optimizer_state import load_optimizer, save_optimizer
@@ -153,7 +154,7 @@ class H3Trainer(Trainer):
 
     def _score(self, valid: HeldOut) -> TextScore:
         """The score of all processes together, each on its share."""
-        with torch.compiler.set_stance("force_eager"):  # other shapes, which would be compiled for
+        with eagerly() if self.recipe.compile is not None else nullcontext():
             part = score_tokens(
                 self.model,
                 valid.tokens,
