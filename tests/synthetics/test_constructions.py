@@ -59,8 +59,10 @@ def errors(construction, count=1000, longest=LONGEST, batch=250):
     return int(bad.gather(1, query[:, None]).sum()), int((bad & is_key).sum())
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", ["b", "b-parities"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*(("b", size) for size in SIZES), ("b-parities", (4, 4)), ("b-parities", (9, 9))],
+)
 def test_no_error_in_1000_sequences_in_parallel(name, size):
     assert errors(EXACT[name](*size)) == (0, 0)
 
@@ -104,7 +106,8 @@ def test_one_channel_for_each_bit_of_the_key_fails(size, published):
     value = ((y[..., :bits] > 0) << torch.arange(bits)).sum(-1)
     wrong = int((value != answers).gather(1, query[:, None]).sum())
     assert wrong == pytest.approx(published, abs=90)
-    assert errors(construction)[0] > 300
+    at_once = construction.decide(y) != answers  # as `errors` decides for those that do not fail
+    assert at_once.gather(1, query[:, None]).sum() > 300
 
 
 @pytest.mark.parametrize(

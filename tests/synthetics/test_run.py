@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,17 +10,9 @@ from h3lm.errors import UserError
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.synthetics.ensemble import Ensemble, Member, Recipe
-from h3lm.synthetics.run import (
-    SETTINGS,
-    Plan,
-    Report,
-    Setting,
-    live_line,
-    model_config,
-    plan,
-    run,
-    state_floats,
-)
+from h3lm.synthetics.report import Report
+from h3lm.synthetics.run import Plan, live_line, model_config, plan, run, state_floats
+from h3lm.synthetics.settings import SETTINGS, Setting
 from h3lm.synthetics.tasks import AssociativeRecall, MultiQueryRecall
 from h3lm.synthetics.trace import trace
 
@@ -179,6 +172,7 @@ def test_report_holds_every_run_its_baselines_and_sizes(finished):
     assert "| h3 | 99.8 |" in text
     assert "most frequent value of the row, by keys" in text
     assert "no positions there" in text
+    assert text.count("most frequent value of the row, by keys") == 2  # under both tables
     assert any("step 9/18" in line for line in said)
     for name in ("accuracy", "curves", "lengths", "trace-recall"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -209,6 +203,67 @@ def test_what_was_run_is_not_run_again_and_more_seeds_are_added(finished):
     assert sum("already in" in line for line in said) == 2
 
 
+def test_another_task_and_another_seed_are_added_to_the_folders_report(finished, tmp_path):
+    _, chosen, _ = finished
+    first = replace(chosen, mixers=("attention",), seeds=(0,), search=False)
+    longer = replace(SMALL, task=AssociativeRecall(vocab_size=10, length=10), test_lengths=())
+    run(first, tmp_path, lambda line: None)
+    alone = Report.open(tmp_path).baselines["recall"]
+    run(replace(first, settings={"longer": longer}), tmp_path, lambda line: None)
+    run(replace(first, seeds=(1,)), tmp_path, lambda line: None)
+    report = Report.open(tmp_path)
+    assert [(r.setting, r.seed) for r in report.runs] == [
+        ("recall", 0),
+        ("longer", 0),
+        ("recall", 1),
+    ]
+    assert report.settings() == ["recall", "longer"]
+    text = (tmp_path / "report.md").read_text()
+    assert "## recall\n" in text
+    assert "## longer\n" in text
+    # the rules that learn nothing are scored on the rows of both seeds now
+    rules = [TASK.baselines(TASK.dataset(seed, num_train=70, num_test=20)) for seed in (0, 1)]
+    for found, before, *same in zip(report.baselines["recall"], alone, *rules, strict=True):
+        assert before["accuracy"] == same[0].accuracy
+        assert found["accuracy"] == pytest.approx(np.mean([b.accuracy for b in same]))
+
+
+def test_reports_of_several_folders_become_one_without_training(finished, tmp_path):
+    folder, chosen, _ = finished
+    one = replace(chosen, mixers=("attention",), seeds=(2,), search=False)
+    run(one, tmp_path / "one", lambda line: None)
+    said = []
+    run(chosen, tmp_path / "all", said.append, minutes=0, others=[folder, tmp_path / "one", folder])
+    merged, parts = (
+        Report.open(tmp_path / "all"),
+        [Report.open(folder), Report.open(tmp_path / "one")],
+    )
+    assert merged.runs == [run for part in parts for run in part.runs]
+    assert (tmp_path / "all" / "accuracy.png").exists()
+    assert set(merged.sizes) == {"recall h3", "recall attention"}
+    with pytest.raises(UserError, match=r"cannot read .*none.report.json"):
+        run(chosen, tmp_path / "all", others=[tmp_path / "none"])
+
+
+def test_a_model_that_diverged_is_said_and_never_the_best(finished, tmp_path):
+    report = Report.open(finished[0])
+    report.path = tmp_path / "report.json"
+    for found in report.runs:
+        found.accuracy = 0.5
+        if (found.mixer, found.kind, found.learning_rate) == ("h3", "search", 1e-3):
+            found.test_loss, found.curve = math.nan, [(3, math.nan, 0.5)]
+        if (found.mixer, found.kind) == ("attention", "recipe"):
+            found.test_loss = math.nan
+    report.write()
+    assert "NaN" not in report.path.read_text()
+    again = Report.open(tmp_path)
+    assert again.select("recall", "h3", "search")[0].learning_rate != 1e-3
+    assert sum(math.isnan(r.test_loss) for r in again.runs) == 4
+    again.runs = [r for r in again.runs if r.kind == "recipe"]
+    assert "some diverged" in again.markdown()
+
+
+@pytest.mark.slow
 def test_processes_side_by_side_train_the_same(finished, tmp_path):
     _, chosen, _ = finished
     two = replace(chosen, seeds=(0,), search=False)

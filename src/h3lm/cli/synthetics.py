@@ -32,19 +32,32 @@ def synthetics(
     num_pairs: Annotated[int | None, Option(help="Of mqar, in place of its own.")] = None,
     short: Annotated[bool, Option("--short", help=f"The short version: {SHORT}.")] = False,
     out: Annotated[
-        Path, Option(help="Folder of the report; what it holds is not run again.")
-    ] = Path("runs/synthetics"),
+        Path | None,
+        Option(
+            help="Folder of the report; what it holds is not run again, the rest is added. "
+            "By default runs/synthetics, or runs/synthetics-short."
+        ),
+    ] = None,
+    add: Annotated[
+        list[Path] | None,
+        Option(help="Folder of another report to take up first; repeatable."),
+    ] = None,
     workers: Annotated[
         int,
         Option(min=0, help="Trainings side by side; 0: one on each core, or four on each GPU."),
     ] = 0,
     minutes: Annotated[
-        float, Option(help="Give up what is not finished by then; the same call goes on.")
+        float,
+        Option(
+            help="Give up what is not finished by then; the same call goes on. With 0 nothing is "
+            "trained, only tables and pictures are made."
+        ),
     ] = math.inf,
     device: Annotated[str, Option(help="auto, cpu, cuda (all of them), cuda:0 or mps.")] = "auto",
 ) -> None:
     """Train mixers on tasks that tell them apart, and report what they can recall."""
-    from h3lm.synthetics.run import MIXERS_BY_DEFAULT, live_line, plan, run
+    from h3lm.synthetics.run import live_line, plan, run
+    from h3lm.synthetics.settings import MIXERS_BY_DEFAULT
 
     if short:
         seeds, learning_rate, max_steps = 1, learning_rate or 2e-3, max_steps or 10_000
@@ -62,4 +75,5 @@ def synthetics(
         num_pairs=num_pairs,
     )
     say, progress = live_line()
-    run(chosen, out, say, progress, workers=workers, minutes=minutes)
+    folder = out or Path("runs/synthetics-short" if short else "runs/synthetics")
+    run(chosen, folder, say, progress, workers=workers, minutes=minutes, others=add or ())

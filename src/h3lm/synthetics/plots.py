@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from h3lm.synthetics.settings import SETTINGS
+
 if TYPE_CHECKING:
-    from h3lm.synthetics.run import Report, Run
+    from h3lm.synthetics.report import Report, Run
     from h3lm.synthetics.trace import LayerTrace, Trace
 
 _CHANNELS = 12  # rows of a trace: those that matter most for the answer
@@ -110,8 +112,6 @@ def _accuracy(report: "Report") -> Figure:
 
 
 def _paper_marks(axis: Axes, setting: str, mixers: list[str]) -> None:
-    from h3lm.synthetics.run import SETTINGS
-
     paper = SETTINGS[setting].paper if setting in SETTINGS else {}
     marks = [(i, paper[mixer]) for i, mixer in enumerate(mixers) if mixer in paper]
     if marks:

@@ -1,7 +1,6 @@
 """The expressivity lab: train any mixer on any task, and write down what came out."""
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -11,12 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,76 +26,17 @@ from h3lm.layers import MIXERS
 from h3lm.models.configuration_h3 import HYBRID, H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.synthetics.ensemble import TURN, Ensemble, Look, Member, Recipe
+from h3lm.synthetics.report import Report, Run
+from h3lm.synthetics.settings import SETTINGS, Setting
 from h3lm.synthetics.tasks import Baseline, Dataset, Task, check_known, make_task
 
 NUM_LAYERS = 2
-MIXERS_BY_DEFAULT = ("h3", "s4d", "gss", "attention", "linear_attention", "s4")
 SEARCH_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SEARCH_LENGTH = 2  # times the recipe's epochs
 SIDE_BY_SIDE = 4  # jobs on one GPU: their kernels are too small to fill it
 CURVE_POINTS = 100
 _GIVEN_UP = threading.Event()  # set where a person stops jobs that are threads
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A task with its sizes and its recipe.
-
-    Attributes:
-        task: The task.
-        recipe: How models are trained on it.
-        width: Width of the models.
-        num_train: Training rows.
-        num_test: Test rows.
-        test_lengths: Further lengths to test at.
-        paper: The paper's accuracy in per cent, by mixer.
-    """
-
-    task: Task
-    recipe: Recipe
-    width: int = 32
-    num_train: int = 5000
-    num_test: int = 500
-    test_lengths: tuple[int, ...] = ()
-    paper: dict[str, float] = field(default_factory=dict)
-
-
-def _mqar(num_pairs: int, length: int) -> Setting:
-    # The published comparison has 8192 ids, 100,000 rows, batches of 512 and more rates: hours.
-    # With 512 ids there are still more keys than a row's, and 64 pairs are more than a width.
-    task = make_task("mqar", vocab_size=512, length=length, num_pairs=num_pairs)
-    recipe = Recipe(epochs=32, schedule="cosine", learning_rate=2e-3, batch_size=64, stop_at=0.99)
-    return Setting(task, recipe, width=64, num_train=10_000, num_test=500)
-
-
-SETTINGS: dict[str, Setting] = {
-    "induction": Setting(
-        make_task("induction", vocab_size=20, length=30),
-        Recipe(epochs=400, schedule="cosine"),
-        paper={"s4d": 35.6, "gss": 6.8, "h3": 100.0, "attention": 100.0},
-    ),
-    "recall": Setting(
-        make_task("recall", vocab_size=10, length=20),
-        Recipe(epochs=200),
-        test_lengths=(20, 40, 80, 160),
-        paper={"s4d": 86.0, "gss": 78.0, "h3": 99.8, "attention": 100.0},
-    ),
-    "recall-v20": Setting(
-        make_task("recall", vocab_size=20, length=40),
-        Recipe(epochs=400),
-        test_lengths=(40, 80, 160),
-    ),
-    "mqar-4": _mqar(4, 64),
-    "mqar-8": _mqar(8, 64),
-    "mqar-16": _mqar(16, 64),
-    "mqar-64": _mqar(64, 256),
-}
-_COLUMNS = (
-    "mixer", "paper", "one recipe", "lr", "best of the search", "lr", "steps", "loss",
-    "parameters", "state, floats",
-)  # fmt: skip
-PAPER_LONGER = {("recall", "h3", 40): 98.4}
 
 
 @dataclass(frozen=True)
@@ -123,39 +63,6 @@ class Plan:
     max_steps: int | None = None
     device: str = "cpu"
     early_stop: bool = True
-
-
-@dataclass
-class Run:
-    """One trained model, as it is written to the report.
-
-    Attributes:
-        setting: Name of the setting.
-        mixer: The mixer, as it was asked for.
-        kind: "recipe" or "search".
-        seed: Of data and start.
-        learning_rate: Peak rate.
-        planned_steps: Steps of its schedule.
-        steps: Steps taken; fewer where it had solved the task.
-        accuracy: Test accuracy at the end.
-        best_accuracy: Best test accuracy at any look.
-        test_loss: Loss of the answers at the end, nats.
-        longer: Accuracy at further lengths.
-        curve: (step, training loss, test accuracy) at each look.
-    """
-
-    setting: str
-    mixer: str
-    kind: str
-    seed: int
-    learning_rate: float
-    planned_steps: int
-    steps: int
-    accuracy: float
-    best_accuracy: float
-    test_loss: float
-    longer: dict[str, float]
-    curve: list[tuple[int, float, float]]
 
 
 def plan(
@@ -291,7 +198,6 @@ class Outcome:
 
     runs: list[Run]
     size: dict[str, int]
-    baselines: list[dict[str, Any]]
 
 
 def run(
@@ -302,6 +208,7 @@ def run(
     *,
     workers: int = 1,
     minutes: float = math.inf,
+    others: Iterable[Path] = (),
 ) -> None:
     """Train everything of a plan and write report.json, report.md, the pictures and the models.
 
@@ -316,16 +223,24 @@ def run(
         workers: Jobs side by side: processes on a CPU, 0 for one on each core; threads with a
             stream each on a GPU, 0 for `SIDE_BY_SIDE` of them. With more than one process each
             shows its own progress.
-        minutes: Time after which what is not finished is given up, and said.
+        minutes: Time after which what is not finished is given up, and said; 0 only writes anew
+            what there is.
+        others: Folders of further reports, of other machines perhaps, to take up first. Their
+            models and traces stay where they are.
 
     Raises:
-        UserError: if the folder cannot be written, or the device is missing.
+        UserError: if the folder cannot be written, a report cannot be read, or the device is
+            missing.
     """
     from h3lm.synthetics import plots
 
     deadline = time.time() + 60 * minutes
     devices = _devices(plan.device)
     report = Report.open(out)
+    for folder in others:
+        report.merge(Report.of(folder))
+    for name, setting in plan.settings.items():
+        _measure_baselines(report, name, setting)
     jobs = []
     for name, setting in plan.settings.items():
         for mixer in plan.mixers:
@@ -341,10 +256,12 @@ def run(
         if outcome is None:
             unfinished.append(f"{job.name} {job.mixer}")
             continue
-        report.add(job, outcome)
+        report.add(job.name, job.mixer, outcome.runs, outcome.size)
+        _measure_baselines(report, job.name, job.setting)
         report.write()
         say(f"{job.name} {job.mixer}: {report.summary(job.name, job.mixer)}")
     if report.runs:
+        report.write()
         for path in plots.plot_report(report, out):
             say(f"written: {path}")
         say(report.markdown())
@@ -497,8 +414,7 @@ def _outcome(job: Job, members: list[Member], longer: dict[int, list[float]]) ->
         "parameters": sum(p.numel() for p in best.model.parameters()),
         "state_floats": state_floats(best.model, job.setting.task.length),
     }
-    data = {member.seed: member.data for member in members}
-    return Outcome(runs, size, [asdict(b) for b in _mean_baselines(data.values())])
+    return Outcome(runs, size)
 
 
 def _thinned(curve: list[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
@@ -517,6 +433,8 @@ def _dataset_of(
 
 def _dataset(setting: Setting, seed: int, test_length: int | None = None) -> Dataset:
     """Rows of a seed; jobs of one setting share them."""
+    if test_length == setting.task.length:
+        test_length = None
     return _dataset_of(setting.task, seed, setting.num_train, setting.num_test, test_length)
 
 
@@ -530,7 +448,7 @@ def _describe(look: Look) -> str:
 
 
 def _wanted(
-    plan: Plan, name: str, setting: Setting, mixer: str, report: "Report"
+    plan: Plan, name: str, setting: Setting, mixer: str, report: Report
 ) -> tuple[tuple[str, int, Recipe], ...]:
     """The models that the report does not hold yet; both kinds go into one ensemble."""
     recipe, steps = setting.recipe, -(-setting.num_train // setting.recipe.batch_size)
@@ -577,174 +495,23 @@ def state_floats(model: H3ForCausalLM, length: int) -> int:
     return total
 
 
-class Report:
-    """Everything that was run in a folder, and its tables."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.runs: list[Run] = []
-        self.baselines: dict[str, list[dict[str, Any]]] = {}
-        self.sizes: dict[str, dict[str, int]] = {}
-
-    @classmethod
-    def open(cls, folder: Path) -> "Report":
-        """The report of a folder, empty if it has none.
-
-        Raises:
-            UserError: if the folder cannot be made or its report cannot be read.
-        """
-        report = cls(folder / "report.json")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            text = report.path.read_text() if report.path.exists() else None
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}") from None
-        if text is not None:
-            try:
-                stored = json.loads(text)
-                report.runs = [Run(**run) for run in stored["runs"]]
-                report.baselines, report.sizes = stored["baselines"], stored["sizes"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{report.path} is not a report of this lab: move it away or choose another "
-                    "folder"
-                ) from None
-        return report
-
-    def __contains__(self, key: tuple[Any, ...]) -> bool:
-        """Whether there is a run of this setting, mixer, kind, seed, rate and number of steps."""
-        return key in {
-            (r.setting, r.mixer, r.kind, r.seed, r.learning_rate, r.planned_steps)
-            for r in self.runs
+def _measure_baselines(report: Report, name: str, setting: Setting) -> None:
+    """Score the trivial rules on the test rows of every seed that the report holds."""
+    seeds = sorted({run.seed for run in report.runs if run.setting == name})
+    if seeds:
+        report.baselines[name] = _mean_baselines(setting, seeds, setting.task.length)
+        report.longer_baselines[name] = {
+            str(length): _mean_baselines(setting, seeds, length) for length in setting.test_lengths
         }
 
-    def add(self, job: Job, outcome: Outcome) -> None:
-        """Take up what a job left."""
-        self.runs += outcome.runs
-        self.sizes[f"{job.name} {job.mixer}"] = outcome.size
-        self.baselines[job.name] = outcome.baselines
 
-    def write(self) -> None:
-        """Write the JSON and the tables."""
-        # one run to a line: thousands of numbers on lines of their own would be the larger file
-        runs = ",\n".join(json.dumps(asdict(run)) for run in self.runs)
-        rest = json.dumps({"baselines": self.baselines, "sizes": self.sizes}, indent=1)
-        text = f'{{"runs": [\n{runs}\n],{rest[1:]}\n'
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(self.path)  # never half a report
-        self.path.with_suffix(".md").write_text(self.markdown())
-
-    def settings(self) -> list[str]:
-        """Settings in the order in which they were run."""
-        return list(dict.fromkeys(run.setting for run in self.runs))
-
-    def mixers(self, setting: str) -> list[str]:
-        """Mixers of a setting, the default ones first."""
-        found = dict.fromkeys(r.mixer for r in self.runs if r.setting == setting)
-        known = {mixer: i for i, mixer in enumerate(MIXERS_BY_DEFAULT)}
-        return sorted(found, key=lambda mixer: known.get(mixer, len(known)))
-
-    def select(self, setting: str, mixer: str, kind: str) -> list[Run]:
-        """Runs of one kind: those of the recipe, or those of the search's best rate.
-
-        The rate is chosen by the mean test accuracy at the end, and its loss where that is equal.
-        """
-        runs = [r for r in self.runs if (r.setting, r.mixer, r.kind) == (setting, mixer, kind)]
-        if not runs:
-            return []
-
-        def merit(rate: float) -> tuple[float, float]:
-            same = [r for r in runs if r.learning_rate == rate]
-            return fmean(r.accuracy for r in same), -fmean(r.test_loss for r in same)
-
-        best = max({r.learning_rate for r in runs}, key=merit)
-        return [r for r in runs if r.learning_rate == best]
-
-    def summary(self, setting: str, mixer: str) -> str:
-        """One line of what came out."""
-        parts = []
-        for kind in ("recipe", "search"):
-            if runs := self.select(setting, mixer, kind):
-                parts.append(f"{kind} {_spread([r.accuracy for r in runs])} %")
-        return ", ".join(parts)
-
-    def markdown(self) -> str:
-        """All tables."""
-        return "\n".join(self._table(setting) for setting in self.settings())
-
-    def _table(self, setting: str) -> str:
-        paper = SETTINGS[setting].paper if setting in SETTINGS else {}
-        lines = [
-            f"## {setting}",
-            "",
-            "Accuracy in per cent at the last step, mean over seeds (spread: standard deviation).",
-            "",
-            f"| {' | '.join(_COLUMNS)} |",
-            "|---" * len(_COLUMNS) + "|",
-        ]
-        for mixer in self.mixers(setting):
-            recipe, search = (self.select(setting, mixer, kind) for kind in ("recipe", "search"))
-            shown = search or recipe
-            size = self.sizes[f"{setting} {mixer}"]
-            cells = [
-                mixer,
-                f"{paper[mixer]:.1f}" if mixer in paper else "-",
-                *(cell for runs in (recipe, search) for cell in _cells(runs)),
-                f"{fmean(r.steps for r in shown):,.0f}",
-                f"{fmean(r.test_loss for r in shown):.3f}",
-                f"{size['parameters']:,}",
-                f"{size['state_floats']:,}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", "Rules that learn nothing, on the same test rows:", ""]
-        lines += ["| rule | accuracy | loss |", "|---|---|---|"]
-        for b in self.baselines[setting]:
-            loss = "-" if b["loss"] is None else f"{b['loss']:.3f}"
-            lines.append(f"| {b['rule']} | {100 * b['accuracy']:.1f} | {loss} |")
-        return "\n".join([*lines, "", *self._longer(setting)])
-
-    def _longer(self, setting: str) -> list[str]:
-        lengths = sorted({int(n) for r in self.runs if r.setting == setting for n in r.longer})
-        if not lengths:
-            return []
-        lines = [
-            "Accuracy at other test lengths, same models:",
-            "",
-            f"| mixer | {' | '.join(map(str, lengths))} |",
-            f"|---|{'---|' * len(lengths)}",
-        ]
-        for mixer in self.mixers(setting):
-            runs = self.select(setting, mixer, "search") or self.select(setting, mixer, "recipe")
-            cells = []
-            for length in lengths:
-                found = [r.longer[str(length)] for r in runs if str(length) in r.longer]
-                paper = PAPER_LONGER.get((setting, mixer, length))
-                note = f" (paper {paper})" if paper else ""
-                cells.append(f"{_spread(found)}{note}" if found else "no positions there")
-            lines.append(f"| {mixer} | {' | '.join(cells)} |")
-        return [*lines, ""]
-
-
-def _cells(runs: list[Run]) -> tuple[str, str]:
-    if not runs:
-        return "-", "-"
-    return _spread([r.accuracy for r in runs]), f"{runs[0].learning_rate:g}"
-
-
-def _spread(accuracies: list[float]) -> str:
-    mean = f"{100 * fmean(accuracies):.1f}"
-    return mean if len(accuracies) == 1 else f"{mean} ± {100 * pstdev(accuracies):.1f}"
-
-
-def _mean_baselines(data: Iterable[Dataset]) -> list[Baseline]:
-    """Baselines on the rows of each seed, averaged."""
-    tables = [d.task.baselines(d) for d in data]
+def _mean_baselines(setting: Setting, seeds: list[int], length: int) -> list[dict[str, Any]]:
+    data = [_dataset(setting, seed, length) for seed in seeds]
     means = []
-    for same in zip(*tables, strict=True):
+    for same in zip(*(d.task.baselines(d) for d in data), strict=True):
         losses = [b.loss for b in same if b.loss is not None]
         loss = fmean(losses) if losses else None
-        means.append(Baseline(same[0].rule, fmean(b.accuracy for b in same), loss))
+        means.append(asdict(Baseline(same[0].rule, fmean(b.accuracy for b in same), loss)))
     return means
 
 

@@ -1,0 +1,272 @@
+"""What the lab has run in a folder, as JSON and as tables."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from h3lm.errors import UserError
+from h3lm.synthetics.settings import MIXERS_BY_DEFAULT, PAPER_LONGER, SETTINGS
+
+_COLUMNS = (
+    "mixer", "paper", "one recipe", "lr", "best of the search", "lr", "steps", "loss",
+    "parameters", "state, floats",
+)  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One trained model, as it is written to the report.
+
+    Attributes:
+        setting: Name of the setting.
+        mixer: The mixer, as it was asked for.
+        kind: "recipe" or "search".
+        seed: Of data and start.
+        learning_rate: Peak rate.
+        planned_steps: Steps of its schedule.
+        steps: Steps taken; fewer where it had solved the task.
+        accuracy: Test accuracy at the end.
+        best_accuracy: Best test accuracy at any look.
+        test_loss: Loss of the answers at the end, nats.
+        longer: Accuracy at further lengths.
+        curve: (step, training loss, test accuracy) at each look.
+    """
+
+    setting: str
+    mixer: str
+    kind: str
+    seed: int
+    learning_rate: float
+    planned_steps: int
+    steps: int
+    accuracy: float
+    best_accuracy: float
+    test_loss: float
+    longer: dict[str, float]
+    curve: list[tuple[int, float, float]]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from other runs: setting, mixer, kind, seed, rate and schedule."""
+        return (
+            self.setting, self.mixer, self.kind, self.seed, self.learning_rate, self.planned_steps,
+        )  # fmt: skip
+
+    def to_json(self) -> str:
+        """One line; null for the loss of a model that diverged, since JSON knows no NaN."""
+        curve = [(step, _or_null(loss), accuracy) for step, loss, accuracy in self.curve]
+        return json.dumps(asdict(self) | {"test_loss": _or_null(self.test_loss), "curve": curve})
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Run":
+        """Inverse of `to_json`, of parsed text."""
+        curve = [(step, _or_nan(loss), accuracy) for step, loss, accuracy in fields["curve"]]
+        return cls(**fields | {"test_loss": _or_nan(fields["test_loss"]), "curve": curve})
+
+
+class Report:
+    """Everything that was run in a folder, and its tables."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: list[Run] = []
+        self.baselines: dict[str, list[dict[str, Any]]] = {}
+        self.longer_baselines: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        self.sizes: dict[str, dict[str, int]] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> "Report":
+        """The report of a folder, empty if it has none.
+
+        Raises:
+            UserError: if the folder cannot be made or its report cannot be read.
+        """
+        report = cls(folder / "report.json")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            exists = report.path.exists()
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+        return cls.of(folder) if exists else report
+
+    @classmethod
+    def of(cls, folder: Path) -> "Report":
+        """The report that a folder holds.
+
+        Raises:
+            UserError: if there is none.
+        """
+        report = cls(folder / "report.json")
+        try:
+            stored = json.loads(report.path.read_text())
+            report.runs = [Run.from_json(run) for run in stored["runs"]]
+            report.baselines, report.sizes = stored["baselines"], stored["sizes"]
+            report.longer_baselines = stored.get("longer_baselines", {})
+        except OSError as error:
+            raise UserError(f"cannot read {report.path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{report.path} is not a report of this lab: move it away or choose another folder"
+            ) from None
+        return report
+
+    def __contains__(self, key: tuple[Any, ...]) -> bool:
+        """Whether there is a run of this `Run.key`."""
+        return any(run.key == key for run in self.runs)
+
+    def add(self, setting: str, mixer: str, runs: list[Run], size: dict[str, int]) -> None:
+        """Take up the runs of a setting and mixer."""
+        self.runs += runs
+        self.sizes[f"{setting} {mixer}"] = size
+
+    def merge(self, other: "Report") -> None:
+        """Take up what another report holds and this one lacks."""
+        known = {run.key for run in self.runs}
+        self.runs += [run for run in other.runs if run.key not in known]
+        self.sizes = other.sizes | self.sizes
+        self.baselines = other.baselines | self.baselines
+        self.longer_baselines = other.longer_baselines | self.longer_baselines
+
+    def write(self) -> None:
+        """Write the JSON and the tables."""
+        # one run to a line: thousands of numbers on lines of their own would be the larger file
+        runs = ",\n".join(run.to_json() for run in self.runs)
+        names = ("baselines", "longer_baselines", "sizes")
+        rest = ",\n".join(f'"{name}": {json.dumps(getattr(self, name))}' for name in names)
+        text = f'{{"runs": [\n{runs}\n],\n{rest}}}\n'
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(text)
+        partial.replace(self.path)  # never half a report
+        self.path.with_suffix(".md").write_text(self.markdown())
+
+    def settings(self) -> list[str]:
+        """Settings in the order in which they were run."""
+        return list(dict.fromkeys(run.setting for run in self.runs))
+
+    def mixers(self, setting: str) -> list[str]:
+        """Mixers of a setting, the default ones first."""
+        found = dict.fromkeys(r.mixer for r in self.runs if r.setting == setting)
+        known = {mixer: i for i, mixer in enumerate(MIXERS_BY_DEFAULT)}
+        return sorted(found, key=lambda mixer: known.get(mixer, len(known)))
+
+    def select(self, setting: str, mixer: str, kind: str) -> list[Run]:
+        """Runs of one kind: those of the recipe, or those of the search's best rate.
+
+        The rate (and the schedule, where a folder holds several) is chosen by the mean test
+        accuracy at the end, and by its loss where that is equal.
+        """
+        runs = [r for r in self.runs if (r.setting, r.mixer, r.kind) == (setting, mixer, kind)]
+        if not runs:
+            return []
+
+        groups: dict[tuple[float, int], list[Run]] = {}
+        for run in runs:
+            groups.setdefault((run.learning_rate, run.planned_steps), []).append(run)
+
+        def merit(same: list[Run]) -> tuple[float, float]:
+            loss = fmean(r.test_loss for r in same)
+            return fmean(r.accuracy for r in same), -math.inf if math.isnan(loss) else -loss
+
+        best = max(groups.values(), key=merit)
+        return sorted(best, key=lambda run: run.seed)
+
+    def summary(self, setting: str, mixer: str) -> str:
+        """One line of what came out."""
+        parts = []
+        for kind in ("recipe", "search"):
+            if runs := self.select(setting, mixer, kind):
+                parts.append(f"{kind} {_spread([r.accuracy for r in runs])} %")
+        return ", ".join(parts)
+
+    def markdown(self) -> str:
+        """All tables."""
+        return "\n".join(self._table(setting) for setting in self.settings())
+
+    def _table(self, setting: str) -> str:
+        paper = SETTINGS[setting].paper if setting in SETTINGS else {}
+        lines = [
+            f"## {setting}",
+            "",
+            "Accuracy in per cent at the last step, mean over seeds (spread: standard deviation).",
+            "",
+            f"| {' | '.join(_COLUMNS)} |",
+            "|---" * len(_COLUMNS) + "|",
+        ]
+        for mixer in self.mixers(setting):
+            recipe, search = (self.select(setting, mixer, kind) for kind in ("recipe", "search"))
+            shown = search or recipe
+            size = self.sizes[f"{setting} {mixer}"]
+            cells = [
+                mixer,
+                f"{paper[mixer]:.1f}" if mixer in paper else "-",
+                *(cell for runs in (recipe, search) for cell in _cells(runs)),
+                f"{fmean(r.steps for r in shown):,.0f}",
+                _loss(shown),
+                f"{size['parameters']:,}",
+                f"{size['state_floats']:,}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", "Rules that learn nothing, on the same test rows:", ""]
+        lines += ["| rule | accuracy | loss |", "|---|---|---|"]
+        for b in self.baselines[setting]:
+            loss = "-" if b["loss"] is None else f"{b['loss']:.3f}"
+            lines.append(f"| {b['rule']} | {100 * b['accuracy']:.1f} | {loss} |")
+        return "\n".join([*lines, "", *self._longer(setting)])
+
+    def _longer(self, setting: str) -> list[str]:
+        lengths = sorted({int(n) for r in self.runs if r.setting == setting for n in r.longer})
+        if not lengths:
+            return []
+        lines = [
+            "Accuracy at other test lengths, same models:",
+            "",
+            f"| mixer | {' | '.join(map(str, lengths))} |",
+            f"|---|{'---|' * len(lengths)}",
+        ]
+        for mixer in self.mixers(setting):
+            runs = self.select(setting, mixer, "search") or self.select(setting, mixer, "recipe")
+            cells = []
+            for length in lengths:
+                found = [r.longer[str(length)] for r in runs if str(length) in r.longer]
+                paper = PAPER_LONGER.get((setting, mixer, length))
+                note = f" (paper {paper})" if paper else ""
+                cells.append(f"{_spread(found)}{note}" if found else "no positions there")
+            lines.append(f"| {mixer} | {' | '.join(cells)} |")
+        tables = self.longer_baselines.get(setting, {})
+        rules = {b["rule"]: None for table in tables.values() for b in table}
+        for rule in rules:
+            cells = [
+                f"{100 * b['accuracy']:.1f}"
+                for length in lengths
+                for b in tables[str(length)]
+                if b["rule"] == rule
+            ]
+            lines.append(f"| *{rule}* | {' | '.join(cells)} |")
+        return [*lines, ""]
+
+
+def _cells(runs: list[Run]) -> tuple[str, str]:
+    if not runs:
+        return "-", "-"
+    return _spread([r.accuracy for r in runs]), f"{runs[0].learning_rate:g}"
+
+
+def _loss(runs: list[Run]) -> str:
+    loss = fmean(r.test_loss for r in runs)
+    return "some diverged" if math.isnan(loss) else f"{loss:.3f}"
+
+
+def _or_null(x: float) -> float | None:
+    return None if math.isnan(x) else x
+
+
+def _or_nan(x: float | None) -> float:
+    return math.nan if x is None else x
+
+
+def _spread(accuracies: list[float]) -> str:
+    mean = f"{100 * fmean(accuracies):.1f}"
+    return mean if len(accuracies) == 1 else f"{mean} ± {100 * pstdev(accuracies):.1f}"
