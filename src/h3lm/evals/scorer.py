@@ -52,10 +52,10 @@ class Limits:
 
         Args:
             device: Where the model is.
-            state_bytes: Budget for states; a quarter of a GPU's free memory, or 1 GiB, if None.
+            state_bytes: Budget for states; an eighth of a GPU's free memory, or 1 GiB, if None.
         """
         if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0] // 4
+            free = torch.cuda.mem_get_info(device)[0] // 8
             return cls(32768, 16384, 2048, state_bytes or free, GIB // 2, 16)
         return cls(2048, 1024, 512, state_bytes or GIB, GIB // 8, 1)
 

@@ -5,6 +5,7 @@ from typing import Any, Self
 from transformers import PreTrainedConfig
 
 from h3lm.layers.mixers import MixerSizes, mixer
+from h3lm.models.remote_code import auto_map, write_remote_code
 
 HYBRID = "-hybrid"
 NOT_CAUSAL = (
@@ -112,6 +113,16 @@ class H3Config(PreTrainedConfig):
             raise ValueError(
                 f"tokenizer_vocab_size={known} must be within vocab_size={self.vocab_size}"
             )
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """Write the configuration, and what finds our classes from it without importing `h3lm`."""
+        self.auto_map = auto_map(type(self))
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_remote_code(save_directory)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do: else saving what came by remote code would copy our source."""
 
     @property
     def layer_types(self) -> list[str]:

@@ -136,6 +136,10 @@ class H3PreTrainedModel(PreTrainedModel):
         "backward_filter",
     ]  # fmt: skip
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to do: else saving what came by remote code would copy our source."""
+
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, SSMModule):
