@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from h3lm.flashconv import fft, fft_conv, fft_library
+from h3lm.flashconv import dispatch, fft, fft_conv, fft_library
 from h3lm.flashconv.dispatch import Problem, choose
+from h3lm.flashconv.kernels import conv_plan
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -21,6 +22,9 @@ needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 # the result is rounded once (2^-9 / sqrt(3), 2^-12 / sqrt(3)); inside, float16 is rounded 7 times
 # on the way, 2e-4 each; float32 by three products of tf32
 ALLOWED = {torch.bfloat16: 2.6e-3, torch.float16: 1e-3, torch.float32: 2e-6}
+# Toeplitz blocks round what is under a gate, the filter and the result to the dtype of the rows:
+# three times 2^-9 / sqrt(3), and a tap that outweighs all others may be off by 2^-9
+ALLOWED_TOEPLITZ = ALLOWED | {torch.bfloat16: 3.3e-3}
 
 Case = tuple[int, int, int, int, int, str]
 
@@ -51,15 +55,28 @@ def _everything(run, leaves: dict[str, Tensor], mode: str) -> dict[str, Tensor]:
     return {"y": y.detach(), **{f"d{n}": g for n, g in zip(leaves, grads, strict=True)}}
 
 
-def _check(case: Case, dtype: torch.dtype, run=fft_library.fft_conv, leaves=None) -> None:
+@pytest.fixture
+def _transforms(monkeypatch):
+    """Keep short filters away from the Toeplitz blocks."""
+    monkeypatch.setattr(dispatch, "MAX_TOEPLITZ_LAGS", {})
+
+
+@pytest.fixture
+def _toeplitz(monkeypatch):
+    monkeypatch.setattr(fft_library, "conv_algorithm", lambda dtype, problem: "Toeplitz blocks")
+
+
+def _check(
+    case: Case, dtype: torch.dtype, run=fft_library.fft_conv, leaves=None, allowed=ALLOWED
+) -> None:
     leaves = leaves or _leaves(case, dtype)
     mode = "circular" if "c" in case[-1] else "causal"
     exact = _everything(fft.fft_conv, {n: x.double() for n, x in leaves.items()}, mode)
     found = _everything(run, leaves, mode)
     for name, expected in exact.items():
         error = float((found[name].double() - expected).norm() / expected.norm())
-        allowed = ALLOWED[dtype]
-        assert error <= allowed, f"{name}: relative error {error:.1e}, allowed {allowed:.1e}"
+        limit = allowed[dtype]
+        assert error <= limit, f"{name}: relative error {error:.1e}, allowed {limit:.1e}"
 
 
 INTERPRETED: list[tuple[Case, torch.dtype]] = [
@@ -73,10 +90,64 @@ INTERPRETED: list[tuple[Case, torch.dtype]] = [
 
 
 @needs_triton
+@pytest.mark.usefixtures("_transforms")
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # the interpreter
 @pytest.mark.parametrize(("case", "dtype"), INTERPRETED, ids=str)
 def test_kernels_equal_float64_on_small_problems(case: Case, dtype: torch.dtype) -> None:
     _check(case, dtype)
+
+
+SHORT: list[Case] = [
+    (3, 2, 100, 100, 0, "sab"),
+    (5, 1, 77, 20, 30, "b"),
+    (2, 1, 300, 300, 300, ""),
+    (1, 1, 1, 1, 1, "s"),
+    (20, 1, 130, 70, 0, "c"),
+    (1, 1, 1000, 3, 0, "a"),
+]
+
+
+@needs_triton
+@pytest.mark.usefixtures("_toeplitz")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_toeplitz_blocks_equal_float64(case: Case) -> None:
+    _check(case, torch.float16)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT", "torch.fft"])
+def test_a_prepared_filter_does_what_the_filter_does(algorithm: str, monkeypatch) -> None:
+    monkeypatch.setattr(fft_library, "conv_algorithm", lambda dtype, problem: algorithm)
+    leaves = _leaves((2, 2, 90, 50, 30, "s"), torch.float16)
+    u = leaves.pop("u")
+    with torch.no_grad():
+        prepared = fft_library.prepare_filter(u, **leaves, backend="triton")
+        assert prepared.algorithm == algorithm
+        found = fft_library.run_prepared(u, prepared, None, None)
+        assert torch.equal(found, fft_library.fft_conv(u, **leaves))
+
+
+def test_kernels_that_fail_their_check_are_not_used(monkeypatch) -> None:
+    leaves = _leaves((2, 2, 90, 50, 30, "ab"), torch.float16)
+    monkeypatch.setattr(conv_plan, "works", lambda algorithm, device: False)
+    exact = _everything(fft.fft_conv, leaves, "causal")
+    found = _everything(fft_library.fft_conv, leaves, "causal")
+    for name, expected in exact.items():
+        torch.testing.assert_close(found[name], expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT", "block FFT through memory"])
+def test_the_check_passes_here_and_finds_a_wrong_kernel(algorithm, monkeypatch, caplog) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert conv_plan.fault.__wrapped__(algorithm, device) == ""
+    made = conv_plan.plan(algorithm, device, 304, 200, None).kernels
+    right = made.forward
+    monkeypatch.setattr(made, "forward", lambda *inputs: right(*inputs) * 1.02)
+    assert "differs" in conv_plan.fault.__wrapped__(algorithm, device)
+    assert "torch.fft takes over" in caplog.text
 
 
 @needs_triton
@@ -86,6 +157,7 @@ def test_long_rows_in_the_interpreter() -> None:
 
 
 @needs_triton
+@pytest.mark.usefixtures("_transforms")
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 def test_rows_of_very_different_size_keep_their_own_precision() -> None:
     leaves = _leaves((4, 1, 200, 200, 0, ""), torch.float16)
@@ -98,6 +170,7 @@ def test_rows_of_very_different_size_keep_their_own_precision() -> None:
 
 
 @needs_triton
+@pytest.mark.usefixtures("_transforms")
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 def test_nothing_overflows_in_float16_at_its_worst() -> None:
     # a constant row and a constant filter put everything into one frequency
@@ -111,7 +184,12 @@ def test_nothing_overflows_in_float16_at_its_worst() -> None:
 @pytest.mark.parametrize(
     ("change", "dtype", "backend", "word"),
     [
-        ({}, torch.bfloat16, "triton", "Triton"),
+        ({}, torch.bfloat16, "triton", "block FFT"),
+        ({"length": 8192}, torch.bfloat16, "triton", "through memory"),
+        ({"length": 512}, torch.bfloat16, "triton", "Toeplitz"),
+        ({"lags": 64}, torch.bfloat16, "triton", "Toeplitz"),
+        ({"lags": 64, "gated": True}, torch.float16, "triton", "block FFT"),
+        ({"length": 256}, torch.float32, "triton", "block FFT"),
         ({"capability": (8, 6), "length": 2**19 + 1}, torch.float16, "torch", "up to 524288"),
         ({"length": 2**22}, torch.float16, "triton", "Triton"),
         ({"length": 2**22 + 1}, torch.float16, "torch", "up to 4194304"),
@@ -165,19 +243,38 @@ def _poisoned():
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.usefixtures("_poisoned", "_transforms")
 @pytest.mark.filterwarnings("ignore")  # cuBLAS under deterministic mode
 @pytest.mark.parametrize(("case", "dtype"), ON_A_GPU, ids=str)
 def test_kernel_equals_float64_in_every_gradient(case: Case, dtype: torch.dtype) -> None:
+    _check_twice(case, dtype, ALLOWED)
+
+
+SHORT_ON_A_GPU = SHORT + [case for case in HALF_CASES if case[2] <= 4096]
+SHORT_ON_A_GPU += [(8, 3, 512, 512, 0, "sab"), (2, 3, 65536, 100, 64, "ab")]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_poisoned", "_toeplitz")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SHORT_ON_A_GPU, ids=str)
+def test_toeplitz_kernel_equals_float64_in_every_gradient(case: Case, dtype: torch.dtype) -> None:
+    _check_twice(case, dtype, ALLOWED_TOEPLITZ)
+
+
+def _check_twice(case: Case, dtype: torch.dtype, allowed: dict[torch.dtype, float]) -> None:
     leaves = _leaves(case, dtype)
-    _check(case, dtype, leaves=leaves)
+    _check(case, dtype, leaves=leaves, allowed=allowed)
     mode = "circular" if "c" in case[-1] else "causal"
     first, second = (_everything(fft_library.fft_conv, leaves, mode) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
 
 
 @pytest.mark.gpu
-def test_the_longest_rows_and_offsets_beyond_32_bits() -> None:
+@pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT through memory"])
+def test_the_longest_rows_and_offsets_beyond_32_bits(algorithm: str, monkeypatch) -> None:
+    monkeypatch.setattr(fft_library, "conv_algorithm", lambda dtype, problem: algorithm)
     u = torch.randn(1, 513, 2**22, device="cuda", dtype=torch.bfloat16)
     f = torch.zeros(513, 4, device="cuda")
     f[:, 3] = 1.0  # a delay by three
@@ -194,7 +291,7 @@ def test_any_strides_of_rows_and_channels() -> None:
     for name in ("u", "pre_gate"):  # (D, B, L) in memory, beside each other
         leaves[name] = leaves[name].transpose(0, 1).contiguous().transpose(0, 1)
     leaves["post_gate"] = leaves["post_gate"].mT.contiguous().mT
-    _check(case, torch.bfloat16, leaves=leaves)
+    _check(case, torch.bfloat16, leaves=leaves, allowed=ALLOWED_TOEPLITZ)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Time every size of the block FFT on this GPU: what its tables of sizes were chosen by.
+"""Time every size of the long convolution's kernels: what their tables of sizes were chosen by.
 
     python -m h3lm.bench.conv_tune [--minutes 3] [--lengths 2048,8192]
 
@@ -19,18 +19,22 @@ from torch import Tensor
 
 from h3lm.bench.measure import median_ms
 from h3lm.flashconv import fft
-from h3lm.flashconv.kernels import fft_launch, fft_long
-from h3lm.flashconv.kernels.fft_launch import Size, filter_gradients
+from h3lm.flashconv.kernels import fft_launch, fft_long, toeplitz_triton
+from h3lm.flashconv.kernels.fft_launch import Size
 from h3lm.flashconv.kernels.fft_long import LongRun, LongSize
+from h3lm.flashconv.kernels.toeplitz_triton import Tile, ToeplitzSize
 
 CHANNELS, ELEMENTS = 768, 64 * 768 * 2048
 
-Variant = tuple[int, Size | LongSize]
+AnySize = Size | LongSize | ToeplitzSize
+Variant = tuple[int, AnySize]
 
 
 def variants() -> Iterator[Variant]:
     """Row length and size of everything that is tried, the likeliest first."""
     long = {8192: 8, 16384: 16, 32768: 32, 131072: 128, 1048576: 1024}
+    for length in (256, 512, 1024):
+        yield length, ToeplitzSize(length - 1)
     for together in (False, True):
         for length, shapes in _SHORT.items():
             for shape in shapes:
@@ -38,6 +42,9 @@ def variants() -> Iterator[Variant]:
     for length, outer in long.items():
         yield length, LongSize(outer, Size(64, 32, 4))
         yield length, LongSize(outer // 2, Size(64, 64, 4))
+    for tile in _TILES:
+        for length in (256, 512):
+            yield length, ToeplitzSize(length - 1, tile=tile)
     for length, shapes in _SHORT.items():
         for shape in shapes:
             yield length, Size(*shape, stages=2)
@@ -51,7 +58,18 @@ def variants() -> Iterator[Variant]:
         yield length, LongSize(outer, Size(64, 32, 4, stages=2))
 
 
+_TILES = [
+    Tile(filter_pieces=32),
+    Tile(filter_pieces=128),
+    Tile(stages=2),
+    Tile(stages=4),
+    Tile(pieces=256),
+    Tile(warps=4),
+    Tile(T=64, warps=4),
+    Tile(K=128, stages=2),
+]
 _SHORT = {
+    256: [(64, 16, 4)],
     512: [(64, 16, 4)],
     1024: [(64, 32, 4), (128, 16, 8)],
     2048: [(64, 64, 4), (128, 32, 8)],
@@ -73,7 +91,7 @@ def main() -> None:
         compiled = list(pool.map(_compile, todo))
     _say(f"{len(todo)} variants compiled in {time.monotonic() - start:.0f} s")
     _say(_ceilings())
-    _say("ms: spectrum, forward, backward, filter gradient, (steps of long rows) | errors y du df")
+    _say("ms: filter, forward, backward, filter gradient, (steps of long rows) | errors y du df")
     for (length, size), fault in zip(todo, compiled, strict=True):
         if time.monotonic() - start > 60 * arguments.minutes:
             _say("out of time")
@@ -94,14 +112,19 @@ def _ceilings() -> str:
     return f"{name}: copies {rates[0]:.2f} TB/s, multiplies {rates[1]:.0f} TFLOP/s in bfloat16"
 
 
-def _name(size: Size | LongSize) -> str:
+def _name(size: AnySize) -> str:
+    if isinstance(size, ToeplitzSize):
+        t = size.tile
+        return f"{t.T}x{t.K} p{t.pieces} w{t.warps} s{t.stages} f{t.filter_pieces} Toeplitz"
     if isinstance(size, LongSize):
         return f"{size.outer} c{size.columns} w{size.warps} * {_name(size.inner)}"
     kernels = "one" if size.together else "two"
     return f"{size.N1}x{size.N2} w{size.warps} s{size.stages} {kernels} r{size.registers or '-'}"
 
 
-def _kernels(size: Size | LongSize) -> ModuleType:
+def _kernels(size: AnySize) -> ModuleType:
+    if isinstance(size, ToeplitzSize):
+        return toeplitz_triton
     return fft_long if isinstance(size, LongSize) else fft_launch
 
 
@@ -123,16 +146,16 @@ def _tensors(rows: int, channels: int, length: int) -> tuple[Tensor, Tensor, Ten
     return u, dy, torch.randn(channels, length, device="cuda") * decay
 
 
-def _results(size: Size | LongSize, u: Tensor, dy: Tensor, f: Tensor) -> tuple[Tensor, ...]:
+def _results(size: AnySize, u: Tensor, dy: Tensor, f: Tensor) -> tuple[Tensor, ...]:
     """Output, gradient of the rows and of the filter."""
     kernels = _kernels(size)
-    spectrum = kernels.make_spectrum(u, f, None, size)
+    spectrum = kernels.prepare(u, f, None, size)
     y = kernels.forward(u, spectrum, size, None, None)
     du, _, sums = kernels.backward(dy, u, spectrum, size, None, None, data=True, filters=True)
-    return y, du, filter_gradients(sums, f.shape[1], None)[0]
+    return y, du, kernels.filter_gradients(sums, f.shape[1], None)[0]
 
 
-def _errors(length: int, size: Size | LongSize) -> list[float]:
+def _errors(length: int, size: AnySize) -> list[float]:
     """Relative errors of the results against float64."""
     u, dy, f = _tensors(2, 16, length)
     found = _results(size, u, dy, f)
@@ -145,7 +168,7 @@ def _errors(length: int, size: Size | LongSize) -> list[float]:
     ]
 
 
-def _timed(length: int, size: Size | LongSize) -> str:
+def _timed(length: int, size: AnySize) -> str:
     try:
         errors = _errors(length, size)
     except Exception as error:  # as in `_compile`
@@ -153,17 +176,17 @@ def _timed(length: int, size: Size | LongSize) -> str:
     elements = 8 * ELEMENTS if length > 1 << 19 else ELEMENTS
     u, dy, f = _tensors(max(1, elements // (CHANNELS * length)), CHANNELS, length)
     kernels = _kernels(size)
-    spectrum = kernels.make_spectrum(u, f, None, size)
+    spectrum = kernels.prepare(u, f, None, size)
 
     def back() -> Tensor:
         return kernels.backward(dy, u, spectrum, size, None, None, data=True, filters=True)[2]
 
     sums = back()
     calls: list[Callable[[], object]] = [
-        lambda: kernels.make_spectrum(u, f, None, size),
+        lambda: kernels.prepare(u, f, None, size),
         lambda: kernels.forward(u, spectrum, size, None, None),
         back,
-        lambda: filter_gradients(sums, length, None),
+        lambda: kernels.filter_gradients(sums, length, None),
     ]
     if isinstance(size, LongSize):
         run = LongRun(u, size)

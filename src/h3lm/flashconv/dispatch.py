@@ -11,6 +11,7 @@ from torch import Tensor
 
 Backend = Literal["auto", "reference", "torch", "triton", "gluon"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "triton", "gluon")
+ConvAlgorithm = Literal["Toeplitz blocks", "block FFT", "block FFT through memory"]
 KERNELS = ("triton", "gluon")
 KERNEL_OPS = ("h3_core", "h3_end_state", "ssm_conv", "h3_step", "fft_conv")
 
@@ -26,6 +27,8 @@ HOPPER_SHARED = ((9, 0), (10, 0), (10, 3))
 # with Hopper's shared memory, and with the 99 KB that every GPU from 8.0 on has
 MAX_FFT_LENGTH, MAX_FFT_LENGTH_SMALL = 4096, 1024
 MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL = 1 << 22, 1 << 19
+# lags up to which blocks of a Toeplitz matrix are faster than transforms, by GPU generation
+MAX_TOEPLITZ_LAGS = {8: 256, 9: 512, 10: 512}
 GLUON_DTYPES = (torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("h3lm.flashconv")
@@ -62,6 +65,8 @@ class Problem:
         aligned: Whether every row of every tensor starts at a multiple of 16 elements.
         complex64: Whether the system has that dtype.
         has_triton: Whether Triton is installed.
+        lags: Lags that a long filter reaches, both ways; 0 stands for as many as L.
+        gated: Whether a long convolution has a gate.
     """
 
     length: int
@@ -74,6 +79,8 @@ class Problem:
     aligned: bool = True
     complex64: bool = True
     has_triton: bool = _HAS_TRITON
+    lags: int = 0
+    gated: bool = False
 
 
 def choose(
@@ -105,6 +112,8 @@ def choose(
     if backend == "auto":
         if triton:
             return Choice("torch", f"plain PyTorch: {triton}")
+        if op == "fft_conv":
+            return Choice("triton", f"Triton kernel: {conv_algorithm(dtype, problem)}")
         if gluon:
             return Choice("triton", f"Triton kernel: {gluon}")
         return Choice("gluon", "Hopper kernel")
@@ -175,6 +184,21 @@ def _fft_lacks(dtype: torch.dtype, problem: Problem) -> str:
     if problem.length > longest:
         return f"here the block FFT takes rows of up to {longest} of {dtype}, not {problem.length}"
     return ""
+
+
+def conv_algorithm(dtype: torch.dtype, problem: Problem) -> ConvAlgorithm:
+    """Which kernels of `fft_conv` are the fastest.
+
+    Toeplitz blocks round what is under a gate to its dtype: only bfloat16 has the range for that.
+    """
+    large = problem.capability in HOPPER_SHARED
+    most = MAX_TOEPLITZ_LAGS.get((problem.capability or (0, 0))[0], 0)
+    ranged = dtype == torch.bfloat16 or (dtype == torch.float16 and not problem.gated)
+    if ranged and (problem.lags or problem.length) <= most:
+        return "Toeplitz blocks"
+    if problem.length <= (MAX_FFT_LENGTH if large else MAX_FFT_LENGTH_SMALL):
+        return "block FFT"
+    return "block FFT through memory"
 
 
 def _gluon_lacks(op: str, dtype: torch.dtype, problem: Problem) -> str:

@@ -1,4 +1,10 @@
-"""Long convolution by torch.fft: the path of every device without a block-FFT kernel."""
+"""Long convolution by torch.fft: the path of every device without a block-FFT kernel.
+
+`fft_conv` is this path. Below it are its parts in the form of the kernels' modules, without
+autograd, which `fft_library` runs in the place of kernels that fail on a machine.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,18 +25,92 @@ def fft_conv(
     wide = torch.promote_types(u.dtype, f.dtype)
     with torch.autocast(u.device.type, enabled=False):
         x = u.to(wide) if pre_gate is None else u.to(wide) * pre_gate.to(wide)
-        reach = f.shape[1] if f_reverse is None else f.shape[1] + f_reverse.shape[1] - 1
-        n = L if mode == "circular" else _fast_length(L + reach - 1)
-        spectrum = torch.fft.rfft(f.to(wide), n=n)
-        if f_reverse is not None:
-            # lag -s sits at the end of a period: the spectrum of a real filter run backwards
-            spectrum = spectrum + torch.fft.rfft(f_reverse.to(wide), n=n).conj()
+        taps_reverse = None if f_reverse is None else f_reverse.shape[1]
+        n = L if mode == "circular" else transform_length(L, f.shape[1], taps_reverse)
+        spectrum = filter_spectrum(f.to(wide), f_reverse, n)
         y = torch.fft.irfft(torch.fft.rfft(x, n=n) * spectrum, n=n)[..., :L]
         if skip is not None:
             y = y + skip[:, None] * x
         if post_gate is not None:
             y = y * post_gate.to(wide)
         return y.to(u.dtype)
+
+
+class Prepared(NamedTuple):
+    """What `prepare` makes: half of the spectrum as real pairs, (D, n / 2 + 1, 2)."""
+
+    pairs: Tensor
+
+
+def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: int) -> Prepared:
+    """The filter's spectrum for transforms of `size` points."""
+    return Prepared(torch.view_as_real(filter_spectrum(f, f_reverse, size)).contiguous())
+
+
+def forward(
+    u: Tensor, spectrum: Prepared, size: int, pre: Tensor | None, post: Tensor | None
+) -> Tensor:
+    """Convolve rows."""
+    y = _convolved(_gated(u, pre), torch.view_as_complex(spectrum.pairs), size)
+    return (y if post is None else y * post.to(y.dtype)).to(u.dtype)
+
+
+def backward(
+    dy: Tensor,
+    u: Tensor,
+    spectrum: Prepared,
+    size: int,
+    pre: Tensor | None,
+    post: Tensor | None,
+    *,
+    data: bool,
+    filters: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of rows and first gate (`data`), of the filter of all lags (`filters`)."""
+    g = _gated(dy, post)
+    du, dpre, moved = None, None, None
+    if data:
+        dx = _convolved(g, torch.view_as_complex(spectrum.pairs).conj(), size)
+        dpre = None if pre is None else (dx * u.to(dx.dtype)).to(u.dtype)
+        du = (dx if pre is None else dx * pre.to(dx.dtype)).to(u.dtype)
+    if filters:
+        x = torch.fft.rfft(_gated(u, pre), n=size).conj()
+        moved = torch.fft.irfft((x * torch.fft.rfft(g, n=size)).sum(0), n=size)
+    return du, dpre, moved
+
+
+def filter_gradients(
+    moved: Tensor, taps: int, taps_reverse: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of both filters from that of all lags, (D, n); lag -s stands at n - s."""
+    df = moved[:, :taps].contiguous()
+    if taps_reverse is None:
+        return df, None
+    ahead = moved[:, moved.shape[1] - taps_reverse + 1 :].flip(1)
+    return df, torch.cat([moved[:, :1], ahead], 1)
+
+
+def filter_spectrum(f: Tensor, f_reverse: Tensor | None, points: int) -> Tensor:
+    """Prepared of a filter that reaches both ways, (D, points / 2 + 1), complex."""
+    spectrum = torch.fft.rfft(f, n=points)
+    if f_reverse is not None:
+        # lag -s sits at the end of a period: the spectrum of a real filter run backwards
+        spectrum = spectrum + torch.fft.rfft(f_reverse.to(f.dtype), n=points).conj()
+    return spectrum
+
+
+def transform_length(L: int, taps: int, taps_reverse: int | None) -> int:
+    """Points with which nothing wraps around in rows of length L."""
+    return _fast_length(L + taps - 1 + (taps_reverse or 1) - 1)
+
+
+def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if gate is None else x * gate.to(x.dtype)
+
+
+def _convolved(x: Tensor, spectrum: Tensor, n: int) -> Tensor:
+    return torch.fft.irfft(torch.fft.rfft(x, n=n) * spectrum, n=n)[..., : x.shape[-1]]
 
 
 def _fast_length(n: int) -> int:

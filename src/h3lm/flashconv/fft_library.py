@@ -1,4 +1,4 @@
-"""The block-FFT kernels as an operator of PyTorch, and what stands around them.
+"""The kernels of long convolution as operators of PyTorch, and what stands around them.
 
 Skip, reverse filter and wrap-around are properties of one filter that reaches both ways. They are
 folded into it here, in plain PyTorch with autograd, so that the kernels know one operation only:
@@ -6,13 +6,34 @@ folded into it here, in plain PyTorch with autograd, so that the kernels know on
     y = post (h * (pre u)),   h_s = f_s (s > 0),  f_0 + f_reverse_0 (s = 0),  f_reverse_{-s} (s < 0)
 """
 
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from h3lm.flashconv.dispatch import HOPPER_SHARED, MAX_FFT_LENGTH, MAX_FFT_LENGTH_SMALL, capability
+from h3lm.flashconv.dispatch import Problem, capability, conv_algorithm
+
+
+@dataclass(frozen=True)
+class PreparedFilter:
+    """What an algorithm reads of a filter, for rows of one length and dtype.
+
+    Attributes:
+        algorithm: "torch.fft", or one of `dispatch.ConvAlgorithm`.
+        tensors: What it made of the filter.
+        length: L of the rows.
+        dtype: Their dtype.
+        taps: Taps of the filter.
+        taps_reverse: Taps of the reverse one.
+    """
+
+    algorithm: str
+    tensors: list[Tensor]
+    length: int
+    dtype: torch.dtype
+    taps: int
+    taps_reverse: int | None
 
 
 def fft_conv(
@@ -27,13 +48,53 @@ def fft_conv(
 ) -> Tensor:
     """`flashconv.fft_conv` by the kernels."""
     with torch.autocast(u.device.type, enabled=False):
-        f = f.float()
-        f_reverse = None if f_reverse is None else f_reverse.float()
-        if skip is not None:
-            f = torch.cat([f[:, :1] + skip.float()[:, None], f[:, 1:]], 1)
-        if mode == "circular":
-            f, f_reverse = _unrolled(f, f_reverse, u.shape[-1])
+        f, f_reverse = _folded(f, skip, f_reverse, mode, u.shape[-1])
         return torch.ops.h3lm.fft_conv_fwd(u, f, f_reverse, pre_gate, post_gate)
+
+
+def prepare_filter(
+    u: Tensor,
+    f: Tensor,
+    *,
+    backend: str,
+    skip: Tensor | None = None,
+    f_reverse: Tensor | None = None,
+    mode: str = "causal",
+    gated: bool = False,
+) -> PreparedFilter:
+    """What `run_prepared` takes for rows like u; without autograd."""
+    from h3lm.flashconv.kernels.conv_plan import plan
+
+    with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
+        f, f_reverse = _folded(f, skip, f_reverse, mode, u.shape[-1])
+        taps, taps_reverse = _taps(f, f_reverse)
+        algorithm = _algorithm(u, taps, taps_reverse, gated) if backend == "triton" else "torch.fft"
+        kernels, size = plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
+        tensors = list(kernels.prepare(u, f, f_reverse, size))
+    return PreparedFilter(algorithm, tensors, u.shape[-1], u.dtype, taps, taps_reverse)
+
+
+def run_prepared(
+    u: Tensor, prepared: PreparedFilter, pre_gate: Tensor | None, post_gate: Tensor | None
+) -> Tensor:
+    """`fft_conv` with what was prepared of the filter; without autograd."""
+    run = torch.ops.h3lm.fft_conv_prepared
+    return run(
+        u, prepared.tensors, prepared.algorithm, prepared.taps, prepared.taps_reverse,
+        pre_gate, post_gate,
+    )  # fmt: skip
+
+
+def _folded(
+    f: Tensor, skip: Tensor | None, f_reverse: Tensor | None, mode: str, L: int
+) -> tuple[Tensor, Tensor | None]:
+    """Filters that do what those with a skip, or circular ones, do; at least float32."""
+    wide = torch.promote_types(f.dtype, torch.float32)
+    f = f.to(wide)
+    f_reverse = None if f_reverse is None else f_reverse.to(wide)
+    if skip is not None:
+        f = torch.cat([f[:, :1] + skip.to(wide)[:, None], f[:, 1:]], 1)
+    return _unrolled(f, f_reverse, L) if mode == "circular" else (f, f_reverse)
 
 
 def _unrolled(f: Tensor, f_reverse: Tensor | None, L: int) -> tuple[Tensor, Tensor]:
@@ -46,24 +107,41 @@ def _unrolled(f: Tensor, f_reverse: Tensor | None, L: int) -> tuple[Tensor, Tens
     return ring, behind
 
 
-def _kernels(u: Tensor) -> tuple[ModuleType, Any]:
-    """The kernels for rows like u, and the size of their transform."""
-    from h3lm.flashconv.kernels import fft_launch, fft_long
+def _taps(f: Tensor, f_reverse: Tensor | None) -> tuple[int, int | None]:
+    return f.shape[1], None if f_reverse is None else f_reverse.shape[1]
 
-    length, large = u.shape[-1], capability(u.device) in HOPPER_SHARED
-    if length <= (MAX_FFT_LENGTH if large else MAX_FFT_LENGTH_SMALL):
-        return fft_launch, fft_launch.size_for(length)
-    return fft_long, fft_long.long_size_for(length, large)
+
+def _algorithm(u: Tensor, taps: int, taps_reverse: int | None, gated: bool) -> str:
+    """The algorithm for rows like u; torch.fft in the place of one that fails its check."""
+    from h3lm.flashconv.kernels.conv_plan import works
+
+    problem = Problem(
+        length=u.shape[-1],
+        capability=capability(u.device),
+        lags=taps + (taps_reverse or 1) - 1,
+        gated=gated,
+    )
+    algorithm = conv_algorithm(u.dtype, problem)
+    return algorithm if works(algorithm, u.device) else "torch.fft"
+
+
+def _plan(
+    u: Tensor, f: Tensor, f_reverse: Tensor | None, pre: Tensor | None, post: Tensor | None
+) -> Any:
+    from h3lm.flashconv.kernels.conv_plan import plan
+
+    taps, taps_reverse = _taps(f, f_reverse)
+    algorithm = _algorithm(u, taps, taps_reverse, pre is not None or post is not None)
+    return plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
 
 
 @torch.library.custom_op("h3lm::fft_conv_fwd", mutates_args=())
 def _forward(
     u: Tensor, f: Tensor, f_reverse: Tensor | None, pre: Tensor | None, post: Tensor | None
 ) -> Tensor:
-    kernels, size = _kernels(u)
+    kernels, size = _plan(u, f, f_reverse, pre, post)
     u, pre, post = _positions_last(u), _optional(pre), _optional(post)
-    spectrum = kernels.make_spectrum(u, f, f_reverse, size)
-    return kernels.forward(u, spectrum, size, pre, post)
+    return kernels.forward(u, kernels.prepare(u, f, f_reverse, size), size, pre, post)
 
 
 @_forward.register_fake
@@ -85,19 +163,15 @@ def _backward(
     filters: bool,
     gate: bool,
 ) -> list[Tensor]:
-    from h3lm.flashconv.kernels.fft_launch import filter_gradients
-
-    kernels, size = _kernels(u)
+    kernels, size = _plan(u, f, f_reverse, pre, post)
     dy, u, pre, post = _positions_last(dy), _positions_last(u), _optional(pre), _optional(post)
-    spectrum = kernels.make_spectrum(u, f, f_reverse, size)
-    du, dpre, sums = kernels.backward(dy, u, spectrum, size, pre, post, data=data, filters=filters)
+    prepared = kernels.prepare(u, f, f_reverse, size)
+    du, dpre, sums = kernels.backward(dy, u, prepared, size, pre, post, data=data, filters=filters)
     df, dback = None, None
     if sums is not None:
-        df, dback = filter_gradients(
-            sums, f.shape[1], None if f_reverse is None else f_reverse.shape[1]
-        )
+        df, dback = kernels.filter_gradients(sums, *_taps(f, f_reverse))
     # y = post conv, so that its gradient is a forward pass behind another gate
-    dpost = kernels.forward(u, spectrum, size, pre, dy) if gate and post is not None else None
+    dpost = kernels.forward(u, prepared, size, pre, dy) if gate and post is not None else None
     return [x for x in (du, df, dback, dpre, dpost) if x is not None]
 
 
@@ -152,6 +226,36 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+@torch.library.custom_op("h3lm::fft_conv_prepared", mutates_args=())
+def _run_prepared(
+    u: Tensor,
+    tensors: list[Tensor],
+    algorithm: str,
+    taps: int,
+    taps_reverse: int | None,
+    pre: Tensor | None,
+    post: Tensor | None,
+) -> Tensor:
+    from h3lm.flashconv.kernels.conv_plan import plan
+
+    kernels, size = plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
+    u, pre, post = _positions_last(u), _optional(pre), _optional(post)
+    return kernels.forward(u, kernels.Prepared(*tensors), size, pre, post)
+
+
+@_run_prepared.register_fake
+def _(
+    u: Tensor,
+    tensors: list[Tensor],
+    algorithm: str,
+    taps: int,
+    taps_reverse: int | None,
+    pre: Tensor | None,
+    post: Tensor | None,
+) -> Tensor:
+    return u.new_empty(u.shape)
 
 
 def _positions_last(x: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ from torch import Tensor
 from h3lm.flashconv import chunked, fft, fft_library, library, reference
 from h3lm.flashconv.dispatch import (
     KERNELS,
+    Choice,
     Problem,
     announce,
     capability,
     choose,
     is_aligned,
 )
+from h3lm.flashconv.fft_library import PreparedFilter
 from h3lm.flashconv.state import H3State, diagonal_shape
 from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH, ChunkOperators, DiagonalSystem
 
@@ -245,7 +247,7 @@ def ssm_conv(
 
 def fft_conv(
     u: Float[Tensor, "B D L"],
-    f: Float[Tensor, "D Lf"],
+    f: Float[Tensor, "D Lf"] | PreparedFilter,
     *,
     skip: Float[Tensor, " D"] | None = None,
     pre_gate: Float[Tensor, "B D L"] | None = None,
@@ -271,7 +273,8 @@ def fft_conv(
 
     Args:
         u: Input, (B, D, L), float32, bfloat16, float16 or float64.
-        f: Filter, (D, Lf), float32, 1 <= Lf <= L.
+        f: Filter, (D, Lf), float32, 1 <= Lf <= L; or what `prepare_filter` made of it, with all
+            that belongs to the filter. A prepared one is for calls without gradients.
         skip: Direct term, (D,).
         pre_gate, post_gate: As `u`.
         f_reverse: Anti-causal filter, (D, Lr), 1 <= Lr <= L.
@@ -283,10 +286,67 @@ def fft_conv(
 
     Raises:
         ValueError: if a filter is longer than the row, shapes or dtypes do not belong together,
-            the mode is unknown, or no backend can do it.
+            the mode is unknown, no backend can do it, or a prepared filter is for other rows.
     """
-    gates = {"pre_gate": pre_gate, "post_gate": post_gate}
-    _check_like("u", u, **{name: gate for name, gate in gates.items() if gate is not None})
+    gates = [x for x in (pre_gate, post_gate) if x is not None]
+    names = {"pre_gate": pre_gate, "post_gate": post_gate}
+    _check_like("u", u, **{name: gate for name, gate in names.items() if gate is not None})
+    if isinstance(f, PreparedFilter):
+        _check_prepared(u, f, gates, skip, f_reverse)
+        return fft_library.run_prepared(u, f, pre_gate, post_gate)
+    choice = _fft_choice(u, f, skip, f_reverse, mode, backend, bool(gates))
+    announce("fft_conv", choice)
+    if u.numel() == 0:
+        return torch.zeros_like(u)
+    run = {"reference": reference.fft_conv, "torch": fft.fft_conv}.get(
+        choice.backend, fft_library.fft_conv
+    )
+    return run(
+        u, f, skip=skip, pre_gate=pre_gate, post_gate=post_gate, f_reverse=f_reverse, mode=mode
+    )
+
+
+def prepare_filter(
+    u: Float[Tensor, "B D L"],
+    f: Float[Tensor, "D Lf"],
+    *,
+    skip: Float[Tensor, " D"] | None = None,
+    f_reverse: Float[Tensor, "D Lr"] | None = None,
+    mode: str = "causal",
+    gated: bool = False,
+    backend: str = "auto",
+) -> PreparedFilter:
+    """Make what `fft_conv` makes of a filter in every call, for many calls without gradients.
+
+    It is what the filter was at this moment: whoever changes the filter makes it anew.
+
+    Args:
+        u: Rows like those that will be convolved: device, dtype and length count.
+        f, skip, f_reverse, mode, backend: As in `fft_conv`.
+        gated: Whether calls have gates.
+
+    Raises:
+        ValueError: as `fft_conv`, or if `backend` is "reference", which prepares nothing.
+    """
+    _check_like("u", u)
+    choice = _fft_choice(u, f, skip, f_reverse, mode, backend, gated)
+    if choice.backend == "reference":
+        raise ValueError("backend='reference' convolves by definition: it prepares nothing")
+    return fft_library.prepare_filter(
+        u, f, skip=skip, f_reverse=f_reverse, mode=mode, backend=choice.backend, gated=gated
+    )
+
+
+def _fft_choice(
+    u: Tensor,
+    f: Tensor,
+    skip: Tensor | None,
+    f_reverse: Tensor | None,
+    mode: str,
+    backend: str,
+    gated: bool,
+) -> Choice:
+    """Check what belongs to a filter, and choose the implementation."""
     _, D, L = u.shape
     for name, taps in (("f", f), ("f_reverse", f_reverse)):
         if taps is None:
@@ -305,17 +365,35 @@ def fft_conv(
         raise ValueError(f"skip is {tuple(skip.shape)}, u needs ({D},)")
     if mode not in ("causal", "circular"):
         raise ValueError(f"mode={mode!r} is not one of causal, circular")
-    problem = Problem(length=L, capability=capability(u.device))
-    choice = choose("fft_conv", u.device, u.dtype, backend, problem)
-    announce("fft_conv", choice)
-    if u.numel() == 0:
-        return torch.zeros_like(u)
-    run = {"reference": reference.fft_conv, "torch": fft.fft_conv}.get(
-        choice.backend, fft_library.fft_conv
+    lags = f.shape[1] + (0 if f_reverse is None else f_reverse.shape[1] - 1)
+    circular = mode == "circular"
+    problem = Problem(
+        length=L,
+        capability=capability(u.device),
+        lags=2 * L - 1 if circular else lags,
+        gated=gated,
     )
-    return run(
-        u, f, skip=skip, pre_gate=pre_gate, post_gate=post_gate, f_reverse=f_reverse, mode=mode
-    )
+    return choose("fft_conv", u.device, u.dtype, backend, problem)
+
+
+def _check_prepared(
+    u: Tensor,
+    prepared: PreparedFilter,
+    gates: list[Tensor],
+    skip: Tensor | None,
+    f_reverse: Tensor | None,
+) -> None:
+    if skip is not None or f_reverse is not None:
+        raise ValueError("skip and f_reverse belong into prepare_filter, not beside its result")
+    if (u.shape[-1], u.dtype) != (prepared.length, prepared.dtype):
+        raise ValueError(
+            f"the filter was prepared for rows of {prepared.length} of {prepared.dtype}, "
+            f"u has {u.shape[-1]} of {u.dtype}"
+        )
+    if u.dtype == torch.float16 and gates and prepared.algorithm == "Toeplitz blocks":
+        raise ValueError("this filter was prepared for calls without gates: use gated=True")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (u, *gates)):
+        raise ValueError("a prepared filter passes no gradients on: give the filter itself")
 
 
 def zero_state(

@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from h3lm.flashconv import fft
 from h3lm.flashconv.kernels import fft_triton
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
 
@@ -98,8 +99,7 @@ def headroom(length: int) -> int:
     return math.floor(math.log2(65504 / (8 * math.sqrt(length))))
 
 
-@dataclass(frozen=True)
-class Spectrum:
+class Prepared(NamedTuple):
     """Filters' spectra as the kernels read them.
 
     Attributes:
@@ -111,15 +111,7 @@ class Spectrum:
     unscale: Tensor
 
 
-def filter_spectrum(f: Tensor, f_reverse: Tensor | None, points: int) -> Tensor:
-    """Spectrum of a filter that reaches both ways, (D, points / 2 + 1), complex64."""
-    spectrum = torch.fft.rfft(f, n=points)
-    if f_reverse is not None:
-        spectrum = spectrum + torch.fft.rfft(f_reverse, n=points).conj()
-    return spectrum
-
-
-def pack_spectrum(spectrum: Tensor, size: Size, half: bool, outer: int = 1) -> Spectrum:
+def pack_spectrum(spectrum: Tensor, size: Size, half: bool, outer: int = 1) -> Prepared:
     """Order and scale spectra for transforms of `outer` times the size's points."""
     D, points = spectrum.shape[0], outer * size.points
     pairs = torch.view_as_real(spectrum).contiguous()
@@ -132,7 +124,7 @@ def pack_spectrum(spectrum: Tensor, size: Size, half: bool, outer: int = 1) -> S
         pairs, peak, packed, unscale, points, headroom(points // 2),
         N0=outer, N1=size.N1, N2=size.N2, BLOCK=block, HALF=half,
     )  # fmt: skip
-    return Spectrum(packed, unscale)
+    return Prepared(packed, unscale)
 
 
 def filter_gradients(
@@ -154,15 +146,11 @@ def filter_gradients(
     lower = torch.cat([natural[:, :1], mirrored[:, : n // 2]], 1).conj()
     spectrum = (natural[:, : n // 2 + 1] + lower) / 2
     moved = torch.fft.irfft(spectrum, n=n, norm="forward")
-    df = moved[:, :taps].contiguous()
-    if taps_reverse is None:
-        return df, None
-    back = torch.cat([moved[:, :1], moved[:, n - taps_reverse + 1 :].flip(1)], 1)
-    return df, back
+    return fft.filter_gradients(moved, taps, taps_reverse)
 
 
 def forward(
-    u: Tensor, spectrum: Spectrum, size: Size, pre: Tensor | None, post: Tensor | None
+    u: Tensor, spectrum: Prepared, size: Size, pre: Tensor | None, post: Tensor | None
 ) -> Tensor:
     """Convolve rows of up to half of the size's points; positions are contiguous."""
     B, D, L = u.shape
@@ -179,7 +167,7 @@ def forward(
 def backward(
     dy: Tensor,
     u: Tensor,
-    spectrum: Spectrum,
+    spectrum: Prepared,
     size: Size,
     pre: Tensor | None,
     post: Tensor | None,
@@ -206,10 +194,10 @@ def backward(
     return du, dpre, sums
 
 
-def make_spectrum(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: Size) -> Spectrum:
+def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: Size) -> Prepared:
     """The spectrum of a filter that reaches both ways, for rows like u."""
     half = u.dtype != torch.float32
-    return pack_spectrum(filter_spectrum(f, f_reverse, size.points), size, half)
+    return pack_spectrum(fft.filter_spectrum(f, f_reverse, size.points), size, half)
 
 
 class _Run:

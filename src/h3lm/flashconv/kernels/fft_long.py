@@ -20,16 +20,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from h3lm.flashconv import fft
 from h3lm.flashconv.dispatch import MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL
 from h3lm.flashconv.kernels import fft_triton
 from h3lm.flashconv.kernels.fft_launch import (
+    Prepared,
     Size,
-    Spectrum,
     factors,
-    filter_spectrum,
     pack_spectrum,
     unitary_dft,
 )
+from h3lm.flashconv.kernels.fft_launch import filter_gradients as filter_gradients
 from h3lm.flashconv.kernels.fft_triton import exponent_of, power_of_two, to_unit
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
 
@@ -64,7 +65,7 @@ INNER = {1 << 17: Size(64, 32, 4), 2 * MAX_LONG_LENGTH: Size(64, 64, 4)}
 SMALL_INNER = {2 * MAX_LONG_LENGTH_SMALL: Size(64, 16, 4)}
 
 
-def long_size_for(length: int, large: bool) -> LongSize:
+def size_for(length: int, large: bool) -> LongSize:
     """Factors for rows of a length, on a GPU with as much shared memory as Hopper or with less.
 
     Raises:
@@ -216,7 +217,7 @@ def outer_factors(outer: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def forward(
-    u: Tensor, spectrum: Spectrum, size: LongSize, pre: Tensor | None, post: Tensor | None
+    u: Tensor, spectrum: Prepared, size: LongSize, pre: Tensor | None, post: Tensor | None
 ) -> Tensor:
     """Convolve rows of up to half of the size's points; positions are contiguous."""
     run = LongRun(u, size)
@@ -231,7 +232,7 @@ def forward(
 def backward(
     dy: Tensor,
     u: Tensor,
-    spectrum: Spectrum,
+    spectrum: Prepared,
     size: LongSize,
     pre: Tensor | None,
     post: Tensor | None,
@@ -257,10 +258,10 @@ def backward(
     return du, dpre, sums
 
 
-def make_spectrum(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: LongSize) -> Spectrum:
+def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: LongSize) -> Prepared:
     """The filter's spectrum for rows like u."""
     half = u.dtype != torch.float32
-    spectrum = filter_spectrum(f, f_reverse, size.points)
+    spectrum = fft.filter_spectrum(f, f_reverse, size.points)
     return pack_spectrum(spectrum, size.inner, half, size.outer)
 
 
@@ -343,7 +344,7 @@ class LongRun:
         other: Tensor | None,
         factor_of_other: Tensor | None,
         exponents: Tensor | None,
-        spectrum: Spectrum,
+        spectrum: Prepared,
     ) -> None:
         """Rows y = gate out, and other = factor_of_other out, from planes."""
         inward_kernel[self.grid](
@@ -352,7 +353,7 @@ class LongRun:
             self.B, self.D, self.L, self.size.inner.points, float(self.size.points), **self.outer,
         )  # fmt: skip
 
-    def convolve(self, planes: Tensor, spectrum: Spectrum) -> None:
+    def convolve(self, planes: Tensor, spectrum: Prepared) -> None:
         """Convolve all complex rows, in place."""
         m = self.size.inner.points
         fft_triton.forward_kernel[(self.channels * self.groups,)](
@@ -366,7 +367,7 @@ class LongRun:
         g_planes: Tensor,
         z_planes: Tensor,
         weights: Tensor | None,
-        spectrum: Spectrum,
+        spectrum: Prepared,
         data: bool,
     ) -> Tensor | None:
         """Write dx over the planes of g (`data`); sums of conj(Z) G if those of z are others."""

@@ -1,0 +1,106 @@
+"""Which module convolves rows, with what size, and the check that stands before its first use.
+
+`fft_launch`, `fft_long`, `toeplitz_triton` and `flashconv.fft` offer the same four functions:
+
+    prepare(u, f, f_reverse, size) -> what of the filter is read
+    forward(u, prepared, size, pre, post) -> y
+    backward(dy, u, prepared, size, pre, post, data=, filters=) -> du, dpre, sums
+    filter_gradients(sums, taps, taps_reverse) -> df, df_reverse
+
+A Triton release may break a kernel, a GPU may be unlike those that we tested. So each algorithm
+runs once on a small problem beside torch.fft; where it fails, that takes over and says so.
+"""
+
+import logging
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from h3lm.flashconv import fft
+from h3lm.flashconv.dispatch import (
+    HOPPER_SHARED,
+    MAX_FFT_LENGTH_SMALL,
+    ConvAlgorithm,
+    capability,
+)
+
+logger = logging.getLogger("h3lm.flashconv")
+TOLERANCE = 1e-2  # of bfloat16, whose operands and results are off by 2^-9 each
+
+
+class Plan(NamedTuple):
+    """A module and the size that its functions are given."""
+
+    kernels: ModuleType
+    size: Any
+
+
+def plan(
+    algorithm: str, device: torch.device, length: int, taps: int, taps_reverse: int | None
+) -> Plan:
+    """What runs for rows of a length and filters of so many taps.
+
+    Raises:
+        ValueError: if the algorithm is unknown, or does not take such rows.
+    """
+    large = capability(device) in HOPPER_SHARED
+    if algorithm == "torch.fft":
+        return Plan(fft, fft.transform_length(length, taps, taps_reverse))
+    if algorithm == "Toeplitz blocks":
+        from h3lm.flashconv.kernels import toeplitz_triton
+
+        return Plan(toeplitz_triton, toeplitz_triton.size_for(taps, taps_reverse, large))
+    if algorithm == "block FFT":
+        from h3lm.flashconv.kernels import fft_launch
+
+        return Plan(fft_launch, fft_launch.size_for(length))
+    if algorithm == "block FFT through memory":
+        from h3lm.flashconv.kernels import fft_long
+
+        return Plan(fft_long, fft_long.size_for(length, large))
+    raise ValueError(f"no algorithm is called {algorithm!r}")
+
+
+def works(algorithm: ConvAlgorithm, device: torch.device) -> bool:
+    """Whether an algorithm may be used; always in the interpreter and inside of a CUDA graph."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return True
+    return not fault(algorithm, device)
+
+
+@cache
+def fault(algorithm: ConvAlgorithm, device: torch.device) -> str:
+    """What is wrong with an algorithm on this machine; empty if it works."""
+    length = {"Toeplitz blocks": 304, "block FFT": 512}.get(algorithm, 4 * MAX_FFT_LENGTH_SMALL)
+    try:
+        found = _compare(plan(algorithm, device, length, 200, None), device, length)
+    except Exception as error:  # whatever a compiler may raise
+        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if found:
+        logger.warning("%s is off, torch.fft takes over: %s", algorithm, found)
+    return found
+
+
+def _compare(fast: Plan, device: torch.device, length: int) -> str:
+    random = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device)
+
+    u, dy = (normal(3, 2, length).bfloat16() for _ in range(2))
+    f = normal(2, 200)
+    plain = Plan(fft, fft.transform_length(length, f.shape[1], None))
+    results = []
+    for kernels, size in (fast, plain):
+        prepared = kernels.prepare(u, f, None, size)
+        y = kernels.forward(u, prepared, size, None, None)
+        du, _, sums = kernels.backward(dy, u, prepared, size, None, None, data=True, filters=True)
+        results.append((y, du, kernels.filter_gradients(sums, f.shape[1], None)[0]))
+    for name, found, expected in zip(("y", "du", "df"), *results, strict=True):
+        error = float((found.float() - expected.float()).norm() / expected.float().norm())
+        if not error < TOLERANCE:
+            return f"{name} differs by {error:.1e}"
+    return ""

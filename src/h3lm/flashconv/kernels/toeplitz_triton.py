@@ -1,0 +1,316 @@
+"""Long convolution as products with blocks of a Toeplitz matrix, in plain Triton: short filters.
+
+Rows are cut into chunks of T positions, outputs of one channel into pieces (chunk c, row). With h
+the filter of all lags, those behind and those ahead, blocks of K inputs contribute
+
+    y_c[t] = sum_m sum_{u<K} h[m K + t - u] x[c T - m K + u]
+
+so that a tile of pieces is one ordinary matrix product, [pieces, K] by [K, T], for each m. It takes
+2 (lags + T) operations for an element where the FFT takes 8 N1 + 16 N2, but with real numbers, one
+rounding, and nothing between loading and storing. The lags count, not the positions: a row of any
+length with a filter of some hundred taps belongs here.
+
+Blocks of the matrix come from a table of the filter in 8 copies, copy r shifted by r: whatever the
+lag, 16 bytes of one copy are aligned, and a block loads as fast as any other matrix.
+
+Operands are rounded to the dtype of the rows, sums are float32.
+
+Source: Fu et al. 2023 (arXiv 2212.14052v3), section 4.1, whose block FFT this replaces there.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from h3lm.flashconv.kernels.launch import multiprocessors, strides
+
+COPIES = 8  # values of 2 bytes in 16 bytes
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernels are launched.
+
+    Attributes:
+        T: Outputs of a piece.
+        K: Inputs of a block, a power of two from 16 on.
+        pieces: Most pieces of a tile.
+        warps: Warps of a program.
+        stages: Blocks in flight.
+        filter_pieces: Pieces of a tile where the filter's gradient is made.
+    """
+
+    T: int = 128
+    K: int = 64
+    pieces: int = 128
+    warps: int = 8
+    stages: int = 3
+    filter_pieces: int = 64
+
+
+# with Hopper's shared memory, and with the 99 KB that every GPU from 8.0 on has; see docs/log.md
+LARGE, SMALL = Tile(), Tile(stages=2, filter_pieces=32)
+
+
+@dataclass(frozen=True)
+class ToeplitzSize:
+    """What a filter reaches, lags -ahead .. behind, and how its products are cut.
+
+    Attributes:
+        behind: The largest lag.
+        ahead: The largest lag of the reverse filter, 0 without one.
+        tile: How the kernels are launched.
+    """
+
+    behind: int
+    ahead: int = 0
+    tile: Tile = LARGE
+
+    def blocks(self, K: int) -> tuple[int, int]:
+        """The first and the last m with a lag in m K - (K - 1) .. m K + (T - 1)."""
+        return -((self.ahead + self.tile.T - 1) // K), (self.behind + K - 1) // K
+
+    @property
+    def origin(self) -> int:
+        """Where lag 0 stands in the table's first copy."""
+        return self.tile.K * (1 - self.blocks(self.tile.K)[0])
+
+    def reversed(self) -> "ToeplitzSize":
+        """That of the transposed convolution."""
+        return ToeplitzSize(self.ahead, self.behind, self.tile)
+
+
+def size_for(taps: int, taps_reverse: int | None, large: bool) -> ToeplitzSize:
+    """The size for filters, on a GPU with as much shared memory as Hopper or with less."""
+    return ToeplitzSize(taps - 1, (taps_reverse or 1) - 1, LARGE if large else SMALL)
+
+
+@triton.jit
+def load_inside(base, offsets, inside, gate, gate_offsets):
+    """A tile of rows under its gate, 0 outside."""
+    x = tl.load(base + offsets, inside, 0.0)
+    if gate is not None:
+        factor = tl.load(gate + gate_offsets, inside, 0.0)
+        x = (x.to(tl.float32) * factor.to(tl.float32)).to(x.dtype)
+    return x
+
+
+@triton.jit(do_not_specialize=["B", "pieces", "lowest", "highest"])
+def convolve_kernel(
+    x, pre, y, post, other, factor, table,
+    x_row, x_channel, pre_row, pre_channel, post_row, post_channel, factor_row, factor_channel,
+    y_row, y_channel, B, L, tiles, pieces, lowest, highest, origin, width,
+    T: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Write y = post out and other = factor out, out the convolution of pre x, for a tile.
+
+    `table` is made by `prepare`. `other` has the strides of y.
+    """
+    channel = (tl.program_id(0) // tiles).to(tl.int64)
+    start = tl.program_id(0) % tiles * PIECES
+    piece = start + tl.arange(0, PIECES)
+    chunk, row = piece // B, (piece % B).to(tl.int64)
+    valid = (piece < pieces)[:, None]
+    # pieces of one chunk stand together: most tiles can leave out blocks outside of the row
+    first, last = start // B, tl.minimum(start + PIECES - 1, pieces - 1) // B
+    lowest = tl.maximum(lowest, -((L - 1 - first * T) // K))
+    highest = tl.minimum(highest, (last * T + K - 1) // K)
+
+    u, t = tl.arange(0, K), tl.arange(0, T)
+    up = (u + 7) // 8 * 8
+    lags = ((up - u) * width - up)[:, None] + t[None, :]
+    table += channel * (8 * width) + origin
+    x += channel * x_channel
+    rows = (row * x_row)[:, None]
+    if pre is not None:
+        pre += channel * pre_channel
+    gate_rows = (row * pre_row)[:, None]
+    out = tl.zeros((PIECES, T), tl.float32)
+    for m in tl.range(lowest, highest + 1, num_stages=STAGES):
+        position = (chunk * T - m * K)[:, None] + u[None, :]
+        inside = valid & (position >= 0) & (position < L)
+        value = load_inside(x, rows + position, inside, pre, gate_rows + position)
+        out = tl.dot(value, tl.load(table + m * K + lags), out)
+
+    position = (chunk * T)[:, None] + t[None, :]
+    inside = valid & (position < L)
+    to = (row * y_row)[:, None] + channel * y_channel + position
+    if other is not None:
+        at = (row * factor_row)[:, None] + channel * factor_channel + position
+        value = tl.load(factor + at, inside, 0.0).to(tl.float32)
+        tl.store(other + to, (out * value).to(y.dtype.element_ty), inside)
+    if post is not None:
+        at = (row * post_row)[:, None] + channel * post_channel + position
+        out *= tl.load(post + at, inside, 0.0).to(tl.float32)
+    tl.store(y + to, out.to(y.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["B", "pieces", "pieces_per_program", "lowest"])
+def differentiate_kernel(
+    x, pre, dy, post, sums,
+    x_row, x_channel, pre_row, pre_channel, dy_row, dy_channel, post_row, post_channel,
+    B, D, L, pieces, pieces_per_program, lowest, blocks,
+    T: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of the gradient of h over some pieces, for the lags of one m (with K = T).
+
+    [K, T] = sum over pieces of x (post dy)^T, then sums along its diagonals: to `sums` go lags
+    m T + s and m T + s - T, s < T.
+    """
+    block = tl.program_id(0) % blocks
+    channel = (tl.program_id(0) // blocks % D).to(tl.int64)
+    group = (tl.program_id(0) // blocks // D).to(tl.int64)
+    m = lowest + block
+    # chunks whose inputs, m chunks before, are inside the row
+    first = tl.maximum(m, 0) * B + group * pieces_per_program
+    end = tl.minimum(first + pieces_per_program, tl.minimum(pieces, pieces + m * B))
+
+    i, in_tile = tl.arange(0, T), tl.arange(0, PIECES)
+    x += channel * x_channel
+    dy += channel * dy_channel
+    if pre is not None:
+        pre += channel * pre_channel
+    if post is not None:
+        post += channel * post_channel
+    sum_ = tl.zeros((T, T), tl.float32)
+    for start in tl.range(first, end, PIECES, num_stages=STAGES):
+        piece = start + in_tile
+        chunk, row = piece // B, (piece % B).to(tl.int64)[:, None]
+        to = (chunk * T)[:, None] + i[None, :]
+        at = to - m * T
+        valid = (piece < end)[:, None]
+        value = load_inside(x, row * x_row + at, valid & (at < L), pre, row * pre_row + at)
+        g = load_inside(dy, row * dy_row + to, valid & (to < L), post, row * post_row + to)
+        sum_ = tl.dot(tl.trans(value), g, sum_)
+
+    turned = (i[:, None] + i[None, :]) % T
+    diagonals = tl.gather(sum_, turned, 1)  # [u, s]: what stands at t = (u + s) mod T
+    upper = i[:, None] + i[None, :] < T
+    sums += ((group * D + channel) * blocks + block) * (2 * T)
+    tl.store(sums + i, tl.sum(tl.where(upper, diagonals, 0.0), 0))
+    tl.store(sums + T + i, tl.sum(tl.where(upper, 0.0, diagonals), 0))
+
+
+class Prepared(NamedTuple):
+    """A filter of all lags in 8 shifted copies between zeros.
+
+    Attributes:
+        copies: (D, 8, width), dtype of the rows; copy r holds lag l at `size.origin` + l - r.
+    """
+
+    copies: Tensor
+
+
+def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: ToeplitzSize) -> Prepared:
+    """The table of a filter that reaches both ways, for rows like u."""
+    if f_reverse is not None:
+        present = f[:, :1] + f_reverse[:, :1]
+        f = torch.cat([f_reverse[:, 1:].flip(1), present, f[:, 1:]], 1)
+    return _table(f.to(u.dtype), size)
+
+
+def _table(h: Tensor, size: ToeplitzSize) -> Prepared:
+    lowest, highest = size.blocks(size.tile.K)
+    width = size.tile.K * (highest - lowest + 1) + size.tile.T
+    before = size.origin - size.ahead
+    padded = F.pad(h, (before, width + COPIES - 1 - before - h.shape[1]))
+    return Prepared(padded.unfold(1, width, 1).contiguous())
+
+
+def _transposed(table: Prepared, size: ToeplitzSize) -> Prepared:
+    """The table of the same filter turned round."""
+    h = table.copies[:, 0, size.origin - size.ahead : size.origin + size.behind + 1]
+    return _table(h.flip(1), size.reversed())
+
+
+def forward(
+    u: Tensor, table: Prepared, size: ToeplitzSize, pre: Tensor | None, post: Tensor | None
+) -> Tensor:
+    """Convolve rows; positions are contiguous."""
+    return _convolve(u, table, size, pre, post, None)[0]
+
+
+def backward(
+    dy: Tensor,
+    u: Tensor,
+    table: Prepared,
+    size: ToeplitzSize,
+    pre: Tensor | None,
+    post: Tensor | None,
+    *,
+    data: bool,
+    filters: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of rows and first gate (`data`), of the filter of all lags (`filters`)."""
+    du, dpre = None, None
+    if data:
+        other = None if pre is None else u
+        turned = _transposed(table, size)
+        du, dpre = _convolve(dy, turned, size.reversed(), post, pre, other)
+    return du, dpre, _differentiate(u, pre, dy, post, size) if filters else None
+
+
+def filter_gradients(
+    dh: Tensor, taps: int, taps_reverse: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of both filters from that of all lags."""
+    df = dh[:, -taps:].contiguous()
+    return df, None if taps_reverse is None else dh[:, :taps_reverse].flip(1)
+
+
+def _convolve(
+    x: Tensor,
+    table: Prepared,
+    size: ToeplitzSize,
+    pre: Tensor | None,
+    post: Tensor | None,
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution of pre x, times post; and times `factor` if there is one."""
+    B, D, L = x.shape
+    tile = size.tile
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    other = None if factor is None else torch.empty_like(y)
+    pieces = B * -(-L // tile.T)
+    of_a_tile = min(tile.pieces, max(16, triton.next_power_of_2(pieces)))
+    tiles = -(-pieces // of_a_tile)
+    lowest, highest = size.blocks(tile.K)
+    convolve_kernel[(D * tiles,)](
+        x, pre, y, post, other, factor, table.copies,
+        *strides(x), *strides(pre), *strides(post), *strides(factor), *strides(y),
+        B, L, tiles, pieces, lowest, highest, size.origin, table.copies.shape[-1],
+        T=tile.T, K=tile.K, PIECES=of_a_tile, STAGES=tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
+    return y, other
+
+
+def _differentiate(
+    x: Tensor, pre: Tensor | None, dy: Tensor, post: Tensor | None, size: ToeplitzSize
+) -> Tensor:
+    """Gradient of the filter of all lags, (D, ahead + 1 + behind), float32."""
+    B, D, L = x.shape
+    T, in_tile = size.tile.T, size.tile.filter_pieces
+    chunks = -(-L // T)
+    lowest, highest = (max(1 - chunks, min(chunks - 1, m)) for m in size.blocks(T))
+    blocks = highest - lowest + 1
+    tiles = -(-B * chunks // in_tile)
+    groups = min(tiles, -(-2 * multiprocessors(x.device) // (D * blocks)))
+    tiles_per_program = -(-tiles // groups)
+    groups = -(-tiles // tiles_per_program)
+    sums = x.new_empty((groups, D, blocks, 2, T), dtype=torch.float32)
+    differentiate_kernel[(groups * D * blocks,)](
+        x, pre, dy, post, sums, *strides(x), *strides(pre), *strides(dy), *strides(post),
+        B, D, L, B * chunks, tiles_per_program * in_tile, lowest, blocks,
+        T=T, PIECES=in_tile, STAGES=size.tile.stages, num_warps=size.tile.warps,
+    )  # fmt: skip
+    total = sums[0] if groups == 1 else sums.sum(0)
+    # lags from (lowest - 1) T on: the second half of block m lies over the first of block m - 1
+    every = F.pad(total[:, :, 1], (0, 0, 0, 1))
+    every[:, 1:] += total[:, :, 0]
+    present = (1 - lowest) * T
+    return every.flatten(1)[:, present - size.ahead : present + size.behind + 1]
