@@ -159,6 +159,21 @@ def test_half_precision_keeps_the_state_space_parameters_whole(tmp_path):
     assert torch.isfinite(model(torch.randint(0, 20, (2, LENGTH))).logits).all()
 
 
+@pytest.mark.parametrize("mixers", ["s4d", "s4", "h3", "long_conv"])
+def test_under_autocast_mixers_work_in_half_and_the_residual_stream_does_not(mixers):
+    model = make(mixers=mixers, bidirectional=True, num_channels=1, norm="batch").float()
+    seen = []
+    layer = model.model.layers[1]
+    layer.mixer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    values = torch.randn(2, LENGTH, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(input_values=values, output_hidden_states=True)
+    assert seen == [torch.bfloat16]
+    assert found.hidden_states[1].dtype == torch.float32
+    expected = model(input_values=values).logits
+    assert (found.logits - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -57,6 +57,9 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         return _normalise(norm, r + self.dropout(sublayer(r, lengths)), lengths)
 
     def _mix(self, u: Tensor, lengths: Tensor | None) -> Tensor:
+        if torch.is_autocast_enabled(u.device.type):
+            # as for a linear map: autocast knows no convolutions, and would leave them in float32
+            u = u.to(torch.get_autocast_dtype(u.device.type))
         # a causal mixer never sees the padding, since it stands behind
         return self.mixer(u, lengths=lengths)[0] if self.both_ways else self.mixer(u)[0]
 
@@ -190,7 +193,8 @@ class H3Encoder(H3ClassificationPreTrainedModel):
                 raise ValueError(
                     f"input_values has {input_values.shape[-1]} channels, the model {channels}"
                 )
-            return self.embed_values(input_values)
+            embeds = self.embed_values(input_values)
+            return embeds.to(self.embed_values.weight.dtype)  # autocast narrows no residual stream
         assert input_ids is not None
         if channels is not None:
             raise ValueError(f"this model takes input_values of {channels} channels, not input_ids")
