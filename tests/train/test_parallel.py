@@ -14,10 +14,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from h3lm.errors import UserError
 from h3lm.models import H3ForCausalLM
 from h3lm.train.arguments import training_arguments
+from h3lm.train.processes import one_voice
 from h3lm.train.recipe import make_recipe
 from h3lm.train.run import train
 
@@ -125,8 +127,7 @@ def test_what_happens_to_one_process_ends_all_at_the_same_step(together):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alone", [True, False])
-def test_one_process_says_why_all_end(tmp_path, alone):
+def test_one_process_that_fails_alone_says_why_and_ends_all(tmp_path):
     script = tmp_path / "fail.py"
     script.write_text(
         "import sys\n"
@@ -134,17 +135,32 @@ def test_one_process_says_why_all_end(tmp_path, alone):
         "from h3lm.train.processes import one_voice, rank, wait_for_all\n"
         "with one_voice():\n"
         "    distributed.init_process_group('gloo')\n"
-        f"    if rank() == 1 or not {alone}:\n"
-        "        sys.exit(f'error: {rank()} of two')\n"
+        "    if rank() == 1:\n"
+        "        sys.exit('error: the second')\n"
         "    wait_for_all()\n"
     )
     process = torchrun(2, script)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 1
     said = [line for line in errors.splitlines() if line.startswith("error:")]
-    assert len(said) == 1, errors
-    assert said[0] == "error: 1 of two" or not alone
+    assert said == ["error: the second"], errors
     assert "rank0]: Traceback" not in errors
+
+
+def test_of_processes_that_fail_alike_the_first_speaks(monkeypatch):
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    places = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "WORLD_SIZE": 2}
+    for name, value in places.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="the batch"), one_voice():
+        raise UserError("the batch")
+    with pytest.raises(SystemExit) as left, one_voice():
+        raise UserError("the batch")
+    assert left.value.code == 1
+    # started again by torchrun, they may speak again
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="the batch"), one_voice():
+        raise UserError("the batch")
 
 
 @pytest.mark.gpu

@@ -17,7 +17,11 @@ def train(
         str | None, Option(help="Explain a recipe key, or 'all' of them, and stop.")
     ] = None,
 ) -> None:
-    """Train a model by a recipe."""
+    """Train a model by a recipe.
+
+    Run again in the same way, it goes on from its newest checkpoint. In several processes:
+    torchrun --nproc-per-node N -m h3lm train RECIPE, with parallel=ddp or parallel=fsdp.
+    """
     from h3lm.errors import UserError
     from h3lm.train import recipe as recipes
 
