@@ -23,7 +23,7 @@ from h3lm.bench.report import Row, write
 from h3lm.data.tokenizers import gpt2_tokenizer
 from h3lm.errors import UserError
 from h3lm.evals.harness import load_tasks, quiet
-from h3lm.evals.prefix_tree import Request
+from h3lm.evals.prefix_tree import STATE_COST_TOKENS, Request
 from h3lm.evals.scorer import TreeScorer
 from h3lm.evals.tree_lm import TreeLM
 from h3lm.models import H3Config, H3ForCausalLM
@@ -75,6 +75,9 @@ def main() -> None:
     parser.add_argument("--size", default="125m")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the limits of sets")
     parser.add_argument("--long", type=int, default=2**18, help="tokens of the long document")
+    parser.add_argument(
+        "--state-cost", type=int, default=STATE_COST_TOKENS, help="see h3lm.evals.PrefixTree"
+    )
     parser.add_argument("--seconds", type=float, default=240, help="start nothing new after this")
     arguments = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -107,7 +110,9 @@ def _run(arguments: argparse.Namespace) -> None:
             if time.monotonic() - began > arguments.seconds:
                 _say(f"no time left for {name} on {s.name}")
                 continue
-            races.append(_race(f"{name}, {s.name}", model, tokenizer, instances[s.name]))
+            title = f"{name}, {s.name}"
+            tree = TreeLM(model, tokenizer, state_cost_tokens=arguments.state_cost)
+            races.append(_race(title, tree, instances[s.name]))
             _say(races[-1])
         del model
         _forget()
@@ -168,9 +173,10 @@ def _check(
     return said
 
 
-def _race(name: str, model: H3ForCausalLM, tokenizer: Any, requests: list[Any]) -> Row:
+def _race(name: str, tree: TreeLM, requests: list[Any]) -> Row:
     """Time of both paths on the same requests."""
     part = requests[:: max(1, len(requests) // SAMPLE)]
+    model, tokenizer = tree.model, tree.tokenizer
     speeds = {}
     for batch in PLAIN_BATCHES:
         lm = _plain(model, tokenizer, batch)
@@ -181,7 +187,6 @@ def _race(name: str, model: H3ForCausalLM, tokenizer: Any, requests: list[Any]) 
             _forget()
     best = min(speeds, key=lambda batch: speeds[batch])
     plain_s, plain_gb = _timed(_plain(model, tokenizer, best), requests)
-    tree = TreeLM(model, tokenizer)
     tree_s, tree_gb = _timed(tree, requests)
     work = tree.scorer.work
     return {

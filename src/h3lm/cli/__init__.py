@@ -8,6 +8,7 @@ import typer
 
 from h3lm import __version__
 from h3lm.cli.bench import bench
+from h3lm.cli.compare import compare
 from h3lm.cli.convert import convert
 from h3lm.cli.doctor import doctor
 from h3lm.cli.eval import evaluate
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (prepare, presets, recipes, train, generate, convert, synthetics, doctor):
+for command in (prepare, presets, recipes, train, generate, convert, compare, synthetics, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(bench)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from h3lm.errors import UserError
 from h3lm.evals.journal import Journal
-from h3lm.evals.prefix_tree import Request
+from h3lm.evals.prefix_tree import STATE_COST_TOKENS, Request
 from h3lm.evals.scorer import Answer, Limits, TreeScorer, Work
 
 Progress = Callable[[int, int, Work], None]
@@ -29,6 +29,7 @@ class TreeLM(HFLM):
         limits: Memory of the tree.
         journal: Answers that are known already, and where new ones go.
         progress: Called with the number of requests answered, of all, and the work so far.
+        state_cost_tokens: See `PrefixTree`.
 
     Raises:
         UserError: if the tokenizer has no token to begin with, or the cache of the model cannot
@@ -44,12 +45,13 @@ class TreeLM(HFLM):
         limits: Limits | None = None,
         journal: Journal | None = None,
         progress: Progress | None = None,
+        state_cost_tokens: int = STATE_COST_TOKENS,
     ) -> None:
         check_begin_token(tokenizer)
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length
         )
-        self.scorer = TreeScorer(model, limits=limits)
+        self.scorer = TreeScorer(model, limits=limits, state_cost_tokens=state_cost_tokens)
         self.journal, self.progress = journal, progress
         self.truncated = 0
 
