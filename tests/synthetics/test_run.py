@@ -298,10 +298,21 @@ def test_trace_is_what_the_layers_compute():
         u = core.layers[0].norm1(core.embed_tokens(torch.from_numpy(data.test.inputs[3:4])))
         expected, _ = mixer(u)
         assert torch.allclose(mixer.output_proj(found.layers[0].o.T), expected[0], atol=1e-5)
-        # a channel's share is its part of the layer's contribution to the answer's logit
-        answer = data.test.targets[3, -1]
-        direct = core.embed_tokens.weight[answer] @ (expected[0, -1] - mixer.output_proj.bias)
-    assert found.layers[0].share.sum().item() == pytest.approx(direct.item(), abs=1e-4)
+    # a channel's share is what the answer's logit gains where the channel grows in proportion
+    answer = data.test.targets[3, -1]
+
+    def logit(scale):
+        hook = mixer.output_proj.register_forward_pre_hook(lambda _, args: (args[0] * scale,))
+        with torch.no_grad():
+            logits = model(torch.from_numpy(data.test.inputs[3:4])).logits[0, -1]
+        hook.remove()
+        return (logits[answer] - logits.mean()).item()
+
+    model.double()
+    for channel in range(8):
+        step = 1e-6 * torch.eye(8, dtype=torch.float64)[channel]
+        slope = (logit(1 + step) - logit(1 - step)) / 2e-6
+        assert found.layers[0].share[channel].item() == pytest.approx(slope, abs=1e-5)
     with pytest.raises(UserError, match="only H3 layers"):
         trace(maker("s4d")(0), data)
 

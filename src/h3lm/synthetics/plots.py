@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from h3lm.synthetics.settings import SETTINGS
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
 _CHANNELS = 12  # rows of a trace: those that matter most for the answer
 _SHOWN_TAPS = 8
+_PANELS = 4  # side by side
 
 
 def plot_report(report: "Report", out: Path) -> list[Path]:
@@ -89,8 +89,8 @@ def _mark_query(axis: Axes, tokens: list[str]) -> None:
 
 def _accuracy(report: "Report") -> Figure:
     settings = report.settings()
-    figure = Figure(figsize=(1.5 + 4.5 * len(settings), 4), layout="constrained")
-    for axis, setting in zip(_row(figure, len(settings)), settings, strict=True):
+    figure, axes = _panels(len(settings))
+    for axis, setting in zip(axes, settings, strict=True):
         mixers = report.mixers(setting)
         both = any(r.setting == setting and r.kind == "search" for r in report.runs)
         for offset, kind in ((-0.2, "recipe"), (0.2, "search")) if both else ((0.0, "recipe"),):
@@ -107,7 +107,14 @@ def _accuracy(report: "Report") -> Figure:
         axis.set_title(f"{setting} (dotted: rules that learn nothing)", fontsize=9)
         axis.set_ylabel("accuracy, %")
         axis.set_ylim(0, 103)
-        axis.legend(fontsize=7, loc="lower right")
+    handles = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles, loc="outside upper center", ncols=len(handles), fontsize=8
+    )
     return figure
 
 
@@ -120,8 +127,8 @@ def _paper_marks(axis: Axes, setting: str, mixers: list[str]) -> None:
 
 def _curves(report: "Report") -> Figure:
     settings = report.settings()
-    figure = Figure(figsize=(1.5 + 4.5 * len(settings), 4), layout="constrained")
-    for axis, setting in zip(_row(figure, len(settings)), settings, strict=True):
+    figure, axes = _panels(len(settings))
+    for axis, setting in zip(axes, settings, strict=True):
         for color, mixer in enumerate(report.mixers(setting)):
             for i, run in enumerate(_shown(report, setting, mixer)):
                 steps, _, accuracies = zip(*run.curve, strict=True)
@@ -141,13 +148,18 @@ def _lengths(report: "Report") -> Figure:
     settings = [
         s for s in report.settings() if any(r.longer for r in report.runs if r.setting == s)
     ]
-    figure = Figure(figsize=(1.5 + 4.5 * len(settings), 4), layout="constrained")
-    for axis, setting in zip(_row(figure, len(settings)), settings, strict=True):
+    figure, axes = _panels(len(settings))
+    for axis, setting in zip(axes, settings, strict=True):
         for mixer in report.mixers(setting):
             runs = _shown(report, setting, mixer)
             lengths = sorted({int(n) for r in runs for n in r.longer})
             means = [100 * fmean(r.longer[str(n)] for r in runs) for n in lengths]
             axis.plot(lengths, means, "o-", label=mixer)
+        rules = report.longer_baselines.get(setting, {})
+        if rules:
+            lengths = sorted(map(int, rules))
+            best = [100 * max(b["accuracy"] for b in rules[str(n)]) for n in lengths]
+            axis.plot(lengths, best, "k:", label="best rule that learns nothing")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axis.set_title(f"{setting}: tested at other lengths", fontsize=9)
@@ -158,8 +170,7 @@ def _lengths(report: "Report") -> Figure:
 
 
 def _pairs(report: "Report", settings: list[str]) -> Figure:
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    by_pairs, by_size = _row(figure, 2)
+    figure, (by_pairs, by_size) = _panels(2)
     for mixer in dict.fromkeys(m for s in settings for m in report.mixers(s)):
         points = []
         for setting in settings:
@@ -169,12 +180,16 @@ def _pairs(report: "Report", settings: list[str]) -> Figure:
         pairs, sizes, accuracies = zip(*sorted(points), strict=True)
         by_pairs.plot(pairs, accuracies, "o-", label=mixer)
         by_size.plot(sizes, accuracies, "o", label=mixer)
+    rules = sorted(
+        (_pairs_of(s), 100 * max(b["accuracy"] for b in report.baselines[s])) for s in settings
+    )
+    by_pairs.plot(*zip(*rules, strict=True), "k:", label="best rule that learns nothing")
     for axis, name in ((by_pairs, "key-value pairs"), (by_size, "state, floats per sequence")):
         axis.set_xscale("log", base=2)
         axis.set_xlabel(name)
         axis.set_ylabel("accuracy, %")
         axis.legend(fontsize=7)
-    by_pairs.xaxis.set_major_locator(MaxNLocator(integer=True))
+    by_pairs.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     return figure
 
 
@@ -187,8 +202,15 @@ def _shown(report: "Report", setting: str, mixer: str) -> "list[Run]":
     return report.select(setting, mixer, "search") or report.select(setting, mixer, "recipe")
 
 
-def _row(figure: Figure, count: int) -> list[Axes]:
-    return list(figure.subplots(1, count, squeeze=False)[0])
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, in rows."""
+    columns = min(count, _PANELS)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(1.5 + 4.5 * columns, 0.4 + 3.8 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
 
 
 def _save(figure: Figure, path: Path) -> Path:

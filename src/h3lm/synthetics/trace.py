@@ -1,9 +1,10 @@
 """What a trained H3 does along one sequence."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from h3lm.errors import UserError
 from h3lm.flashconv import fft_conv, ssm_conv
@@ -25,8 +26,9 @@ class LayerTrace:
         held: Output of the diagonal SSM: what the state says.
         q: Queries, which open it.
         o: q * held, what is read.
-        share: Contribution of each channel to the right answer's logit at the last position by
-            way of the output projection and the residual stream, (D,); later layers not counted.
+        share: How much the right answer's logit, counted from the mean logit, would lose with the
+            channel, to first order: gradient times o, summed over positions, (D,). Whatever
+            stands behind the layer is in the gradient.
     """
 
     taps: Tensor
@@ -75,44 +77,46 @@ def trace(model: H3ForCausalLM, data: Dataset, row: int | None = None) -> Trace:
         raise UserError("only H3 layers with heads of one channel can be traced")
     inputs = torch.from_numpy(data.test.inputs)
     answers = torch.from_numpy(data.test.targets[:, -1])
-    seen: dict[int, Tensor] = {}
-    hooks = [
-        layer.mixer.register_forward_pre_hook(
-            lambda module, args, i=i: seen.__setitem__(i, args[0][:1])
-        )
-        for i, layer in enumerate(chosen)
-    ]
-    try:
+    if row is None:
         with torch.no_grad():
-            if row is None:
-                right = model(inputs, use_cache=False).logits[:, -1].argmax(-1) == answers
-                row = int(right.int().argmax())
-            logits = model(inputs[row : row + 1], use_cache=False).logits[0, -1]
-            direction = model.model.embed_tokens.weight[answers[row]]
-            layers = [
-                _trace_layer(layer.mixer, seen[i], direction) for i, layer in enumerate(chosen)
-            ]
+            right = model(inputs, use_cache=False).logits[:, -1].argmax(-1) == answers
+        row = int(right.int().argmax())
+    entered: list[Tensor] = []
+    read: list[Tensor] = []  # o of each layer, (L, D)
+
+    def keep(into: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        return lambda module, args: into.append(args[0])
+
+    hooks = [layer.mixer.register_forward_pre_hook(keep(entered)) for layer in chosen]
+    hooks += [layer.mixer.output_proj.register_forward_pre_hook(keep(read)) for layer in chosen]
+    try:
+        logits = model(inputs[row : row + 1], use_cache=False).logits[0, -1]
     finally:
         for hook in hooks:
             hook.remove()
+    gradients = torch.autograd.grad(logits[answers[row]] - logits.mean(), read)
+    with torch.no_grad():
+        layers = [
+            _trace_layer(layer.mixer, u, (gradient * o).sum(0))
+            for layer, u, o, gradient in zip(chosen, entered, read, gradients, strict=True)
+        ]
     tokens = data.task.tokens
     return Trace(
         tokens=[tokens[i] for i in inputs[row].tolist()],
         answer=tokens[int(answers[row])],
         vocabulary=list(tokens),
-        probabilities=logits.softmax(-1),
+        probabilities=logits.detach().softmax(-1),
         layers=layers,
     )
 
 
-def _trace_layer(mixer: H3, u: Tensor, direction: Tensor) -> LayerTrace:
+def _trace_layer(mixer: H3, u: Tensor, share: Tensor) -> LayerTrace:
     q, k, v = mixer.qkv_proj(u).mT.chunk(3, 1)
     taps, system = mixer.shift_ssm.taps(), mixer.diagonal_ssm.system()
     shifted = fft_conv(k, taps[:, : k.shape[-1]])
     written = shifted * v
     held, _ = ssm_conv(written, system)
     o = q * held
-    share = o[0, :, -1] * (direction @ mixer.output_proj.weight)
     return LayerTrace(
         taps=taps,
         k=k[0],
