@@ -243,10 +243,14 @@ class H3Trainer(Trainer):
                 checkpoints.finish(folder, point, self.recipe.keep_checkpoints)
             wait_for_all()
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if is_sharded(self.model):
-            state_dict = whole_weights(self.model)
-        super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the library's; of a sharded model the whole, gathered in the first process."""
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole_weights(self.model)
+        if is_first():
+            self._save(output_dir, state_dict=weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.lr_scheduler is not None
