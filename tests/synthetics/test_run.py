@@ -298,21 +298,22 @@ def test_trace_is_what_the_layers_compute():
         u = core.layers[0].norm1(core.embed_tokens(torch.from_numpy(data.test.inputs[3:4])))
         expected, _ = mixer(u)
         assert torch.allclose(mixer.output_proj(found.layers[0].o.T), expected[0], atol=1e-5)
-    # a channel's share is what the answer's logit gains where the channel grows in proportion
+    # a channel's worth is what the answer loses where the output projection does not read it
     answer = data.test.targets[3, -1]
 
-    def logit(scale):
-        hook = mixer.output_proj.register_forward_pre_hook(lambda _, args: (args[0] * scale,))
+    def log_odds():
         with torch.no_grad():
-            logits = model(torch.from_numpy(data.test.inputs[3:4])).logits[0, -1]
-        hook.remove()
-        return (logits[answer] - logits.mean()).item()
+            p = model(torch.from_numpy(data.test.inputs[3:4])).logits[0, -1].softmax(-1)[answer]
+        return torch.log(p / (1 - p)).item()
 
-    model.double()
+    whole, weight = log_odds(), mixer.output_proj.weight
     for channel in range(8):
-        step = 1e-6 * torch.eye(8, dtype=torch.float64)[channel]
-        slope = (logit(1 + step) - logit(1 - step)) / 2e-6
-        assert found.layers[0].share[channel].item() == pytest.approx(slope, abs=1e-5)
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight[:, channel] = 0
+        assert found.layers[0].worth[channel].item() == pytest.approx(whole - log_odds(), abs=1e-4)
+        with torch.no_grad():
+            weight.copy_(kept)
     with pytest.raises(UserError, match="only H3 layers"):
         trace(maker("s4d")(0), data)
 

@@ -53,7 +53,7 @@ def plot_trace(trace: "Trace", path: Path) -> Path:
 
 
 def _draw_layer(layer: "LayerTrace", axes: np.ndarray, number: int, tokens: list[str]) -> None:
-    order = layer.share.abs().argsort(descending=True)[:_CHANNELS]
+    order = layer.worth.abs().argsort(descending=True)[:_CHANNELS]
     panels = [
         (layer.taps[:, :_SHOWN_TAPS], "shift filter, by lag", [str(i) for i in range(_SHOWN_TAPS)]),
         (layer.written, "written: shifted k × v", tokens),
@@ -73,9 +73,9 @@ def _draw_layer(layer: "LayerTrace", axes: np.ndarray, number: int, tokens: list
         if labels is tokens:
             _mark_query(axis, tokens)
         axis.set_yticks([])
-    shares = [f"{int(c)} ({float(layer.share[c]):+.1f})" for c in order]
-    axes[0].set_yticks(range(len(order)), shares, fontsize=6)
-    axes[0].set_ylabel(f"layer {number}: channel (share of the logit)", fontsize=7)
+    names = [f"{int(c)} ({float(layer.worth[c]):.1f})" for c in order]
+    axes[0].set_yticks(range(len(order)), names, fontsize=6)
+    axes[0].set_ylabel(f"layer {number}: channel (log odds lost without it)", fontsize=7)
 
 
 def _mark_query(axis: Axes, tokens: list[str]) -> None:

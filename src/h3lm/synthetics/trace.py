@@ -1,6 +1,5 @@
 """What a trained H3 does along one sequence."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +25,7 @@ class LayerTrace:
         held: Output of the diagonal SSM: what the state says.
         q: Queries, which open it.
         o: q * held, what is read.
-        share: How much the right answer's logit, counted from the mean logit, would lose with the
-            channel, to first order: gradient times o, summed over positions, (D,). Whatever
-            stands behind the layer is in the gradient.
+        worth: What the right answer's log odds lose where the channel's o is zero everywhere, (D,).
     """
 
     taps: Tensor
@@ -39,7 +36,7 @@ class LayerTrace:
     held: Tensor
     q: Tensor
     o: Tensor
-    share: Tensor
+    worth: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,35 +79,54 @@ def trace(model: H3ForCausalLM, data: Dataset, row: int | None = None) -> Trace:
             right = model(inputs, use_cache=False).logits[:, -1].argmax(-1) == answers
         row = int(right.int().argmax())
     entered: list[Tensor] = []
-    read: list[Tensor] = []  # o of each layer, (L, D)
-
-    def keep(into: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        return lambda module, args: into.append(args[0])
-
-    hooks = [layer.mixer.register_forward_pre_hook(keep(entered)) for layer in chosen]
-    hooks += [layer.mixer.output_proj.register_forward_pre_hook(keep(read)) for layer in chosen]
-    try:
-        logits = model(inputs[row : row + 1], use_cache=False).logits[0, -1]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    gradients = torch.autograd.grad(logits[answers[row]] - logits.mean(), read)
+    hooks = [
+        layer.mixer.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+        for layer in chosen
+    ]
+    ids, answer = inputs[row : row + 1], int(answers[row])
     with torch.no_grad():
-        layers = [
-            _trace_layer(layer.mixer, u, (gradient * o).sum(0))
-            for layer, u, o, gradient in zip(chosen, entered, read, gradients, strict=True)
-        ]
+        try:
+            logits = model(ids, use_cache=False).logits[0, -1]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        layers = []
+        for layer, u in zip(chosen, entered, strict=True):
+            without = _silenced(model, layer.mixer, ids)
+            worth = _log_odds(logits, answer) - _log_odds(without, answer)
+            layers.append(_trace_layer(layer.mixer, u, worth))
     tokens = data.task.tokens
     return Trace(
         tokens=[tokens[i] for i in inputs[row].tolist()],
         answer=tokens[int(answers[row])],
         vocabulary=list(tokens),
-        probabilities=logits.detach().softmax(-1),
+        probabilities=logits.softmax(-1),
         layers=layers,
     )
 
 
-def _trace_layer(mixer: H3, u: Tensor, share: Tensor) -> LayerTrace:
+def _silenced(model: H3ForCausalLM, mixer: H3, ids: Tensor) -> Tensor:
+    """Logits behind the row with each of the mixer's channels at zero, (D, vocab)."""
+    D = mixer.d_model
+    others = 1 - torch.eye(D)[:, None]  # [D rows, 1, D channels]
+
+    def silence(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return ((args[0].unflatten(0, (D, -1)) * others).flatten(0, 1),)
+
+    hook = mixer.output_proj.register_forward_pre_hook(silence)
+    try:
+        return model(ids.expand(D, -1), use_cache=False).logits[:, -1]
+    finally:
+        hook.remove()
+
+
+def _log_odds(logits: Tensor, answer: int) -> Tensor:
+    others = logits.clone()
+    others[..., answer] = -torch.inf
+    return logits[..., answer] - others.logsumexp(-1)
+
+
+def _trace_layer(mixer: H3, u: Tensor, worth: Tensor) -> LayerTrace:
     q, k, v = mixer.qkv_proj(u).mT.chunk(3, 1)
     taps, system = mixer.shift_ssm.taps(), mixer.diagonal_ssm.system()
     shifted = fft_conv(k, taps[:, : k.shape[-1]])
@@ -126,5 +142,5 @@ def _trace_layer(mixer: H3, u: Tensor, share: Tensor) -> LayerTrace:
         held=held[0],
         q=q[0],
         o=o[0],
-        share=share,
+        worth=worth,
     )
