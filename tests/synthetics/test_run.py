@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -169,6 +170,7 @@ def test_report_holds_every_run_its_baselines_and_sizes(finished):
     assert set(h3.longer) == {"8", "12"}
     assert set(attention.longer) == {"8"}
     text = (folder / "report.md").read_text()
+    assert re.search(r"^- \d{4}-\d\d-\d\d: recall by h3, attention on CPU, torch ", text, re.M)
     assert "| h3 | 99.8 |" in text
     assert "most frequent value of the row, by keys" in text
     assert "no positions there" in text

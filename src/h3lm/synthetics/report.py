@@ -76,6 +76,7 @@ class Report:
         self.baselines: dict[str, list[dict[str, Any]]] = {}
         self.longer_baselines: dict[str, dict[str, list[dict[str, Any]]]] = {}
         self.sizes: dict[str, dict[str, int]] = {}
+        self.calls: list[str] = []  # what was trained when and where, a line each
 
     @classmethod
     def open(cls, folder: Path) -> "Report":
@@ -105,6 +106,7 @@ class Report:
             report.runs = [Run.from_json(run) for run in stored["runs"]]
             report.baselines, report.sizes = stored["baselines"], stored["sizes"]
             report.longer_baselines = stored.get("longer_baselines", {})
+            report.calls = stored.get("calls", [])
         except OSError as error:
             raise UserError(f"cannot read {report.path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
@@ -129,12 +131,13 @@ class Report:
         self.sizes = other.sizes | self.sizes
         self.baselines = other.baselines | self.baselines
         self.longer_baselines = other.longer_baselines | self.longer_baselines
+        self.calls += [call for call in other.calls if call not in self.calls]
 
     def write(self) -> None:
         """Write the JSON and the tables."""
         # one run to a line: thousands of numbers on lines of their own would be the larger file
         runs = ",\n".join(run.to_json() for run in self.runs)
-        names = ("baselines", "longer_baselines", "sizes")
+        names = ("baselines", "longer_baselines", "sizes", "calls")
         rest = ",\n".join(f'"{name}": {json.dumps(getattr(self, name))}' for name in names)
         text = f'{{"runs": [\n{runs}\n],\n{rest}}}\n'
         partial = self.path.with_suffix(".partial")
@@ -182,8 +185,10 @@ class Report:
         return ", ".join(parts)
 
     def markdown(self) -> str:
-        """All tables."""
-        return "\n".join(self._table(setting) for setting in self.settings())
+        """All tables, under what they were made by."""
+        calls = [f"- {call}" for call in self.calls]
+        tables = [self._table(setting) for setting in self.settings()]
+        return "\n".join(["# Expressivity lab", "", *calls, *([""] if calls else []), *tables])
 
     def _table(self, setting: str) -> str:
         paper = SETTINGS[setting].paper if setting in SETTINGS else {}

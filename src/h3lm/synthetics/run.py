@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from h3lm import __version__
 from h3lm.errors import UserError
 from h3lm.layers import MIXERS
 from h3lm.models.configuration_h3 import HYBRID, H3Config
@@ -251,12 +253,14 @@ def run(
             say(f"{name} {mixer}: {len(wanted)} model(s) on {', '.join(devices)}")
             jobs.append(Job(name, setting, mixer, wanted, devices[0], out, deadline))
     jobs.sort(key=lambda job: -job.steps)  # stable: the longest first
-    unfinished = []
+    unfinished, call = [], _describe_call(plan, devices)
     for job, outcome in _outcomes(jobs, devices, workers, progress):
         if outcome is None:
             unfinished.append(f"{job.name} {job.mixer}")
             continue
         report.add(job.name, job.mixer, outcome.runs, outcome.size)
+        if call not in report.calls:
+            report.calls.append(call)
         _measure_baselines(report, job.name, job.setting)
         report.write()
         say(f"{job.name} {job.mixer}: {report.summary(job.name, job.mixer)}")
@@ -313,6 +317,15 @@ def _outcomes(
             raise
     if failures:
         raise failures[0]
+
+
+def _describe_call(plan: Plan, devices: list[str]) -> str:
+    device = torch.device(devices[0])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return (
+        f"{date.today()}: {', '.join(plan.settings)} by {', '.join(plan.mixers)} on {name}, "
+        f"torch {torch.__version__}, h3lm {__version__}"
+    )
 
 
 @contextmanager
