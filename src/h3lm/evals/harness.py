@@ -1,7 +1,8 @@
 """Zero- and few-shot tasks: the harness's definitions and metrics, our log-likelihoods."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -142,23 +143,26 @@ def run_tasks(lm: "LM", loaded: LoadedTasks, *, limit: int | None = None) -> dic
         results = evaluate(
             lm, {"tasks": loaded.tasks}, limit=limit, bootstrap_iters=0, log_samples=True
         )
-    assert results is not None
-    found: dict[str, TaskResult] = {}
-    for name in loaded.tasks:
-        samples = sorted(results["samples"][name], key=lambda s: s["doc_id"])
-        result = TaskResult(
-            _metrics(results["results"][name], samples, loaded.tasks[name]),
-            [_document(s) for s in samples],
-            _majority(samples),
-            list(loaded.notes[name]),
-        )
-        count = len(loaded.tasks[name].task_docs)
-        if limit is not None and limit < count:
-            result.notes.append(f"the first {limit:,} of {count:,} documents only")
-        if name == "multirc":
-            _mend_multirc(result, samples)
-        found[name] = result
-    return found
+        assert results is not None
+        return {name: _result(name, results, loaded, limit) for name in loaded.tasks}
+
+
+def _result(
+    name: str, results: Mapping[str, Any], loaded: LoadedTasks, limit: int | None
+) -> TaskResult:
+    samples = sorted(results["samples"][name], key=lambda s: s["doc_id"])
+    result = TaskResult(
+        _metrics(results["results"][name], samples, loaded.tasks[name]),
+        [_document(s) for s in samples],
+        _majority(samples),
+        list(loaded.notes[name]),
+    )
+    count = len(loaded.tasks[name].task_docs)
+    if limit is not None and limit < count:
+        result.notes.append(f"the first {limit:,} of {count:,} documents only")
+    if name == "multirc":
+        _mend_multirc(result, samples)
+    return result
 
 
 def _configs(
@@ -321,7 +325,10 @@ def quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     task_module.tqdm = partial(bar, disable=True)
     try:
-        yield
+        with warnings.catch_warnings():
+            # CB's: where a class is neither there nor predicted, as in a resample
+            warnings.filterwarnings("ignore", "F-score is ill-defined")
+            yield
     finally:
         task_module.tqdm = bar
         logger.setLevel(level)

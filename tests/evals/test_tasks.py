@@ -1,0 +1,231 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from h3lm import H3Config, H3ForCausalLM
+from h3lm.data.tokenizers import byte_tokenizer
+from h3lm.errors import UserError
+from h3lm.evals.harness import load_tasks, run_tasks
+from h3lm.evals.journal import Journal
+from h3lm.evals.prefix_tree import Request
+from h3lm.evals.scorer import Answer
+from h3lm.evals.tasks import evaluate_tasks
+from h3lm.models.folders import save_model
+
+lm_eval = pytest.importorskip("lm_eval")
+
+ALL = [
+    "boolq",
+    "cb",
+    "copa",
+    "multirc",
+    "sglue_rte",
+    "wsc",
+    "wic",
+    "lambada_openai",
+    "hellaswag",
+    "piqa",
+    "arc_easy",
+    "arc_challenge",
+    "winogrande",
+    "openbookqa",
+]
+
+
+@pytest.fixture(scope="module")
+def data(request):
+    return request.path.parents[1] / "data" / "eval"
+
+
+def tiny(**fields):
+    torch.manual_seed(0)
+    return H3ForCausalLM(
+        H3Config(
+            vocab_size=264,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            d_state=8,
+            initializer_range=0.4,
+            **fields,
+        )
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks") / "model"
+    save_model(tiny(), folder, byte_tokenizer())
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def report(model, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "report"
+    return evaluate_tasks(model, ALL, data_dir=data, output=folder), folder
+
+
+@pytest.mark.slow
+def test_the_tree_gives_what_the_harness_gives(report, data):
+    from lm_eval.models.huggingface import HFLM
+
+    plain = HFLM(pretrained=tiny(), tokenizer=byte_tokenizer(), backend="causal", batch_size=16)
+    expected = run_tasks(plain, load_tasks(ALL, data_dir=data))
+    for name, theirs in expected.items():
+        ours = report[0].results[name]
+        assert ours.metrics.keys() == theirs.metrics.keys()
+        for metric, (value, error) in theirs.metrics.items():
+            assert ours.metrics[metric][0] == pytest.approx(value, rel=1e-4)
+            assert ours.metrics[metric][1] == pytest.approx(error, rel=1e-4, abs=1e-9)
+        for a, b in zip(ours.documents, theirs.documents, strict=True):
+            assert a["doc_hash"] == b["doc_hash"]
+            assert a["log_likelihoods"] == pytest.approx(b["log_likelihoods"], abs=1e-4)
+
+
+def test_the_report_folder_says_what_was_measured(report):
+    found, folder = report
+    written = json.loads((folder / "report.json").read_text())
+    assert set(written["tasks"]) == set(ALL)
+    for task in written["tasks"].values():
+        assert all(m["stderr"] is not None for m in task["metrics"].values())
+    assert written["tasks"]["boolq"]["majority_class"] == pytest.approx(4 / 6)
+    assert written["versions"]["lm_eval"]
+    assert all(len(digest) == 64 for digest in written["files"].values())
+    text = (folder / "report.md").read_text()
+    assert "| WSC | WIC | RTE | CB | MultiRC | ReCoRD | BoolQ | COPA | average of 7 |" in text
+    assert "Hybrid H3-125M (paper)" in text
+    assert "majority class" in text
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert found.work.computed < found.work.asked
+    assert len((folder / "documents.jsonl").read_text().splitlines()) == sum(
+        task["documents"] for task in written["tasks"].values()
+    )
+
+
+def test_multirc_is_told_the_right_way_round_too(report):
+    result = report[0].results["multirc"]
+    assert result.metrics["acc_right"][0] == pytest.approx(1 - result.metrics["acc"][0])
+    assert any("acc_right" in note for note in result.notes)
+    labels_first = [d["metrics"]["acc_right"] for d in result.documents]
+    yes_is_likelier = [d["log_likelihoods"][0] > d["log_likelihoods"][1] for d in result.documents]
+    truth = [answer == p + 2 for p in range(2) for _ in range(2) for answer in range(1, 5)]
+    assert labels_first == [float(y == t) for y, t in zip(yes_is_likelier, truth, strict=True)]
+
+
+def test_answers_on_disk_are_not_asked_again(report, model, data, monkeypatch):
+    found, folder = report
+    again = evaluate_tasks(model, ALL, data_dir=data, output=folder)
+    assert again.work.requests == 0
+    for name, result in found.results.items():
+        assert again.results[name].metrics == result.metrics
+        assert again.results[name].documents == result.documents
+
+
+def test_fewshot_examples_from_the_scored_split_are_not_scored(model, data):
+    loaded = load_tasks(["hellaswag"], data_dir=data, num_fewshot=2, fixed_fewshot=True)
+    task = loaded.tasks["hellaswag"]
+    assert len(task.task_docs) == 40 - 32
+    assert "not scored" in loaded.notes["hellaswag"][0]
+    contexts = [
+        task.fewshot_context(doc, num_fewshot=2).rsplit("\n\n", 1)[0] for doc in task.task_docs
+    ]
+    assert len(set(contexts)) == 1
+    assert "kitchen 0." in contexts[0]
+    assert "kitchen 1." in contexts[0]
+
+
+def test_what_a_set_cannot_give_is_said(data):
+    loaded = load_tasks(["boolq", "lambada_openai"], data_dir=data, num_fewshot=1)
+    assert "FewGLUE" in loaded.notes["boolq"][0]
+    assert "zero-shot only" in loaded.notes["lambada_openai"][0]
+    assert loaded.tasks["lambada_openai"].get_config("num_fewshot") == 0
+    openbook = load_tasks(["openbookqa"], data_dir=data)
+    assert "dev split" in openbook.notes["openbookqa"][0]
+
+
+def test_mistakes_are_one_line(model, data, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "piqa_valid.jsonl").write_text('{"goal": "x", "sol1": "a"}\n{"goal"')
+    learned = tmp_path / "learned"
+    save_model(tiny(num_learned_positions=32), learned, byte_tokenizer())
+    foreign = tmp_path / "foreign"
+    save_model(tiny(), foreign)
+    byte_tokenizer().save_pretrained(foreign)
+    config = json.loads((foreign / "config.json").read_text())
+    small = H3ForCausalLM(H3Config(**{**config, "vocab_size": 200, "tokenizer_vocab_size": None,
+                                      "eos_token_id": None}))  # fmt: skip
+    small.save_pretrained(foreign)
+    other = tmp_path / "other_model"
+    torch.manual_seed(1)
+    save_model(H3ForCausalLM(tiny().config), other, byte_tokenizer())
+    evaluate_tasks(model, ["copa"], data_dir=data, output=tmp_path / "report")
+    cases = [
+        ((model, ["bolq"]), {"data_dir": data}, "there is no task 'bolq'.*boolq"),
+        ((model, ["copa"]), {"data_dir": tmp_path / "no"}, "no such folder"),
+        ((model, ["copa"]), {"data_dir": tmp_path}, "has no files for copa"),
+        ((model, ["piqa"]), {"data_dir": tmp_path}, r"piqa_valid.jsonl, line 1.*label"),
+        ((model, ["piqa"]), {"data_dir": data, "num_fewshot": 2}, "no labelled document is left"),
+        ((model, ["boolq"]), {"data_dir": data, "num_fewshot": 5}, "no labelled document is left"),
+        ((str(learned), ["copa"]), {"data_dir": data}, "32 learned positions"),
+        ((str(foreign), ["copa"]), {"data_dir": data}, "another model's tokenizer"),
+        ((str(other), ["copa"]), {"data_dir": data, "output": tmp_path / "report"},
+         "holds the report of another run"),
+        ((model, ["copa"]), {"data_dir": data, "precision": "fp8"}, "not one of fp32, bf16"),
+    ]  # fmt: skip
+    for arguments, named, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            evaluate_tasks(*arguments, **named)
+        assert "\n" not in str(error.value)
+
+
+def test_without_lm_eval_the_command_that_installs_it_is_named(monkeypatch, model):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"pip install 'h3lm\[eval\]'"):
+        evaluate_tasks(model, ["copa"])
+
+
+def test_a_journal_survives_a_torn_line_and_refuses_another_model(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    keys = [Journal.key(Request([1], [n])) for n in range(3)]
+    with Journal(path, {"model": "a"}) as journal:
+        journal.add(keys, [Answer(-0.1 * n, bool(n)) for n in range(3)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with Journal(path, {"model": "a"}) as journal:
+        assert journal.known == {keys[n]: Answer(-0.1 * n, bool(n)) for n in range(2)}
+        journal.add(keys[2:], [Answer(-0.2, True)])
+    assert path.read_bytes() == whole
+    with pytest.raises(UserError, match="another run"):
+        Journal(path, {"model": "b"})
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(report, model, data, tmp_path):
+    code = f"""
+import sys, time
+from h3lm.evals.tasks import evaluate_tasks
+from pathlib import Path
+evaluate_tasks({model!r}, {ALL!r}, data_dir=Path({str(data)!r}), output=Path("run"),
+               memory_gb=0.001, progress=lambda *_: time.sleep(0.5))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    journal = tmp_path / "run" / "journal.jsonl"
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and process.poll() is None:
+        if journal.exists() and journal.read_bytes().count(b"\n") > 3:
+            break
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    written = journal.read_bytes().count(b"\n") - 1
+    again = evaluate_tasks(model, ALL, data_dir=data, output=tmp_path / "run")
+    total = report[0].work.requests
+    assert 0 < written < total
+    assert again.work.requests == total - written
+    for name, result in report[0].results.items():
+        for metric, (value, _) in result.metrics.items():
+            assert again.results[name].metrics[metric][0] == pytest.approx(value, rel=1e-5)
