@@ -2,6 +2,8 @@
 
 from h3lm.flashconv.dispatch import Choice as Choice
 from h3lm.flashconv.dispatch import choose as choose
+from h3lm.flashconv.fft_chunks import FFTOperators as FFTOperators
+from h3lm.flashconv.fft_chunks import fft_operators as fft_operators
 from h3lm.flashconv.fft_library import PreparedFilter as PreparedFilter
 from h3lm.flashconv.op import fft_conv as fft_conv
 from h3lm.flashconv.op import h3_core as h3_core

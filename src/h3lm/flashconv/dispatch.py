@@ -12,6 +12,7 @@ from torch import Tensor
 Backend = Literal["auto", "reference", "torch", "triton", "gluon"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "triton", "gluon")
 ConvAlgorithm = Literal["Toeplitz blocks", "block FFT", "block FFT through memory"]
+METHODS = ("auto", "scan", "fft_chunks")
 KERNELS = ("triton", "gluon")
 KERNEL_OPS = ("h3_core", "h3_end_state", "ssm_conv", "h3_step", "fft_conv")
 
@@ -199,6 +200,38 @@ def conv_algorithm(dtype: torch.dtype, problem: Problem) -> ConvAlgorithm:
     if problem.length <= (MAX_FFT_LENGTH if large else MAX_FFT_LENGTH_SMALL):
         return "block FFT"
     return "block FFT through memory"
+
+
+def choose_method(method: str, diagonal: bool, device: torch.device, problem: Problem) -> Choice:
+    """Choose the algorithm of `ssm_conv`, a pure function of its arguments.
+
+    By their bytes: in a half dtype the scan's kernels read and write an element once, in 4 bytes;
+    convolved chunks do that too, and make states and what states add in float32 besides. So a
+    diagonal system is scanned wherever the scan has a kernel.
+
+    Args:
+        method: "scan", "fft_chunks" or "auto".
+        diagonal: Whether the system is diagonal.
+        device: Where the tensors are.
+        problem: As in `choose`.
+
+    Returns:
+        The method in the place of the backend.
+
+    Raises:
+        ValueError: if the method is unknown or cannot run this system.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not one of {', '.join(METHODS)}")
+    if not diagonal and method == "scan":
+        raise ValueError("method='scan' is for diagonal systems: use 'fft_chunks' or 'auto'")
+    if method != "auto":
+        return Choice(method, "asked for by method=")
+    if not diagonal:
+        return Choice("fft_chunks", "the system is not diagonal")
+    if device.type == "cuda" and problem.num_modes > MAX_MODES and not problem.packed:
+        return Choice("fft_chunks", f"the scan's kernels take d_state up to {2 * MAX_MODES}")
+    return Choice("scan", "diagonal systems are scanned with the fewest bytes")
 
 
 def _gluon_lacks(op: str, dtype: torch.dtype, problem: Problem) -> str:

@@ -5,12 +5,13 @@ share: direction, the empty sequence, chunk operators made from a system.
 """
 
 from itertools import pairwise
+from typing import overload
 
 import torch
 from jaxtyping import Complex, Float, Integer
 from torch import Tensor
 
-from h3lm.flashconv import chunked, fft, fft_library, library, reference
+from h3lm.flashconv import chunked, fft, fft_chunks, fft_library, library, reference
 from h3lm.flashconv.dispatch import (
     KERNELS,
     Choice,
@@ -18,12 +19,16 @@ from h3lm.flashconv.dispatch import (
     announce,
     capability,
     choose,
+    choose_method,
     is_aligned,
 )
+from h3lm.flashconv.fft_chunks import FFTOperators
 from h3lm.flashconv.fft_library import PreparedFilter
 from h3lm.flashconv.state import H3State, diagonal_shape
+from h3lm.ssm.dplr import DPLRSystem
 from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH, ChunkOperators, DiagonalSystem
 
+AnySystem = DiagonalSystem | ChunkOperators | DPLRSystem | FFTOperators
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -165,7 +170,7 @@ def h3_end_state(
 
 def ssm_conv(
     u: Float[Tensor, "B H L"],
-    system: DiagonalSystem | ChunkOperators,
+    system: AnySystem,
     *,
     pre_gate: Float[Tensor, "B H L"] | None = None,
     post_gate: Float[Tensor, "B H L"] | None = None,
@@ -176,7 +181,7 @@ def ssm_conv(
     method: str = "auto",
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "B H L"], Complex[Tensor, "S H half"] | None]:
-    """Run one diagonal SSM for each channel, with optional gates before and after.
+    """Run one SSM for each channel, with optional gates before and after.
 
         w = pre_gate * u;   x_t = a x_{t-1} + b w_t;   y_t = post_gate (2 Re(c x_t) + skip w_t)
 
@@ -185,13 +190,16 @@ def ssm_conv(
 
     Args:
         u: Input, (B, H, L), float32, bfloat16, float16 or float64.
-        system: The SSM of each channel, or its chunk operators.
+        system: The SSM of each channel, diagonal or S4's, or what one of the methods makes of it:
+            `system.chunk_operators()` for "scan", `fft_operators(system, L)` for "fft_chunks".
         pre_gate, post_gate: As `u`.
         initial_state: State before position 0, (B, H, N/2) complex; (S, ...) with `cu_seqlens`.
         return_final_state: Whether to return the state after the last position.
         cu_seqlens: Boundaries of packed sequences, as in `h3_core`.
         reverse: Run from right to left.
-        method: "chunks" is state passing; "auto" chooses.
+        method: "scan" passes states along chunks of 64 (diagonal systems), "fft_chunks" convolves
+            chunks of up to 8192 by FFT and joins them by the state, the paper's Algorithm 2;
+            "auto" takes the faster one, see `dispatch.choose_method`.
         backend: "auto", "reference", "torch" or "triton".
 
     Returns:
@@ -203,22 +211,29 @@ def ssm_conv(
     """
     gates = {"pre_gate": pre_gate, "post_gate": post_gate}
     _check_like("u", u, **{name: gate for name, gate in gates.items() if gate is not None})
-    if _system(system).num_systems != u.shape[1]:
-        raise ValueError(
-            f"system has {_system(system).num_systems} systems, u has {u.shape[1]} channels"
-        )
-    if method not in ("auto", "chunks"):
-        raise ValueError(f"method={method!r} is not one of auto, chunks")
+    whole = _system(system)
+    if whole.num_systems != u.shape[1]:
+        raise ValueError(f"system has {whole.num_systems} systems, u has {u.shape[1]} channels")
     sequences = _check_sequences(u, cu_seqlens)
-    shape = (sequences, u.shape[1], _system(system).num_modes)
+    shape = (sequences, u.shape[1], whole.num_modes)
     if initial_state is not None and initial_state.shape != shape:
         raise ValueError(f"initial_state is {tuple(initial_state.shape)}, this call needs {shape}")
     present = [x for x in (u, pre_gate, post_gate) if x is not None]
     problem = _problem(system, 0, 1, cu_seqlens, *present)
-    choice = choose("ssm_conv", u.device, u.dtype, backend, problem)
+    way = _method(method, system, u.device, problem)
+    announce("ssm_conv method", way)
+    if way.backend == "fft_chunks":
+        problem = Problem(
+            length=min(u.shape[-1], fft_chunks.CHUNK_LENGTH),
+            capability=problem.capability,
+            gated=len(present) > 1,
+        )
+        choice = choose("fft_conv", u.device, u.dtype, backend, problem)
+    else:
+        choice = choose("ssm_conv", u.device, u.dtype, backend, problem)
     announce("ssm_conv", choice)
     if u.shape[-1] == 0:
-        unseen = initial_state if initial_state is not None else _system(system).a.new_zeros(shape)
+        unseen = initial_state if initial_state is not None else whole.c.new_zeros(shape)
         return torch.zeros_like(u), unseen if return_final_state else None
     if reverse:
         u = u.flip(-1)
@@ -226,17 +241,20 @@ def ssm_conv(
         initial_state, cu_seqlens = _reversed_sequences(initial_state, cu_seqlens, u.shape[-1])
     state: Tensor | None
     if choice.backend == "reference":
-        y, state = _reference_ssm_conv(
-            u, _system(system), pre_gate, post_gate, initial_state, cu_seqlens
-        )
+        y, state = _reference_ssm_conv(u, whole, pre_gate, post_gate, initial_state, cu_seqlens)
+    elif way.backend == "fft_chunks":
+        y, state = _fft_chunks(
+            u, system, pre_gate, post_gate, initial_state, cu_seqlens,
+            backend=choice.backend, with_state=return_final_state,
+        )  # fmt: skip
     elif choice.backend in KERNELS:
         y, state = library.ssm_conv(
-            u, _operators(system, None), backend=choice.backend, pre_gate=pre_gate,
+            u, _operators(_scannable(system), None), backend=choice.backend, pre_gate=pre_gate,
             post_gate=post_gate, initial_state=initial_state, with_state=return_final_state,
         )  # fmt: skip
     else:
         y, state = chunked.ssm_conv(
-            u, _operators(system, None), pre_gate=pre_gate, post_gate=post_gate,
+            u, _operators(_scannable(system), None), pre_gate=pre_gate, post_gate=post_gate,
             initial_state=initial_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     if reverse:
@@ -409,12 +427,72 @@ def zero_state(
     return H3State(k.new_zeros(rows, k.shape[1], taps.shape[1] - 1), diagonal.a.new_zeros(shape))
 
 
-def _system(system: DiagonalSystem | ChunkOperators) -> DiagonalSystem:
-    return system.system if isinstance(system, ChunkOperators) else system
+@overload
+def _system(system: DiagonalSystem | ChunkOperators) -> DiagonalSystem: ...
+@overload
+def _system(system: AnySystem) -> DiagonalSystem | DPLRSystem: ...
+def _system(system: AnySystem) -> DiagonalSystem | DPLRSystem:
+    return system.system if isinstance(system, ChunkOperators | FFTOperators) else system
+
+
+def _scannable(system: AnySystem) -> DiagonalSystem | ChunkOperators:
+    system = system.system if isinstance(system, FFTOperators) else system
+    assert not isinstance(system, DPLRSystem)  # refused by `choose_method`
+    return system
+
+
+def _method(method: str, system: AnySystem, device: torch.device, problem: Problem) -> Choice:
+    """The algorithm; what was made for one of them asks for it."""
+    diagonal = isinstance(_system(system), DiagonalSystem)
+    if method == "auto" and isinstance(system, FFTOperators):
+        return Choice("fft_chunks", "the operators are for it")
+    if method == "auto" and isinstance(system, ChunkOperators):
+        return Choice("scan", "the operators are for it")
+    return choose_method(method, diagonal, device, problem)
+
+
+def _fft_chunks(
+    u: Tensor,
+    system: AnySystem,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    backend: str,
+    with_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Each sequence by itself, with one set of operators."""
+    spans = [slice(0, u.shape[-1])] if cu_seqlens is None else _slices(cu_seqlens)
+    longest = max(span.stop - span.start for span in spans)
+    reuse = isinstance(system, FFTOperators)
+    if isinstance(system, FFTOperators):
+        operators = system
+        if operators.length < longest:
+            raise ValueError(f"the operators are for rows of {operators.length}, not {longest}")
+    else:
+        operators = fft_chunks.fft_operators(_system(system), longest)
+    reuse = reuse and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    done = []
+    for i, span in enumerate(spans):
+        pre, post = (None if x is None else x[..., span] for x in (pre_gate, post_gate))
+        start = initial_state
+        if start is not None and cu_seqlens is not None:
+            start = start[i : i + 1]
+        done.append(
+            fft_chunks.ssm_conv(
+                u[..., span], operators, backend=backend, pre_gate=pre, post_gate=post,
+                initial_state=start, with_state=with_state, reuse=reuse,
+            )
+        )  # fmt: skip
+    if len(done) == 1:
+        return done[0]
+    states = [state for _, state in done if state is not None]
+    return torch.cat([y for y, _ in done], -1), torch.cat(states) if states else None
 
 
 def _problem(
-    system: DiagonalSystem | ChunkOperators,
+    system: AnySystem,
     n_taps: int,
     head_dim: int,
     cu_seqlens: Tensor | None,
@@ -432,7 +510,7 @@ def _problem(
         chunk_length=T,
         packed=cu_seqlens is not None,
         aligned=all(is_aligned(x) for x in tensors),
-        complex64=diagonal.a.dtype == torch.complex64,
+        complex64=diagonal.c.dtype == torch.complex64,
     )
 
 
@@ -476,7 +554,7 @@ def _reference_h3_core(
 
 def _reference_ssm_conv(
     u: Tensor,
-    system: DiagonalSystem,
+    system: DiagonalSystem | DPLRSystem,
     pre_gate: Tensor | None,
     post_gate: Tensor | None,
     initial_state: Tensor | None,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from h3lm.flashconv.state import H3State, diagonal_shape
+from h3lm.ssm.dplr import DPLRSystem
 from h3lm.ssm.operators import DiagonalSystem
 
 
@@ -52,7 +53,7 @@ def h3_core(
 
 def ssm_conv(
     u: Tensor,
-    system: DiagonalSystem,
+    system: DiagonalSystem | DPLRSystem,
     *,
     pre_gate: Tensor | None = None,
     post_gate: Tensor | None = None,
@@ -62,9 +63,9 @@ def ssm_conv(
     wide = torch.promote_types(torch.promote_types(u.dtype, system.skip.dtype), _F32)
     w = u.to(wide) if pre_gate is None else u.to(wide) * pre_gate.to(wide)
     if initial_state is None:
-        x = system.a.new_zeros(*u.shape[:2], system.num_modes)
+        x = system.c.new_zeros(*u.shape[:2], system.num_modes)
     else:
-        x = initial_state.to(system.a.dtype)
+        x = initial_state.to(system.c.dtype)
     outputs = []
     for t in range(u.shape[2]):
         y, x = system.step(w[:, :, t], x)

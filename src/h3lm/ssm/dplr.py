@@ -17,15 +17,14 @@ from typing import ClassVar
 import torch
 from jaxtyping import Complex, Float, Inexact
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from h3lm.ssm.hints import SSM_HINT, ParameterHint, SSMModule
 from h3lm.ssm.hippo import legs_normal_plus_low_rank
 from h3lm.ssm.operators import DiagonalSystem, _widen
+from h3lm.ssm.state_blocks import StateBlocks, advance, as_complex, as_real
 
 MAX_CONDITION = 1e6
-_BLOCK = 64  # inputs that one matrix carries into the state
 _MAX_ENTRIES = 1 << 24  # of the Cauchy table held at once
 
 
@@ -88,14 +87,14 @@ class DPLRSystem:
             skip=self.skip.to(P.real.dtype),
         )
         N = 2 * self.num_modes
-        unit = _as_complex(torch.eye(N, dtype=wide.dt.dtype, device=P.device))
+        unit = as_complex(torch.eye(N, dtype=wide.dt.dtype, device=P.device))
         unit = unit[:, None].expand(-1, self.num_systems, -1)
         none, one = (
             wide.skip.new_full((rows, self.num_systems), x) for rows, x in ((N, 0), (1, 1))
         )
         _, columns = wide.step(none, unit)  # [N, H, N/2], one column of Abar in each row
         _, into = wide.step(one)
-        return _as_real(columns).permute(1, 2, 0), _as_real(into)[0], _as_row(c)
+        return as_real(columns).permute(1, 2, 0), as_real(into)[0], _as_row(c)
 
     def filter(self, length: int) -> Float[Tensor, "H L"]:
         """The impulse response without the skip term: K_l = 2 Re(c Abar^l Bbar).
@@ -162,32 +161,20 @@ class DPLRSystem:
     ) -> Complex[Tensor, "B H half"]:
         """The state after the inputs `u`, all of them at once.
 
-        Blocks of inputs become states by one matrix product, then neighbours are joined
-        pairwise; both tables grow by squaring Abar.
+        See `StateBlocks`.
 
         Args:
             u: Inputs, (B, H, L); L may be 0.
             state: State before them; zero if None.
         """
-        dtype = self.skip.dtype
-        Abar, column, _ = self.dense()
-        L = u.shape[-1]
-        start = u.new_zeros(*u.shape[:2], Abar.shape[-1], dtype=dtype)
+        dtype, L = self.skip.dtype, u.shape[-1]
+        end = u.new_zeros(*u.shape[:2], 2 * self.num_modes, dtype=dtype)
+        if L:
+            end = StateBlocks.of(self.dense(), L, dtype).end_state(u)
         if state is not None:
-            carried = torch.linalg.matrix_power(Abar, L).to(dtype)
-            start = (carried @ _as_real(state).to(dtype)[..., None])[..., 0]
-        into, through = column[..., None], Abar
-        while into.shape[-1] < min(_BLOCK, L):
-            into = torch.cat([through @ into, into], -1)  # [H, N, block], the newest input last
-            through = through @ through
-        block = into.shape[-1]
-        blocks = 1 << max(0, (-(-L // block) - 1).bit_length())
-        padded = F.pad(u.to(dtype), (blocks * block - L, 0)).unflatten(-1, (blocks, block))
-        partial = padded @ into.mT.to(dtype)  # [B, H, blocks, N]
-        while partial.shape[-2] > 1:
-            partial = partial[..., ::2, :] @ through.to(dtype).mT + partial[..., 1::2, :]
-            through = through @ through
-        return _as_complex(start + partial[..., 0, :])
+            power = torch.linalg.matrix_power(self.dense()[0], L).to(dtype)
+            end = end + advance(power, as_real(state).to(dtype))
+        return as_complex(end)
 
     def diagonalized(self, max_condition: float = MAX_CONDITION) -> DiagonalSystem:
         """The same system in the eigenbasis of Abar: all N modes, each with half of its weight.
@@ -370,14 +357,6 @@ def _generate(
 def _double_real(x: Tensor) -> Tensor:
     """Sum over all N entries of a conjugate-symmetric vector of which N/2 are stored."""
     return 2 * x.real.sum(-1, keepdim=True)
-
-
-def _as_real(x: Tensor) -> Tensor:
-    return torch.cat([x.real, x.imag], -1)
-
-
-def _as_complex(x: Tensor) -> Tensor:
-    return torch.complex(*x.chunk(2, -1))
 
 
 def _as_row(c: Tensor) -> Tensor:

@@ -117,6 +117,18 @@ class DiagonalSystem:
         y = 2 * (c * new).real.sum(-1) + self.skip[axes] * wide
         return y.to(u.dtype), new
 
+    def dense(
+        self,
+    ) -> tuple[Float[Tensor, "H N N"], Float[Tensor, "H N"], Float[Tensor, "H N"]]:
+        """The system on real states (Re x, Im x): A, b and the read-out row, float64.
+
+        y = row x + skip u.
+        """
+        a, b, c = (_widen(x) for x in (self.a, self.b, self.c))
+        re, im = torch.diag_embed(a.real), torch.diag_embed(a.imag)
+        A = torch.cat([torch.cat([re, -im], -1), torch.cat([im, re], -1)], -2)
+        return A, torch.cat([b.real, b.imag], -1), torch.cat([2 * c.real, -2 * c.imag], -1)
+
     def chunk_operators(
         self,
         taps: Float[Tensor, "D n_taps"] | None = None,
