@@ -18,22 +18,9 @@ from h3lm.models.folders import save_model
 
 lm_eval = pytest.importorskip("lm_eval")
 
-ALL = [
-    "boolq",
-    "cb",
-    "copa",
-    "multirc",
-    "sglue_rte",
-    "wsc",
-    "wic",
-    "lambada_openai",
-    "hellaswag",
-    "piqa",
-    "arc_easy",
-    "arc_challenge",
-    "winogrande",
-    "openbookqa",
-]
+SUPERGLUE = ["boolq", "cb", "copa", "multirc", "sglue_rte", "wsc", "wic"]
+OTHERS = ["lambada_openai", "hellaswag", "piqa", "arc_easy", "arc_challenge", "winogrande"]
+ALL = [*SUPERGLUE, *OTHERS, "openbookqa"]
 
 
 @pytest.fixture(scope="module")
