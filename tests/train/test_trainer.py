@@ -5,10 +5,12 @@ import os
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
+from torch.autograd import DeviceType
 from torch.nn.functional import cross_entropy
 
 from h3lm import H3ForCausalLM
@@ -18,6 +20,7 @@ from h3lm.errors import UserError
 from h3lm.models.folders import load_model
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
 from h3lm.train.interrupt import RunStopped
+from h3lm.train.profiling import BACKWARD, summarise
 from h3lm.train.run import build_config, train
 
 
@@ -309,3 +312,37 @@ def test_a_profile_says_where_the_time_goes(tiny):
     table = (recipe.folder / "profile.txt").read_text()
     assert "2 steps on the CPU" in table
     assert len(table.splitlines()) < 40
+
+
+def test_a_gpus_profile_counts_kernels_once_and_idle_time(monkeypatch):
+    """Events as torch gives them of a GPU: a marked range is told of it as well."""
+
+    def event(name, start, end, parent=None, kernels=(), device=DeviceType.CPU, number=-1):
+        return SimpleNamespace(
+            name=name, time_range=SimpleNamespace(start=start, end=end), cpu_parent=parent,
+            kernels=[SimpleNamespace(name=k, duration=us) for k, us in kernels],
+            device_type=device, sequence_nr=number, thread=1, fwd_thread=1,
+            self_cpu_time_total=end - start,
+        )  # fmt: skip
+
+    core = event("h3lm: H3 core", 0, 10, kernels=[("h3lm: H3 core", 400.0)])
+    multiply = event("aten::mul", 1, 2, core, [("elementwise_kernel", 100.0)], number=7)
+    product = event("aten::mm", 11, 12, None, [("nvjet", 300.0)], number=8)
+    node = event(f"{BACKWARD}: MulBackward0", 20, 25, number=7)
+    back = event("aten::mul", 21, 22, node, [("elementwise_kernel", 200.0)])
+    on_gpu = [
+        event(name, start, end, device=DeviceType.CUDA)
+        for name, start, end in (
+            ("elementwise_kernel", 100, 200), ("nvjet", 150, 450),
+            ("elementwise_kernel", 800, 1000),
+            ("h3lm: H3 core", 100, 900),
+        )
+    ]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    events = [core, multiply, product, node, back, *on_gpu]
+    found = summarise(events, 1, torch.device("cuda"))
+    assert set(found.groups) == {"H3 core", "products"}
+    assert found.groups["H3 core"] == pytest.approx((0.1, 0.2))
+    assert found.groups["products"] == pytest.approx((0.3, 0.0))
+    assert (found.step_ms, found.idle_ms) == pytest.approx((1.0, 1.0 - 0.35 - 0.2))
+    assert found.longest[0] == ("elementwise_kernel", pytest.approx(0.3), 2)

@@ -127,10 +127,9 @@ def summarise(events: Any, steps: int, device: torch.device) -> Profile:
     """Sort the events of torch's profiler into kinds of work."""
     on_gpu = device.type == "cuda"
     done = [event for event in events if event.device_type == DeviceType.CPU]
+    names = {event.name for event in done}  # a range that is marked is told of a GPU, too
     kernels = [
-        event
-        for event in events
-        if event.device_type != DeviceType.CPU and not event.is_user_annotation
+        event for event in events if event.device_type != DeviceType.CPU and event.name not in names
     ]
     labels = _labels_by_number(done)
     groups: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -138,7 +137,7 @@ def summarise(events: Any, steps: int, device: torch.device) -> Profile:
     for event in done:
         work = [(event.name, event.self_cpu_time_total)]
         if on_gpu:
-            work = [(kernel.name, kernel.duration) for kernel in event.kernels]
+            work = [(k.name, k.duration) for k in event.kernels if k.name not in names]
         for name, us in work:
             kind, backward = _kind(event, name, labels)
             for total, column in ((groups[kind], int(backward)), (longest[name], 0)):
