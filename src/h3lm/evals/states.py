@@ -92,7 +92,7 @@ def probe(model: PreTrainedModel) -> StateShape:
         if not isinstance(layer, RecurrentLayer) and type(layer) is not DynamicLayer:
             raise UserError(
                 f"{type(model).__name__} keeps a {type(layer).__name__}, which the prefix tree "
-                "cannot branch: use --plain"
+                "cannot branch: score it with lm_eval --model hf"
             )
         growing = not isinstance(layer, RecurrentLayer)
         first, second = _tensors(layer)
