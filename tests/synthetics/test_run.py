@@ -211,14 +211,12 @@ def test_another_task_and_another_seed_are_added_to_the_folders_report(finished,
     longer = replace(SMALL, task=AssociativeRecall(vocab_size=10, length=10), test_lengths=())
     run(first, tmp_path, lambda line: None)
     alone = Report.open(tmp_path).baselines["recall"]
-    run(replace(first, settings={"longer": longer}), tmp_path, lambda line: None)
-    run(replace(first, seeds=(1,)), tmp_path, lambda line: None)
+    both = {"recall": SMALL, "longer": longer}
+    run(replace(first, settings=both, seeds=(0, 1)), tmp_path, lambda line: None)
     report = Report.open(tmp_path)
-    assert [(r.setting, r.seed) for r in report.runs] == [
-        ("recall", 0),
-        ("longer", 0),
-        ("recall", 1),
-    ]
+    found = {(r.setting, r.seed) for r in report.runs}
+    assert found == {("recall", 0), ("recall", 1), ("longer", 0), ("longer", 1)}
+    assert len(report.runs) == 4
     assert report.settings() == ["recall", "longer"]
     text = (tmp_path / "report.md").read_text()
     assert "## recall\n" in text
