@@ -19,6 +19,7 @@ from h3lm.train.examples import (
     ExampleCollator,
     ExampleDataset,
     ExampleOrder,
+    varied,
 )
 from h3lm.train.recipe import load_recipe, make_recipe, shipped_recipes
 from h3lm.train.run import train
@@ -242,6 +243,31 @@ def test_every_pass_takes_every_example_once_and_varies_it(data):
     row = level[0].rows[0]
     assert abs(row.mean()) < 1e-6
     assert row.std() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_stretched_signal_keeps_its_form_and_its_height():
+    t = np.arange(200) / 200
+    row = np.stack([np.sin(2 * np.pi * 3 * t), np.cos(2 * np.pi * 5 * t)], 1)
+    lengths = set()
+    for seed in range(8):
+        y = varied(row, ClassificationSettings(stretch=0.2), np.random.default_rng(seed))
+        lengths.add(len(y))
+        t = np.arange(len(y)) / len(y)
+        expected = np.stack([np.sin(2 * np.pi * 3 * t), np.cos(2 * np.pi * 5 * t)], 1)
+        assert np.allclose(y, expected, atol=1e-9)
+    assert len(lengths) > 3
+    assert 160 <= min(lengths) < 200 < max(lengths) <= 240
+
+
+def test_a_moved_signal_is_padded_with_silence_or_cut():
+    row = np.arange(1.0, 6.0)[:, None]
+    found = {
+        tuple(varied(row, ClassificationSettings(shift=2), np.random.default_rng(seed))[:, 0])
+        for seed in range(40)
+    }
+    assert found == {
+        (1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5), (0, 0, 1, 2, 3, 4, 5), (2, 3, 4, 5), (3, 4, 5),
+    }  # fmt: skip
 
 
 def test_a_batch_is_padded_to_its_longest_and_masked(data):
