@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h3lm.flashconv import fft_conv
+from h3lm.flashconv import KeptFilter, fft_conv
 from h3lm.flashconv.fft import _fast_length
+from h3lm.flashconv.fft_library import MAX_KEPT
 
 
 @settings(max_examples=30, deadline=None)
@@ -56,6 +57,22 @@ def test_half_precision_computes_in_float32(dtype):
     assert torch.equal(y, fft_conv(u.float(), f).to(dtype))
 
 
+@pytest.mark.parametrize("mode", ["causal", "circular"])
+def test_a_kept_filter_serves_rows_of_any_length(mode):
+    kept = KeptFilter(torch.randn(3, 50), torch.randn(3), torch.randn(3, 20), mode)
+    for L in (70, 30, 1, 0, *range(2, 12)):
+        u = torch.randn(2, 3, L)
+        gates = {"pre_gate": torch.randn(2, 3, L)} if L % 2 else {}
+        f, back = kept.cut(L)
+        expected = fft_conv(u, f, skip=kept.skip, f_reverse=back, mode=mode, **gates)
+        assert torch.equal(fft_conv(u, kept, **gates), expected)  # with gradients on
+        with torch.no_grad():
+            found = [fft_conv(u, kept, **gates) for _ in range(2)]
+        assert torch.equal(*found)
+        torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+    assert len(kept.prepared) <= MAX_KEPT
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -69,6 +86,10 @@ def test_half_precision_computes_in_float32(dtype):
         ({"f_reverse": torch.zeros(3, 4).long()}, "f_reverse is torch.int64"),
         ({"backend": "triton"}, "cannot run fft_conv here: kernels need a CUDA device"),
         ({"skip": torch.zeros(4)}, r"skip is \(4,\), u needs \(3,\)"),
+        (
+            {"f": KeptFilter(torch.zeros(3, 4)), "skip": torch.zeros(3)},
+            "belong into the KeptFilter",
+        ),
         ({"mode": "linear"}, "mode='linear' is not one of causal, circular"),
         ({"u": torch.zeros(1, 3, 10).cfloat()}, "complex64; use float32"),
         ({"u": torch.zeros(1, 3, 10).long()}, "int64; use float32"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from h3lm.flashconv import dispatch, fft, fft_conv, fft_library
+from h3lm.flashconv import KeptFilter, dispatch, fft, fft_conv, fft_library
 from h3lm.flashconv.dispatch import Problem, choose
 from h3lm.flashconv.kernels import conv_plan
 
@@ -118,15 +118,17 @@ def test_toeplitz_blocks_equal_float64(case: Case) -> None:
 @needs_triton
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 @pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT", "torch.fft"])
-def test_a_prepared_filter_does_what_the_filter_does(algorithm: str, monkeypatch) -> None:
+def test_a_kept_filter_does_what_the_filter_does(algorithm: str, monkeypatch) -> None:
     monkeypatch.setattr(fft_library, "conv_algorithm", lambda dtype, problem: algorithm)
     leaves = _leaves((2, 2, 90, 50, 30, "s"), torch.float16)
     u = leaves.pop("u")
+    kept = KeptFilter(**leaves)
     with torch.no_grad():
-        prepared = fft_library.prepare_filter(u, **leaves, backend="triton")
-        assert prepared.algorithm == algorithm
-        found = fft_library.run_prepared(u, prepared, None, None)
-        assert torch.equal(found, fft_library.fft_conv(u, **leaves))
+        found = [fft_library.fft_conv_kept(u, kept, backend="triton") for _ in range(2)]
+        expected = fft_library.fft_conv(u, **leaves)
+    (made,) = kept.prepared.values()
+    assert made.algorithm == algorithm
+    assert all(torch.equal(y, expected) for y in found)
 
 
 def test_kernels_that_fail_their_check_are_not_used(monkeypatch) -> None:

@@ -9,15 +9,15 @@ Source: Fu et al. 2023 (arXiv 2212.14052v3), section 4.2 and Algorithm 2.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from h3lm.flashconv import fft, fft_library
-from h3lm.flashconv.fft_library import PreparedFilter
+from h3lm.flashconv import fft_library
+from h3lm.flashconv.fft_library import KeptFilter
 from h3lm.ssm.dplr import DPLRSystem
 from h3lm.ssm.operators import DiagonalSystem
 from h3lm.ssm.state_blocks import StateBlocks, advance, as_complex, as_real, states_between
@@ -27,29 +27,29 @@ CHUNK_LENGTH = 8192
 
 @dataclass(frozen=True)
 class FFTOperators:
-    """What this algorithm makes of a system, for rows of up to a length.
+    """What this algorithm makes of a system, for chunks of one length.
 
-    They are what the system was when they were made, as `ChunkOperators` are. While gradients
-    are off, they also keep what the convolution makes of the filter.
+    They are what the system was when they were made, as `ChunkOperators` are.
 
     Attributes:
         system: The system.
-        length: The longest row they are for.
-        chunk_length: C, at most `length`.
-        taps: The filter of a chunk, (H, C), float32.
-        spectra: Filters by what they were prepared for.
+        chunk_length: C.
+        filter: The filter of a chunk, with the skip.
     """
 
     system: DiagonalSystem | DPLRSystem
-    length: int
     chunk_length: int
-    taps: Tensor
-    spectra: dict[tuple[object, ...], PreparedFilter] = field(default_factory=dict)
+    filter: KeptFilter
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of states as real numbers."""
+        return self.system.skip.dtype
 
     @cached_property
     def blocks(self) -> StateBlocks:
         """From inputs of a chunk to a state, and back."""
-        return StateBlocks.of(self.system.dense(), self.chunk_length, self.taps.dtype)
+        return StateBlocks.of(self.system.dense(), self.chunk_length, self.dtype)
 
     def power(self, length: int) -> Tensor:
         """A to a length, float64."""
@@ -59,7 +59,9 @@ class FFTOperators:
 def fft_operators(
     system: DiagonalSystem | DPLRSystem, length: int, chunk_length: int = CHUNK_LENGTH
 ) -> FFTOperators:
-    """Make the operators for rows of up to `length` positions, in chunks of up to `chunk_length`.
+    """Make the operators for rows of about `length` positions, in chunks of up to `chunk_length`.
+
+    Longer rows take them too, in more chunks.
 
     Raises:
         ValueError: if a length is not positive.
@@ -69,7 +71,7 @@ def fft_operators(
     chunk_length = min(length, chunk_length)
     with torch.autocast(system.skip.device.type, enabled=False):
         taps = system.filter(chunk_length)
-    return FFTOperators(system, length, chunk_length, taps)
+    return FFTOperators(system, chunk_length, KeptFilter(taps, skip=system.skip))
 
 
 def ssm_conv(
@@ -81,30 +83,27 @@ def ssm_conv(
     post_gate: Tensor | None = None,
     initial_state: Tensor | None = None,
     with_state: bool = True,
-    reuse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`flashconv.ssm_conv`, left to right, by chunks.
 
     Args:
         u, pre_gate, post_gate, initial_state: As there.
-        operators: For rows of at least the length of u, which is not 0.
+        operators: Of the system.
         backend: "torch" or "triton": what convolves.
         with_state: Whether the final state is made.
-        reuse: Whether gradients are off and what is made of the filter may be kept.
     """
     with torch.autocast(u.device.type, enabled=False):
         rows = _Rows(u, pre_gate, post_gate)
-        convolve = _Convolution(operators, backend, reuse)
         C, L = operators.chunk_length, u.shape[-1]
-        state = None if initial_state is None else as_real(initial_state).to(operators.taps.dtype)
+        state = None if initial_state is None else as_real(initial_state).to(operators.dtype)
         outputs, done = [], 0
         if L >= 2 * C:
             done = L // C * C
-            y, state = _joined(rows.part(0, done).chunks(C), convolve, state, done // C)
+            y, state = _joined(rows.part(0, done).chunks(C), operators, backend, state, done // C)
             outputs.append(y)
         for start in range(done, L, C):
             wanted = with_state or start + C < L
-            y, state = _one(rows.part(start, start + C), convolve, state, wanted)
+            y, state = _one(rows.part(start, start + C), operators, backend, state, wanted)
             outputs.append(y)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return y, as_complex(state) if with_state and state is not None else None
@@ -135,57 +134,39 @@ class _Rows(NamedTuple):
         return u if self.pre is None else u * self.pre.to(dtype)
 
 
-@dataclass(frozen=True)
-class _Convolution:
-    """The filter of a chunk on rows that are no longer than it."""
-
-    operators: FFTOperators
-    backend: str
-    reuse: bool
-
-    def __call__(self, rows: _Rows) -> Tensor:
-        u, pre, post = rows
-        taps, skip = self.operators.taps[:, : u.shape[-1]], self.operators.system.skip
-        if not self.reuse:
-            run = fft_library.fft_conv if self.backend == "triton" else fft.fft_conv
-            return run(u, taps, skip=skip, pre_gate=pre, post_gate=post)
-        gated = pre is not None or post is not None
-        key = (u.shape[-1], u.dtype, u.device, gated, self.backend)
-        spectra = self.operators.spectra
-        if key not in spectra:
-            spectra[key] = fft_library.prepare_filter(
-                u, taps, skip=skip, gated=gated, backend=self.backend
-            )
-        return fft_library.run_prepared(u, spectra[key], pre, post)
-
-
 def _one(
-    rows: _Rows, convolve: _Convolution, state: Tensor | None, with_state: bool
+    rows: _Rows, operators: FFTOperators, backend: str, state: Tensor | None, with_state: bool
 ) -> tuple[Tensor, Tensor | None]:
     """One chunk, or a part of one, behind a state."""
-    operators, L = convolve.operators, rows.u.shape[-1]
-    y = convolve(rows)
+    L = rows.u.shape[-1]
+    y = _convolved(rows, operators, backend)
     if state is not None:
         y = _added(y, operators.blocks.response(state, L), rows.post)
     if not with_state:
         return y, None
-    end = operators.blocks.end_state(rows.gated(operators.taps.dtype))
+    end = operators.blocks.end_state(rows.gated(operators.dtype))
     if state is not None:
         end = end + advance(operators.power(L).to(state.dtype), state)
     return y, end
 
 
 def _joined(
-    rows: _Rows, convolve: _Convolution, state: Tensor | None, count: int
+    rows: _Rows, operators: FFTOperators, backend: str, state: Tensor | None, count: int
 ) -> tuple[Tensor, Tensor]:
     """All full chunks side by side, (B count, H, C); returns (B, H, count C) and the end state."""
-    operators, C = convolve.operators, rows.u.shape[-1]
-    y = convolve(rows)
-    ends = operators.blocks.end_state(rows.gated(operators.taps.dtype)).unflatten(0, (-1, count))
+    C = rows.u.shape[-1]
+    y = _convolved(rows, operators, backend)
+    ends = operators.blocks.end_state(rows.gated(operators.dtype)).unflatten(0, (-1, count))
     start = torch.zeros_like(ends[:, 0]) if state is None else state
     states = states_between(start, ends, operators.power(C))
     y = _added(y, operators.blocks.response(states[:, :-1].flatten(0, 1), C), rows.post)
     return y.unflatten(0, (-1, count)).transpose(1, 2).flatten(-2), states[:, -1]
+
+
+def _convolved(rows: _Rows, operators: FFTOperators, backend: str) -> Tensor:
+    return fft_library.fft_conv_kept(
+        rows.u, operators.filter, backend=backend, pre_gate=rows.pre, post_gate=rows.post
+    )
 
 
 def _added(y: Tensor, response: Tensor, post: Tensor | None) -> Tensor:

@@ -6,34 +6,57 @@ folded into it here, in plain PyTorch with autograd, so that the kernels know on
     y = post (h * (pre u)),   h_s = f_s (s > 0),  f_0 + f_reverse_0 (s = 0),  f_reverse_{-s} (s < 0)
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from h3lm.flashconv import fft
 from h3lm.flashconv.dispatch import Problem, capability, conv_algorithm
 
+MAX_KEPT = 8  # lengths of rows for which a kept filter keeps its spectrum
 
-@dataclass(frozen=True)
-class PreparedFilter:
+
+class _Prepared(NamedTuple):
     """What an algorithm reads of a filter, for rows of one length and dtype.
 
     Attributes:
         algorithm: "torch.fft", or one of `dispatch.ConvAlgorithm`.
         tensors: What it made of the filter.
-        length: L of the rows.
-        dtype: Their dtype.
         taps: Taps of the filter.
         taps_reverse: Taps of the reverse one.
     """
 
     algorithm: str
     tensors: list[Tensor]
-    length: int
-    dtype: torch.dtype
     taps: int
     taps_reverse: int | None
+
+
+@dataclass(frozen=True)
+class KeptFilter:
+    """A filter for rows of any length, which keeps what `fft_conv` makes of it.
+
+    Where gradients are off, its spectrum is made once for each length, dtype and device instead of
+    in each call. So the tensors must stand still: whoever changes them makes a new object.
+
+    Attributes:
+        f, skip, f_reverse, mode: As in `fft_conv`; cut to the length of the row.
+        prepared: What was made of it, by what it was made for.
+    """
+
+    f: Tensor
+    skip: Tensor | None = None
+    f_reverse: Tensor | None = None
+    mode: str = "causal"
+    prepared: dict[tuple[object, ...], _Prepared] = field(default_factory=dict)
+
+    def cut(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """Both filters for rows of a length, which at 0 still have a tap."""
+        length = max(length, 1)
+        back = None if self.f_reverse is None else self.f_reverse[:, :length]
+        return self.f[:, :length], back
 
 
 def fft_conv(
@@ -52,37 +75,54 @@ def fft_conv(
         return torch.ops.h3lm.fft_conv_fwd(u, f, f_reverse, pre_gate, post_gate)
 
 
-def prepare_filter(
+def fft_conv_kept(
     u: Tensor,
-    f: Tensor,
+    kept: KeptFilter,
     *,
     backend: str,
-    skip: Tensor | None = None,
-    f_reverse: Tensor | None = None,
-    mode: str = "causal",
-    gated: bool = False,
-) -> PreparedFilter:
-    """What `run_prepared` takes for rows like u; without autograd."""
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+) -> Tensor:
+    """`flashconv.fft_conv` with a kept filter, by "torch" or "triton"."""
+    f, f_reverse = kept.cut(u.shape[-1])
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        run = fft_conv if backend == "triton" else fft.fft_conv
+        return run(
+            u, f, skip=kept.skip, f_reverse=f_reverse, mode=kept.mode,
+            pre_gate=pre_gate, post_gate=post_gate,
+        )  # fmt: skip
+    gated = pre_gate is not None or post_gate is not None
+    key = (backend, u.shape[-1], u.dtype, u.device, gated)
+    if key not in kept.prepared:
+        if len(kept.prepared) >= MAX_KEPT:
+            kept.prepared.clear()
+        kept.prepared[key] = _prepare(u, f, f_reverse, kept.skip, kept.mode, backend, gated)
+    prepared = kept.prepared[key]
+    run_prepared = torch.ops.h3lm.fft_conv_prepared
+    return run_prepared(
+        u, prepared.tensors, prepared.algorithm, prepared.taps, prepared.taps_reverse,
+        pre_gate, post_gate,
+    )  # fmt: skip
+
+
+def _prepare(
+    u: Tensor,
+    f: Tensor,
+    f_reverse: Tensor | None,
+    skip: Tensor | None,
+    mode: str,
+    backend: str,
+    gated: bool,
+) -> _Prepared:
     from h3lm.flashconv.kernels.conv_plan import plan
 
-    with torch.no_grad(), torch.autocast(u.device.type, enabled=False):
+    with torch.autocast(u.device.type, enabled=False):
         f, f_reverse = _folded(f, skip, f_reverse, mode, u.shape[-1])
         taps, taps_reverse = _taps(f, f_reverse)
         algorithm = _algorithm(u, taps, taps_reverse, gated) if backend == "triton" else "torch.fft"
         kernels, size = plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
         tensors = list(kernels.prepare(u, f, f_reverse, size))
-    return PreparedFilter(algorithm, tensors, u.shape[-1], u.dtype, taps, taps_reverse)
-
-
-def run_prepared(
-    u: Tensor, prepared: PreparedFilter, pre_gate: Tensor | None, post_gate: Tensor | None
-) -> Tensor:
-    """`fft_conv` with what was prepared of the filter; without autograd."""
-    run = torch.ops.h3lm.fft_conv_prepared
-    return run(
-        u, prepared.tensors, prepared.algorithm, prepared.taps, prepared.taps_reverse,
-        pre_gate, post_gate,
-    )  # fmt: skip
+    return _Prepared(algorithm, tensors, taps, taps_reverse)
 
 
 def _folded(

@@ -23,7 +23,7 @@ from h3lm.flashconv.dispatch import (
     is_aligned,
 )
 from h3lm.flashconv.fft_chunks import FFTOperators
-from h3lm.flashconv.fft_library import PreparedFilter
+from h3lm.flashconv.fft_library import KeptFilter
 from h3lm.flashconv.state import H3State, diagonal_shape
 from h3lm.ssm.dplr import DPLRSystem
 from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH, ChunkOperators, DiagonalSystem
@@ -265,7 +265,7 @@ def ssm_conv(
 
 def fft_conv(
     u: Float[Tensor, "B D L"],
-    f: Float[Tensor, "D Lf"] | PreparedFilter,
+    f: Float[Tensor, "D Lf"] | KeptFilter,
     *,
     skip: Float[Tensor, " D"] | None = None,
     pre_gate: Float[Tensor, "B D L"] | None = None,
@@ -291,8 +291,8 @@ def fft_conv(
 
     Args:
         u: Input, (B, D, L), float32, bfloat16, float16 or float64.
-        f: Filter, (D, Lf), float32, 1 <= Lf <= L; or what `prepare_filter` made of it, with all
-            that belongs to the filter. A prepared one is for calls without gradients.
+        f: Filter, (D, Lf), float32, 1 <= Lf <= L; or a `KeptFilter` of any length, with skip,
+            f_reverse and mode of its own.
         skip: Direct term, (D,).
         pre_gate, post_gate: As `u`.
         f_reverse: Anti-causal filter, (D, Lr), 1 <= Lr <= L.
@@ -304,54 +304,30 @@ def fft_conv(
 
     Raises:
         ValueError: if a filter is longer than the row, shapes or dtypes do not belong together,
-            the mode is unknown, no backend can do it, or a prepared filter is for other rows.
+            the mode is unknown, or no backend can do it.
     """
-    gates = [x for x in (pre_gate, post_gate) if x is not None]
     names = {"pre_gate": pre_gate, "post_gate": post_gate}
-    _check_like("u", u, **{name: gate for name, gate in names.items() if gate is not None})
-    if isinstance(f, PreparedFilter):
-        _check_prepared(u, f, gates, skip, f_reverse)
-        return fft_library.run_prepared(u, f, pre_gate, post_gate)
+    gates = {name: gate for name, gate in names.items() if gate is not None}
+    _check_like("u", u, **gates)
+    kept = None
+    if isinstance(f, KeptFilter):
+        if skip is not None or f_reverse is not None or mode != "causal":
+            raise ValueError("skip, f_reverse and mode belong into the KeptFilter, not beside it")
+        kept, skip, mode = f, f.skip, f.mode
+        f, f_reverse = kept.cut(u.shape[-1])
     choice = _fft_choice(u, f, skip, f_reverse, mode, backend, bool(gates))
     announce("fft_conv", choice)
     if u.numel() == 0:
         return torch.zeros_like(u)
+    if kept is not None and choice.backend != "reference":
+        return fft_library.fft_conv_kept(
+            u, kept, backend=choice.backend, pre_gate=pre_gate, post_gate=post_gate
+        )
     run = {"reference": reference.fft_conv, "torch": fft.fft_conv}.get(
         choice.backend, fft_library.fft_conv
     )
     return run(
         u, f, skip=skip, pre_gate=pre_gate, post_gate=post_gate, f_reverse=f_reverse, mode=mode
-    )
-
-
-def prepare_filter(
-    u: Float[Tensor, "B D L"],
-    f: Float[Tensor, "D Lf"],
-    *,
-    skip: Float[Tensor, " D"] | None = None,
-    f_reverse: Float[Tensor, "D Lr"] | None = None,
-    mode: str = "causal",
-    gated: bool = False,
-    backend: str = "auto",
-) -> PreparedFilter:
-    """Make what `fft_conv` makes of a filter in every call, for many calls without gradients.
-
-    It is what the filter was at this moment: whoever changes the filter makes it anew.
-
-    Args:
-        u: Rows like those that will be convolved: device, dtype and length count.
-        f, skip, f_reverse, mode, backend: As in `fft_conv`.
-        gated: Whether calls have gates.
-
-    Raises:
-        ValueError: as `fft_conv`, or if `backend` is "reference", which prepares nothing.
-    """
-    _check_like("u", u)
-    choice = _fft_choice(u, f, skip, f_reverse, mode, backend, gated)
-    if choice.backend == "reference":
-        raise ValueError("backend='reference' convolves by definition: it prepares nothing")
-    return fft_library.prepare_filter(
-        u, f, skip=skip, f_reverse=f_reverse, mode=mode, backend=choice.backend, gated=gated
     )
 
 
@@ -392,26 +368,6 @@ def _fft_choice(
         gated=gated,
     )
     return choose("fft_conv", u.device, u.dtype, backend, problem)
-
-
-def _check_prepared(
-    u: Tensor,
-    prepared: PreparedFilter,
-    gates: list[Tensor],
-    skip: Tensor | None,
-    f_reverse: Tensor | None,
-) -> None:
-    if skip is not None or f_reverse is not None:
-        raise ValueError("skip and f_reverse belong into prepare_filter, not beside its result")
-    if (u.shape[-1], u.dtype) != (prepared.length, prepared.dtype):
-        raise ValueError(
-            f"the filter was prepared for rows of {prepared.length} of {prepared.dtype}, "
-            f"u has {u.shape[-1]} of {u.dtype}"
-        )
-    if u.dtype == torch.float16 and gates and prepared.algorithm == "Toeplitz blocks":
-        raise ValueError("this filter was prepared for calls without gates: use gated=True")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (u, *gates)):
-        raise ValueError("a prepared filter passes no gradients on: give the filter itself")
 
 
 def zero_state(
@@ -465,14 +421,10 @@ def _fft_chunks(
     """Each sequence by itself, with one set of operators."""
     spans = [slice(0, u.shape[-1])] if cu_seqlens is None else _slices(cu_seqlens)
     longest = max(span.stop - span.start for span in spans)
-    reuse = isinstance(system, FFTOperators)
     if isinstance(system, FFTOperators):
         operators = system
-        if operators.length < longest:
-            raise ValueError(f"the operators are for rows of {operators.length}, not {longest}")
     else:
         operators = fft_chunks.fft_operators(_system(system), longest)
-    reuse = reuse and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     done = []
     for i, span in enumerate(spans):
         pre, post = (None if x is None else x[..., span] for x in (pre_gate, post_gate))
@@ -482,7 +434,7 @@ def _fft_chunks(
         done.append(
             fft_chunks.ssm_conv(
                 u[..., span], operators, backend=backend, pre_gate=pre, post_gate=post,
-                initial_state=start, with_state=with_state, reuse=reuse,
+                initial_state=start, with_state=with_state,
             )
         )  # fmt: skip
     if len(done) == 1:

@@ -75,7 +75,9 @@ class StateBlocks:
         return max(0, blocks - 1).bit_length()
 
 
-def advance(power: Float[Tensor, "H N N"], state: Float[Tensor, "B H N"]) -> Float[Tensor, "B H N"]:
+def advance(
+    power: Float[Tensor, "H N N"], state: Float[Tensor, "*B H N"]
+) -> Float[Tensor, "*B H N"]:
     """A power of A times states."""
     return (power @ state[..., None])[..., 0]
 
