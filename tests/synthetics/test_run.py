@@ -11,7 +11,7 @@ from h3lm.errors import UserError
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.synthetics.ensemble import Ensemble, Member, Recipe
-from h3lm.synthetics.report import Report
+from h3lm.synthetics.report import CURVE_POINTS, Report, Run
 from h3lm.synthetics.run import Plan, live_line, model_config, plan, run, state_floats
 from h3lm.synthetics.settings import SETTINGS, Setting
 from h3lm.synthetics.tasks import AssociativeRecall, MultiQueryRecall
@@ -261,6 +261,15 @@ def test_a_model_that_diverged_is_said_and_never_the_best(finished, tmp_path):
     assert sum(math.isnan(r.test_loss) for r in again.runs) == 4
     again.runs = [r for r in again.runs if r.kind == "recipe"]
     assert "some diverged" in again.markdown()
+
+
+def test_long_curves_are_thinned_where_they_are_written(finished):
+    one = Report.open(finished[0]).runs[0]
+    one.curve = [(step, 1 / step, 0.5) for step in range(1, 400)]
+    again = Run.from_json(json.loads(one.to_json()))
+    assert 20 <= len(again.curve) <= CURVE_POINTS
+    assert again.curve[-1] == (399, 0.0025, 0.5)
+    assert Run.from_json(json.loads(again.to_json())) == again
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 from h3lm.errors import UserError
 from h3lm.synthetics.settings import MIXERS_BY_DEFAULT, PAPER_LONGER, SETTINGS
 
+CURVE_POINTS = 40  # the whole grid of seven tasks stays below a megabyte
 _COLUMNS = (
     "mixer", "paper", "one recipe", "lr", "best of the search", "lr", "steps", "loss",
     "parameters", "state, floats",
@@ -56,8 +57,10 @@ class Run:
         )  # fmt: skip
 
     def to_json(self) -> str:
-        """One line; null for the loss of a model that diverged, since JSON knows no NaN."""
-        curve = [(step, _or_null(loss), accuracy) for step, loss, accuracy in self.curve]
+        """One line of at most `CURVE_POINTS` looks; null for NaN, which JSON does not know."""
+        every = -(-len(self.curve) // CURVE_POINTS) or 1
+        kept = self.curve[::-1][::every][::-1]  # the last among them
+        curve = [(step, _or_null(round(loss, 4)), round(right, 4)) for step, loss, right in kept]
         return json.dumps(asdict(self) | {"test_loss": _or_null(self.test_loss), "curve": curve})
 
     @classmethod

@@ -36,7 +36,6 @@ NUM_LAYERS = 2
 SEARCH_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SEARCH_LENGTH = 2  # times the recipe's epochs
 SIDE_BY_SIDE = 4  # jobs on one GPU: their kernels are too small to fill it
-CURVE_POINTS = 100
 _GIVEN_UP = threading.Event()  # set where a person stops jobs that are threads
 Say = Callable[[str], None]
 
@@ -419,7 +418,7 @@ def _outcome(job: Job, members: list[Member], longer: dict[int, list[float]]) ->
             best_accuracy=member.best,
             test_loss=member.test_loss,
             longer={str(length): scores[i] for length, scores in longer.items()},
-            curve=_thinned(member.curve),
+            curve=member.curve,
         )
         for i, ((kind, _, _), member) in enumerate(zip(job.wanted, members, strict=True))
     ]
@@ -428,13 +427,6 @@ def _outcome(job: Job, members: list[Member], longer: dict[int, list[float]]) ->
         "state_floats": state_floats(best.model, job.setting.task.length),
     }
     return Outcome(runs, size)
-
-
-def _thinned(curve: list[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
-    """At most about `CURVE_POINTS` looks, the last among them, to four digits."""
-    every = -(-len(curve) // CURVE_POINTS)
-    kept = curve[::-1][::every][::-1]
-    return [(step, round(loss, 4), round(accuracy, 4)) for step, loss, accuracy in kept]
 
 
 @lru_cache(maxsize=64)
