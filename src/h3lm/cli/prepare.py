@@ -88,7 +88,8 @@ def prepare(
             sample_rate=sample_rate, resample=resample, channels=channels, speaker=speaker,
             examples=examples,
         )  # fmt: skip
-        print("\n".join(describe(prepare_labelled(source, out_dir, labelled, options))))
+        made = prepare_labelled(source, out_dir, labelled, options, progress=progress)
+        print("\n".join(describe(made)))
         print(f"prepared: {out_dir}")
         return
     from h3lm.data.prepare import prepare

@@ -248,6 +248,7 @@ def write_labelled(
     settings: dict,
     *,
     tokenizer: "PreTrainedTokenizerFast | None" = None,
+    progress: bool = False,
 ) -> LabelledIndex:
     """Write a source into a folder that `Labelled` reads.
 
@@ -258,6 +259,7 @@ def write_labelled(
         out_dir: A new or empty folder, or one whose preparation was cut short.
         settings: What is being prepared and how, for the index.
         tokenizer: What made the ids, if they are text.
+        progress: Whether to show a progress line on standard error.
 
     Raises:
         UserError: if the folder holds something else, a split is empty, or a signal is not finite.
@@ -266,7 +268,7 @@ def write_labelled(
     try:
         _claim(out)
         files = _save_tokenizer(tokenizer, out) if tokenizer is not None else ()
-        splits = {split: _write_split(source, split, out) for split in source.splits}
+        splits = {split: _write_split(source, split, out, progress) for split in source.splits}
         index = LabelledIndex(settings, source.kind, tuple(source.classes), splits, files)
         write_text(out / INDEX_FILE, index.to_json())
     except OSError as error:
@@ -286,13 +288,20 @@ def _claim(out: Path) -> None:
     mark.touch()
 
 
-def _write_split(source: Source, split: str, out: Path) -> Split:
+def _write_split(source: Source, split: str, out: Path, progress: bool) -> Split:
+    from rich.console import Console
+    from rich.progress import track
+
     kind = source.kind
     path = out / f"{split}.rows.bin"
     starts, labels = [0], []
     digest, size = hashlib.sha256(), 0
+    shown = track(
+        source.examples(split), f"writing {split}",
+        console=Console(stderr=True), transient=True, disable=not progress,
+    )  # fmt: skip
     with path.open("wb", buffering=_WRITE_BYTES) as stream:
-        for number, example in enumerate(source.examples(split)):
+        for number, example in enumerate(shown):
             for row in example.rows:
                 _check_row(row, kind, f"{split} example {number}")
                 data = np.ascontiguousarray(row, dtype=kind.dtype).data.cast("B")

@@ -72,7 +72,12 @@ class LabelledOptions:
 
 
 def prepare_labelled(
-    source: str | Path, out_dir: str | Path, form: str, options: LabelledOptions | None = None
+    source: str | Path,
+    out_dir: str | Path,
+    form: str,
+    options: LabelledOptions | None = None,
+    *,
+    progress: bool = False,
 ) -> LabelledIndex:
     """Write a labelled set into a folder that `Labelled` reads.
 
@@ -82,6 +87,7 @@ def prepare_labelled(
         out_dir: A new or empty folder.
         form: A name of `FORMS`.
         options: How to read it.
+        progress: Whether to show a progress line on standard error.
 
     Returns:
         The index, as written to `labelled.json`.
@@ -110,7 +116,7 @@ def prepare_labelled(
     length = options.length or LRA_LENGTHS.get(form)
     found = Shaped(found, length=length, pad=options.pad or form in UNEQUAL)
     settings = {"form": form, "source": str(source)} | asdict(options)
-    return write_labelled(found, out_dir, settings, tokenizer=tokenizer)
+    return write_labelled(found, out_dir, settings, tokenizer=tokenizer, progress=progress)
 
 
 def _open(source: str | Path, form: str, options: LabelledOptions) -> Source:
