@@ -276,3 +276,15 @@ def test_half_inputs_keep_their_dtype():
     y, state = system.step(torch.ones(1, 2, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
     assert state.dtype == torch.complex64
+
+
+@pytest.mark.parametrize("length", [0, 1, 17, 32])
+def test_several_readouts_share_a_filter_pass(length, monkeypatch):
+    from dataclasses import replace
+
+    system = DPLRSSM(3, 8).double().system()
+    readouts = torch.randn(2, 3, 4, dtype=torch.complex128)
+    expected = torch.stack([replace(system, c=c).filter(length) for c in readouts])
+    assert torch.allclose(system.filters(readouts, length), expected, atol=1e-12)
+    monkeypatch.setattr("h3lm.ssm.dplr._MAX_ENTRIES", 1)  # channel by channel
+    assert torch.allclose(system.filters(readouts, length), expected, atol=1e-12)

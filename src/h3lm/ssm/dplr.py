@@ -107,7 +107,22 @@ class DPLRSystem:
         Raises:
             ValueError: if `length` is negative.
         """
-        return self._responses(_widen(self.B)[None], length)[0]
+        return self._responses(_widen(self.B), self.c, length)
+
+    def filters(self, readouts: Complex[Tensor, "K H half"], length: int) -> Float[Tensor, "K H L"]:
+        """`filter` with each of several read-outs in place of c; they share most of the work.
+
+        Args:
+            readouts: (K, H, N/2), complex.
+            length: L.
+
+        Returns:
+            (K, H, L), as `filter`.
+
+        Raises:
+            ValueError: if `length` is negative.
+        """
+        return self._responses(_widen(self.B), readouts, length)
 
     def initial_response(
         self, state: Complex[Tensor, "B H half"], length: int
@@ -123,7 +138,7 @@ class DPLRSystem:
         x, P = _widen(state), _widen(self.P)
         rank_one = P * _double_real(P.conj() * x)
         Ax = _widen(self.eigenvalues) * x - rank_one
-        return self._responses(x / self.dt.to(x.real.dtype)[:, None] + Ax / 2, length)
+        return self._responses(x / self.dt.to(x.real.dtype)[:, None] + Ax / 2, self.c, length)
 
     def step(
         self,
@@ -205,16 +220,20 @@ class DPLRSystem:
         narrow = self.eigenvalues.dtype
         return DiagonalSystem(a=a.to(narrow), b=b.to(narrow), c=c.to(narrow), skip=self.skip)
 
-    def _responses(self, B: Tensor, length: int) -> Tensor:
-        """Filters for continuous input vectors B (rows, H, N/2), complex128: (rows, H, L)."""
+    def _responses(self, B: Tensor, c: Tensor, length: int) -> Tensor:
+        """Filters for continuous input vectors B, complex128, and read-outs c: (..., H, L).
+
+        Both are (..., H, N/2) and broadcast.
+        """
         if length < 0:
             raise ValueError(f"length={length} must not be negative")
         if length == 0:
-            return self.skip.new_zeros(*B.shape[:2], 0)
-        Abar, _, row = self.dense()
-        row = row - (row[:, None] @ torch.linalg.matrix_power(Abar, length))[:, 0]
+            return self.skip.new_zeros(*torch.broadcast_shapes(B.shape, c.shape)[:-1], 0)
+        Abar, _, _ = self.dense()
+        row = _as_row(_widen(c))
+        row = row - (row[..., None, :] @ torch.linalg.matrix_power(Abar, length))[..., 0, :]
         half = self.num_modes
-        readout = torch.complex(row[:, :half], -row[:, half:]) / 2
+        readout = torch.complex(row[..., :half], -row[..., half:]) / 2
         arguments = (
             _widen(self.eigenvalues), _widen(self.P), self.dt.to(row.dtype), readout, B
         )  # fmt: skip
@@ -228,7 +247,7 @@ class DPLRSystem:
                        length, use_reentrant=False)
             for at in (slice(h, h + group) for h in range(0, self.num_systems, group))
         ]  # fmt: skip
-        return torch.cat(parts, 1).to(self.skip.dtype)
+        return torch.cat(parts, -2).to(self.skip.dtype)
 
 
 class DPLRSSM(SSMModule):
