@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from h3lm import flashconv
-from h3lm.layers.recurrence import System, spans_of
+from h3lm.flashconv import KeptFilter
+from h3lm.layers.recurrence import System, filter_length, spans_of
 from h3lm.layers.unpad import Unpadded
 from h3lm.ssm import ChunkOperators
 from h3lm.ssm.dplr import DPLRSystem
@@ -48,6 +49,7 @@ def convolve_both_ways(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
     backend: str = "auto",
+    kept: dict[int, KeptFilter] | None = None,
 ) -> Tensor:
     """Run a system over (B, H, L) in both directions.
 
@@ -62,6 +64,8 @@ def convolve_both_ways(
         lengths: Positions of each row that count, (B,), from its beginning; what stands behind
             them is padding. Cheaper than a mask.
         backend: Implementation, see `flashconv.ssm_conv` and `flashconv.fft_conv`.
+        kept: Filters by their length, of this system and readout; where a filter is needed, it
+            is taken from here, or left here.
 
     Returns:
         (B, H, L); at padding it means nothing.
@@ -70,7 +74,7 @@ def convolve_both_ways(
 
     def run(x: Tensor, cu: Tensor | None) -> Tensor:
         if isinstance(system, DPLRSystem):
-            return _dplr_both_ways(x, system, c, cu, backend)
+            return _dplr_both_ways(x, system, c, cu, backend, {} if kept is None else kept)
         return _diagonal_both_ways(x, system, c, cu, backend)
 
     if mask is not None:
@@ -114,22 +118,20 @@ def _diagonal_both_ways(
 
 
 def _dplr_both_ways(
-    x: Tensor, system: DPLRSystem, c: Tensor, cu_seqlens: Tensor | None, backend: str
+    x: Tensor,
+    system: DPLRSystem,
+    c: Tensor,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    kept: dict[int, KeptFilter],
 ) -> Tensor:
     spans = spans_of(cu_seqlens, x.shape[-1])
-    longest = max(span.stop - span.start for span in spans)
-    with torch.autocast(x.device.type, enabled=False):
-        ahead = system.filter(longest)
-        # lag 0 belongs to the forward filter
-        behind = F.pad(replace(system, c=c).filter(longest - 1), (1, 0))
-    outputs = []
-    for span in spans:
-        part = x[..., span]
-        reach = part.shape[-1]
-        outputs.append(
-            flashconv.fft_conv(
-                part, ahead[:, :reach],
-                skip=system.skip, f_reverse=behind[:, :reach], backend=backend,
-            )
-        )  # fmt: skip
+    length = filter_length(spans)
+    if length not in kept:
+        kept.clear()
+        with torch.autocast(x.device.type, enabled=False):
+            ahead, behind = system.filters(torch.stack([system.c, c]), length)
+            behind = F.pad(behind[:, :-1], (1, 0))  # lag 0 belongs to the forward filter
+            kept[length] = KeptFilter(ahead, system.skip, behind)
+    outputs = [flashconv.fft_conv(x[..., span], kept[length], backend=backend) for span in spans]
     return torch.cat(outputs, -1)

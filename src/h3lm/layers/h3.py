@@ -1,8 +1,5 @@
 """The H3 layer."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
@@ -17,7 +14,7 @@ from h3lm.layers.both_ways import (
     hide_padding,
     refuse_state,
 )
-from h3lm.layers.prepared import Prepared
+from h3lm.layers.prepared import Prepared, PreparingModule
 from h3lm.layers.projection import project_channel_first, project_channel_last
 from h3lm.layers.recurrence import spans_of
 from h3lm.layers.unpad import Unpadded
@@ -25,7 +22,7 @@ from h3lm.ssm import ChunkOperators, DiagonalSSM, ShiftSSM
 from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH
 
 
-class H3(nn.Module):
+class H3(PreparingModule):
     """Hungry Hungry Hippos: two state space models with gates between them.
 
         q, k, v = u W_q, u W_k, u W_v
@@ -289,21 +286,6 @@ class H3(nn.Module):
     def unpack_state(conv: Tensor, recurrent: Tensor) -> H3State:
         """Inverse of `pack_state`."""
         return H3State(conv, from_real_pairs(recurrent))
-
-    def train(self, mode: bool = True) -> "H3":
-        """Switch mode; drops the operators, since an optimiser may have run in between."""
-        self._prepared.drop()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "H3":
-        self._prepared.drop()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        self._prepared.drop()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Sizes, for print."""

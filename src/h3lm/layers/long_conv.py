@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from h3lm import flashconv
+from h3lm.flashconv import KeptFilter
 from h3lm.layers.both_ways import NoState, hide_padding, refuse_state
+from h3lm.layers.prepared import Prepared, PreparingModule
 from h3lm.layers.recurrence import spans_of
 from h3lm.layers.s4d import check_output, finish
 from h3lm.layers.unpad import Unpadded
@@ -66,7 +68,7 @@ class LongFilter(SSMModule):
         return F.softshrink(self.w, self.threshold)
 
 
-class LongConv(nn.Module):
+class LongConv(PreparingModule):
     """Convolution of each channel with a learned filter, GELU, and a gated or linear map.
 
         y = W gelu(conv(u) + skip u) + b                             output="linear"
@@ -110,6 +112,7 @@ class LongConv(nn.Module):
         self.backward_filter = LongFilter(d_model, filter_length) if bidirectional else None
         self.skip = nn.Parameter(torch.ones(d_model))
         self.output_proj = nn.Linear(d_model, d_model * (1 + (output == "glu")), bias=bias)
+        self._prepared: Prepared[KeptFilter] = Prepared()
 
     def forward(
         self,
@@ -154,7 +157,7 @@ class LongConv(nn.Module):
     def _ahead(
         self, x: Tensor, cu_seqlens: Tensor | None, state: LongConvState | None
     ) -> tuple[Tensor, LongConvState]:
-        taps, n = self.long_filter.taps(), self.filter_length
+        kept, n = self._filter(), self.filter_length
         outputs, ends = [], []
         for i, span in enumerate(spans_of(cu_seqlens, x.shape[-1])):
             part = x[..., span]
@@ -162,28 +165,28 @@ class LongConv(nn.Module):
             if state is not None:
                 before = state.inputs if cu_seqlens is None else state.inputs[i : i + 1]
                 part = torch.cat([before.to(part.dtype), part], -1)
-            y = flashconv.fft_conv(
-                part, taps[:, : part.shape[-1]],
-                skip=self.skip.to(taps.dtype), backend=self.backend,
-            )  # fmt: skip
+            y = flashconv.fft_conv(part, kept, backend=self.backend)
             outputs.append(y[..., part.shape[-1] - L :])
             seen = F.pad(part, (n - 1, 0)) if state is None else part
             ends.append(seen[..., seen.shape[-1] - (n - 1) :])
         return torch.cat(outputs, -1), LongConvState(torch.cat(ends))
 
     def _both_ways(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        assert self.backward_filter is not None
-        ahead = self.long_filter.taps()
-        behind = F.pad(self.backward_filter.taps(), (1, 0))  # lag 0 belongs to the forward filter
-        outputs = [
-            flashconv.fft_conv(
-                part, ahead[:, : part.shape[-1]],
-                skip=self.skip.to(ahead.dtype), f_reverse=behind[:, : part.shape[-1]],
-                backend=self.backend,
-            )
-            for part in (x[..., span] for span in spans_of(cu_seqlens, x.shape[-1]))
-        ]  # fmt: skip
+        kept = self._filter()
+        spans = spans_of(cu_seqlens, x.shape[-1])
+        outputs = [flashconv.fft_conv(x[..., span], kept, backend=self.backend) for span in spans]
         return torch.cat(outputs, -1)
+
+    def _filter(self) -> KeptFilter:
+        """Filters and skip; in eval mode with what was made of them."""
+        return self._prepared.get(self, self._make_filter)
+
+    def _make_filter(self) -> KeptFilter:
+        taps, behind = self.long_filter.taps(), None
+        if self.backward_filter is not None:
+            # lag 0 belongs to the forward filter
+            behind = F.pad(self.backward_filter.taps(), (1, 0))
+        return KeptFilter(taps, self.skip.to(taps.dtype), behind)
 
     @staticmethod
     def pack_state(state: LongConvState) -> tuple[Tensor, None]:

@@ -1,7 +1,7 @@
 """Things derived from parameters, kept while the parameters provably stand still."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ class Prepared(Generic[T]):
 
     It is reused only while gradients are off and the owner is in eval mode, and only if every
     parameter has the same storage, dtype, device and version as before. Versions alone prove
-    nothing (fused optimisers and sharding engines write without counting), so the owner also
-    calls `drop` wherever parameters may change.
+    nothing (fused optimisers and sharding engines write without counting), so the owner is a
+    `PreparingModule`, which drops it wherever parameters may change.
     """
 
     def __init__(self) -> None:
@@ -36,6 +36,31 @@ class Prepared(Generic[T]):
         if self._value is None or key != self._key:
             self._key, self._value = key, make()
         return self._value
+
+
+class PreparingModule(nn.Module):
+    """Base of modules with `Prepared` attributes: drops them wherever parameters may change."""
+
+    def drop_prepared(self) -> None:
+        """Forget what was prepared."""
+        for attribute in vars(self).values():
+            if isinstance(attribute, Prepared):
+                attribute.drop()
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch mode; an optimiser may have run in between."""
+        self.drop_prepared()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.drop_prepared()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self.drop_prepared()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def _key(parameters: Iterable[Tensor]) -> tuple[Any, ...] | None:

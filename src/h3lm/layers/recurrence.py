@@ -1,15 +1,15 @@
 """What mixers around a linear time-invariant system share: state, masks, packing, single steps."""
 
-from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from h3lm import flashconv
+from h3lm.flashconv import FFTOperators
 from h3lm.flashconv.state import as_real_pairs, from_real_pairs
-from h3lm.layers.prepared import Prepared
+from h3lm.layers.prepared import Prepared, PreparingModule
 from h3lm.layers.unpad import Unpadded
 from h3lm.ssm import ChunkOperators
 from h3lm.ssm.dplr import DPLRSystem
@@ -28,7 +28,7 @@ class RecurrentState(NamedTuple):
     modes: Tensor
 
 
-class Recurrence(nn.Module):
+class Recurrence(PreparingModule):
     """Base of mixers that run one state space model for each channel.
 
     A subclass has its projections and calls `mix` between them.
@@ -45,6 +45,7 @@ class Recurrence(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._prepared: Prepared[System] = Prepared()
+        self._prepared_filters: Prepared[dict[int, FFTOperators]] = Prepared()
 
     def system(self) -> System:
         """What `mix` runs; a subclass makes it from its parameters, in float32."""
@@ -68,17 +69,33 @@ class Recurrence(nn.Module):
         if u.shape[-1] == 1 and cu_seqlens is None:
             return _step(u, system, state, mask)
         if mask is None:
-            return convolve(u, system, state, cu_seqlens, self.backend)
+            return convolve(u, self._operators(u, cu_seqlens), state, cu_seqlens, self.backend)
         if state is None:
             state = zero_state(u, system)
         rows = Unpadded(mask)
         return rows.run(
-            lambda s, cu, packed: convolve(packed, system, s, cu, self.backend), state, (u,)
+            lambda s, cu, packed: convolve(
+                packed, self._operators(packed, cu), s, cu, self.backend
+            ),
+            state,
+            (u,),
         )
 
     def prepared_system(self) -> System:
         """The system, reused in eval mode."""
         return self._prepared.get(self, self._make_system)
+
+    def _operators(self, u: Tensor, cu_seqlens: Tensor | None) -> System | FFTOperators:
+        """What the op takes: a system without a scan also needs a filter as long as the rows."""
+        system = self.prepared_system()
+        if not isinstance(system, DPLRSystem) or u.shape[-1] == 0:
+            return system
+        length = filter_length(spans_of(cu_seqlens, u.shape[-1]))
+        kept = self._prepared_filters.get(self, dict)
+        if length not in kept:
+            kept.clear()
+            kept[length] = flashconv.fft_operators(system, length)
+        return kept[length]
 
     def _make_system(self) -> System:
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
@@ -94,33 +111,16 @@ class Recurrence(nn.Module):
         """Inverse of `pack_state`."""
         return RecurrentState(from_real_pairs(recurrent))
 
-    def train(self, mode: bool = True) -> "Recurrence":
-        """Switch mode; drops what was prepared, since an optimiser may have run in between."""
-        self._prepared.drop()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Recurrence":
-        self._prepared.drop()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        self._prepared.drop()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
 
 def convolve(
     u: Tensor,
-    system: System,
+    system: System | FFTOperators,
     state: RecurrentState | None,
     cu_seqlens: Tensor | None,
     backend: str = "auto",
 ) -> tuple[Tensor, RecurrentState]:
     """All positions of (B, H, L) at once, left to right, and the state behind them."""
     start = None if state is None else state.modes
-    if isinstance(system, DPLRSystem):
-        return _convolve_dplr(u, system, start, cu_seqlens, backend)
     y, end = flashconv.ssm_conv(
         u, system,
         initial_state=start, return_final_state=True, cu_seqlens=cu_seqlens, backend=backend,
@@ -141,6 +141,12 @@ def spans_of(cu_seqlens: Tensor | None, length: int) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(bounds)]
 
 
+def filter_length(spans: list[slice]) -> int:
+    """Length of a filter for these positions; without gradients one that more rows share."""
+    longest = max(1, *(span.stop - span.start for span in spans))
+    return longest if torch.is_grad_enabled() else 1 << (longest - 1).bit_length()
+
+
 def _step(
     u: Tensor, system: System, state: RecurrentState | None, mask: Tensor | None
 ) -> tuple[Tensor, RecurrentState]:
@@ -152,32 +158,3 @@ def _step(
     if mask is not None:
         new = torch.where(mask.bool()[:, :, None], new, state.modes)
     return y[..., None], RecurrentState(new)
-
-
-def _convolve_dplr(
-    u: Tensor,
-    system: DPLRSystem,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, RecurrentState]:
-    """One filter for all sequences; each is convolved by itself."""
-    L = u.shape[-1]
-    if L == 0:
-        rest = zero_state(u, system) if state is None else RecurrentState(state)
-        return torch.zeros_like(u), rest
-    spans = spans_of(cu_seqlens, L)
-    with torch.autocast(u.device.type, enabled=False):
-        filters = system.filter(max(span.stop - span.start for span in spans))
-        outputs, ends = [], []
-        for i, span in enumerate(spans):
-            part = u[..., span]
-            taps = filters[:, : part.shape[-1]]
-            y = flashconv.fft_conv(part, taps, skip=system.skip, backend=backend)
-            x = None
-            if state is not None:
-                x = state if cu_seqlens is None else state[i : i + 1]
-                y = (y + system.initial_response(x, part.shape[-1])).to(u.dtype)
-            outputs.append(y)
-            ends.append(system.final_state(part, x))
-    return torch.cat(outputs, -1), RecurrentState(torch.cat(ends))

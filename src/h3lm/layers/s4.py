@@ -3,7 +3,9 @@
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
+from h3lm.flashconv import KeptFilter
 from h3lm.layers.both_ways import BackwardReadout, convolve_both_ways, refuse_state
+from h3lm.layers.prepared import Prepared
 from h3lm.layers.recurrence import Recurrence, RecurrentState
 from h3lm.layers.s4d import check_output, finish
 from h3lm.ssm.dplr import DPLRSSM, DPLRSystem
@@ -13,8 +15,9 @@ class S4(Recurrence):
     """One diagonal-plus-low-rank SSM for each channel, GELU, and a gated or linear map.
 
     As `S4D`, with a system that starts at HiPPO-LegS itself instead of its diagonal part.
-    Whole rows are convolved with a filter of their length by FFT; single positions take the
-    structured step.
+    Rows are convolved with a filter of their length by FFT, in chunks of up to 8192 that the state
+    joins; single positions take the structured step. In eval mode, with gradients off, filters and
+    their spectra are kept.
     Source: Gu et al. 2022 (S4). GELU in its exact form.
 
     Args:
@@ -47,6 +50,7 @@ class S4(Recurrence):
         self.dplr_ssm = DPLRSSM(d_model, d_state, dt_min=dt_min, dt_max=dt_max)
         self.backward_readout = BackwardReadout(d_model, d_state // 2) if bidirectional else None
         self.output_proj = nn.Linear(d_model, d_model * (1 + (output == "glu")), bias=bias)
+        self._prepared_both_ways: Prepared[dict[int, KeptFilter]] = Prepared()
 
     def system(self) -> DPLRSystem:
         """The system that the parameters stand for."""
@@ -74,5 +78,6 @@ class S4(Recurrence):
         y = convolve_both_ways(
             x, self.prepared_system(), self.backward_readout,
             mask=mask, cu_seqlens=cu_seqlens, lengths=lengths, backend=self.backend,
+            kept=self._prepared_both_ways.get(self, dict),
         )  # fmt: skip
         return finish(self.output_proj, y, self.output), None
