@@ -1,7 +1,7 @@
 """Things derived from parameters, kept while the parameters provably stand still."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +47,12 @@ class PreparingModule(nn.Module):
             if isinstance(attribute, Prepared):
                 attribute.drop()
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "PreparingModule":
         """Switch mode; an optimiser may have run in between."""
         self.drop_prepared()
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PreparingModule":
         self.drop_prepared()
         return super()._apply(fn, recurse)
 
