@@ -123,14 +123,14 @@ def test_the_same_recipe_gives_the_same_run_and_another_seed_another(tiny, tmp_p
 
 def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path):
     varied = {"shift": 3, "noise": 0.1, "stretch": 0.1}
-    whole = run(tiny(output_dir=str(tmp_path / "a"), save_every=4, classification=varied))[0]
+    whole = run(tiny(output_dir=str(tmp_path / "a"), save_every=2, classification=varied))[0]
     part = tiny(
-        output_dir=str(tmp_path / "b"), save_every=4, keep_checkpoints=3, classification=varied
+        output_dir=str(tmp_path / "b"), save_every=2, keep_checkpoints=4, classification=varied
     )
     run(part)
     shutil.rmtree(tmp_path / "b" / "checkpoints" / "checkpoint-8")
     resumed, shown = run(part)
-    assert "resuming at step 4" in shown
+    assert "resuming at step 6" in shown
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert resumed.summary["loss"] == whole.summary["loss"]
     first, second = (
@@ -139,7 +139,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path):
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(UserError, match="is of another run"):
-        run(tiny(output_dir=str(tmp_path / "b"), save_every=4, learning_rate=1e-3))
+        run(tiny(output_dir=str(tmp_path / "b"), save_every=2, learning_rate=1e-3))
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, tmp_path):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.utils import logging as library_logging
 from h3lm.data.labelled import INDEX_FILE, Labelled, LabelledIndex
 from h3lm.errors import UserError
 from h3lm.evals.classification import Classified, classify
-from h3lm.models import H3ClassificationConfig, H3ForSequenceClassification
+from h3lm.models import H3ClassificationConfig, H3Config, H3ForSequenceClassification
 from h3lm.models.folders import save_model
 from h3lm.train import run as running
 from h3lm.train.arguments import training_arguments
@@ -116,8 +116,9 @@ class ClassificationTrainer(H3Trainer):
     def point(self, step: int) -> RunPoint:
         """Where the run is."""
         config = self.model.config.to_dict()
-        names = {field.name for field in fields(H3ClassificationConfig)} | {"id2label"}
-        model = {name: config[name] for name in sorted(names & config.keys())}
+        # not the library's fields, which saving changes
+        ours = H3Config.__annotations__ | H3ClassificationConfig.__annotations__
+        model = {name: config[name] for name in (*ours, "id2label") if name in config}
         return replace(super().point(step), model=json.loads(json.dumps(model)))
 
 
