@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerState
 
 from h3lm import H3Config, H3ForCausalLM
 from h3lm.data.labelled import Labelled
@@ -21,6 +21,7 @@ from h3lm.train.examples import (
     ExampleOrder,
     varied,
 )
+from h3lm.train.progress import Clock, ProgressLine, Speed
 from h3lm.train.recipe import load_recipe, make_recipe, shipped_recipes
 from h3lm.train.run import train
 
@@ -103,6 +104,9 @@ def test_a_run_learns_and_leaves_model_curves_confusion_and_summary(tiny, data):
         assert (folder / name).stat().st_size > 1000
     assert [e["step"] for e in log(folder) if "eval_accuracy" in e] == [50, 100]
     assert "test accuracy" in shown
+    line = ProgressLine(Speed(Clock(None), 1), Console(file=io.StringIO()))
+    line.on_log(None, None, None, {"eval_loss": 0.5, "eval_accuracy": 0.75})
+    assert "valid 0.500  accuracy 0.750" in line._text(TrainerState())
     model = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
     assert model.config.id2label == {0: "slow", 1: "fast"}
     test = Labelled(data, "test")

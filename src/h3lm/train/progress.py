@@ -110,6 +110,7 @@ class ProgressLine(TrainerCallback):
         self.speed, self.console = speed, console
         self.loss: float | None = None
         self.validation: float | None = None
+        self.accuracy: float | None = None
         self.progress = Progress(
             TextColumn("step {task.fields[step]}"),
             BarColumn(bar_width=24),
@@ -140,6 +141,7 @@ class ProgressLine(TrainerCallback):
         """Keep the newest losses."""
         self.loss = (logs or {}).get("loss", self.loss)
         self.validation = (logs or {}).get("eval_loss", self.validation)
+        self.accuracy = (logs or {}).get("eval_accuracy", self.accuracy)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -165,6 +167,8 @@ class ProgressLine(TrainerCallback):
             parts.append(f"loss {self.loss:.3f}")
         if self.validation is not None:
             parts.append(f"valid {self.validation:.3f}")
+        if self.accuracy is not None:
+            parts.append(f"accuracy {self.accuracy:.3f}")
         if figures:
             parts.append(f"{figures['tokens_per_s']:,.0f} tokens/s")
         if "mfu" in figures:
