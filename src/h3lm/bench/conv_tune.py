@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from h3lm.bench.measure import median_ms
+from h3lm.bench.registry import CONV_ELEMENTS, CORE_CHANNELS
+from h3lm.bench.roofline import Ceilings
 from h3lm.flashconv import fft
 from h3lm.flashconv.kernels import fft_launch, fft_long, toeplitz_triton
 from h3lm.flashconv.kernels.fft_launch import Size
 from h3lm.flashconv.kernels.fft_long import LongRun, LongSize
 from h3lm.flashconv.kernels.toeplitz_triton import Tile, ToeplitzSize
-
-CHANNELS, ELEMENTS = 768, 64 * 768 * 2048
 
 AnySize = Size | LongSize | ToeplitzSize
 Variant = tuple[int, AnySize]
@@ -90,7 +90,7 @@ def main() -> None:
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
         compiled = list(pool.map(_compile, todo))
     _say(f"{len(todo)} variants compiled in {time.monotonic() - start:.0f} s")
-    _say(_ceilings())
+    _say(f"{torch.cuda.get_device_name()}: {Ceilings.measured()}")
     _say("ms: filter, forward, backward, filter gradient, (steps of long rows) | errors y du df")
     for (length, size), fault in zip(todo, compiled, strict=True):
         if time.monotonic() - start > 60 * arguments.minutes:
@@ -98,18 +98,6 @@ def main() -> None:
             break
         _say(f"{length:7d} {_name(size):32s} {fault or _timed(length, size)}")
     _say(f"all in {time.monotonic() - start:.0f} s")
-
-
-def _ceilings() -> str:
-    """What memory and the matrix units give on this GPU, on random data."""
-    x = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
-    y = torch.empty_like(x)
-    bytes_ms = median_ms(lambda: y.copy_(x), 9)
-    a = x[: 1 << 26].view(8192, 8192)
-    product_ms = median_ms(lambda: a @ a, 9)
-    rates = 4 * x.numel() / bytes_ms / 1e9, 2 * 8192**3 / product_ms / 1e9
-    name = torch.cuda.get_device_name()
-    return f"{name}: copies {rates[0]:.2f} TB/s, multiplies {rates[1]:.0f} TFLOP/s in bfloat16"
 
 
 def _name(size: AnySize) -> str:
@@ -173,8 +161,8 @@ def _timed(length: int, size: AnySize) -> str:
         errors = _errors(length, size)
     except Exception as error:  # as in `_compile`
         return f"{type(error).__name__}: {str(error)[:80]}"
-    elements = 8 * ELEMENTS if length > 1 << 19 else ELEMENTS
-    u, dy, f = _tensors(max(1, elements // (CHANNELS * length)), CHANNELS, length)
+    rows = max(1, CONV_ELEMENTS // (CORE_CHANNELS * length))
+    u, dy, f = _tensors(rows, CORE_CHANNELS, length)
     kernels = _kernels(size)
     spectrum = kernels.prepare(u, f, None, size)
 

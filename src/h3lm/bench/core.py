@@ -66,7 +66,7 @@ def _measure_all(
 ) -> list[report.Row]:
     rows: list[report.Row] = []
     for shape in shapes:
-        for row in _measure(shape, backends):
+        for row in measure_shape(shape, backends):
             rows.append(row)
             say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items()))
     return rows
@@ -109,7 +109,8 @@ def checked_backends(say: Callable[[str], None]) -> Iterator[str]:
         yield backend
 
 
-def _measure(shape: Shape, backends: list[str]) -> Iterator[report.Row]:
+def measure_shape(shape: Shape, backends: list[str]) -> Iterator[report.Row]:
+    """One row for each path: kernels, plain PyTorch, torch.fft, attention."""
     size = (shape.rows, shape.channels, shape.length)
     q, k, v, do = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     roof = forward_roof_ms(q, k, v)

@@ -4,12 +4,14 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from h3lm import flashconv
-from h3lm.flashconv.dispatch import BACKENDS
+from h3lm.flashconv.dispatch import BACKENDS, ConvAlgorithm
+from h3lm.flashconv.kernels.conv_plan import fault
 from h3lm.models.generation import pick_device
 from h3lm.ssm import DiagonalSSM, DiagonalSystem, ShiftSSM
 
@@ -56,6 +58,12 @@ def examine(device: str, say: Callable[[str], None]) -> bool:
         good &= check.passed
         mark = "ok  " if check.passed else "FAIL"
         say(f"  {mark}  {check.name}: error {check.error:.1e}, allowed {check.allowed:.1e}")
+    for algorithm in get_args(ConvAlgorithm) if where.type == "cuda" else ():
+        if wrong := fault(algorithm, where):
+            good = False
+            say(f"  FAIL  fft_conv by {algorithm}: {wrong}; torch.fft runs in its place")
+        else:
+            say(f"  ok    fft_conv by {algorithm}: agrees with torch.fft")
     choice = flashconv.choose("h3_core", where, torch.bfloat16)
     say(f"h3_core in bfloat16 on {where} runs by {choice.backend}: {choice.reason}")
     say("all paths agree with their definition" if good else "a path is wrong: do not use it")

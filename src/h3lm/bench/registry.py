@@ -5,6 +5,10 @@ from dataclasses import dataclass
 CORE_CHANNELS = 768
 CORE_SHAPES = ((64, 2048), (16, 8192), (4, 32768), (1, 131072), (1, 1048576))
 TRAIN_SHAPES = ((16, 2048), (4, 8192), (1, 32768))
+CONV_LENGTHS = (256, 1024, 2048, 4096, 8192, 16384, 32768, 131072, 1048576)
+CONV_ELEMENTS = 64 * 768 * 2048  # of a measurement; one row of 768 channels where that is more
+FIGURE_ROWS, FIGURE_CHANNELS = 8, 1024  # of the paper's Figure 2
+FIGURE_LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 SCALING_ROWS = 4
 SCALING_LENGTHS = tuple(2**n for n in range(8, 21))
 SCALING_CHANNELS, SCALING_LENGTH = (256, 512, 1024, 2048, 4096), 16384
@@ -41,6 +45,19 @@ def length_shapes() -> list[Shape]:
 def width_shapes() -> list[Shape]:
     """Shapes that differ in the number of channels alone."""
     return [Shape(SCALING_ROWS, channels, SCALING_LENGTH) for channels in SCALING_CHANNELS]
+
+
+def conv_shapes() -> list[Shape]:
+    """Shapes of `h3lm bench conv`: one size, from short rows to one row of a million."""
+    return [
+        Shape(max(1, CONV_ELEMENTS // (CORE_CHANNELS * length)), CORE_CHANNELS, length)
+        for length in CONV_LENGTHS
+    ]
+
+
+def figure_shapes() -> list[Shape]:
+    """Shapes of the paper's Figure 2: batch 8, width 1024."""
+    return [Shape(FIGURE_ROWS, FIGURE_CHANNELS, length) for length in FIGURE_LENGTHS]
 
 
 def train_shapes() -> list[Shape]:

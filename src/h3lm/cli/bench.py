@@ -25,6 +25,17 @@ def core(out: Folder = DEFAULT_FOLDER) -> None:
 
 
 @bench.command()
+def conv(
+    out: Folder = DEFAULT_FOLDER,
+    minutes: Annotated[float, Option(help="What is not measured by then is left out.")] = 20.0,
+) -> None:
+    """Long convolution from 256 to a million positions, beside torch.fft and FlashFFTConv."""
+    from h3lm.bench.conv import run
+
+    print(run(out, print, minutes=minutes))
+
+
+@bench.command()
 def train(
     out: Folder = DEFAULT_FOLDER,
     preset: Annotated[str, Option(help="125m, 355m, 1.3b or 2.7b.")] = "125m",

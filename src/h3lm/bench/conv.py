@@ -1,0 +1,352 @@
+"""`h3lm bench conv`: long convolution at any length, beside torch.fft and FlashFFTConv."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from h3lm.bench import core, measure, report
+from h3lm.bench.registry import CORE_CHANNELS, Shape, conv_shapes, figure_shapes
+from h3lm.bench.roofline import Ceilings, Work, conv_work
+from h3lm.bench.scaling import TIME
+from h3lm.errors import UserError
+from h3lm.flashconv import fft_conv
+from h3lm.flashconv.dispatch import ConvAlgorithm, Problem, capability, conv_algorithm
+from h3lm.flashconv.kernels.conv_plan import fault, plan
+from h3lm.layers.long_conv import LongConv
+from h3lm.layers.s4 import S4
+
+NOTES = (
+    "Causal convolution of bfloat16 rows with float32 filters as long as they are, random data, "
+    "medians of CUDA events in ms; every call makes the filter's spectrum anew, backward makes all "
+    "gradients. Floor: bytes of inputs and outputs at the rate of a copy, or the matrix operations "
+    "of the chosen factors at the rate of a large product, both measured in this process, "
+    "whichever takes longer. Ratio: forward, and forward + backward, over the fastest peer of this "
+    "run. Memory: what forward and backward allocate, over that of torch.fft. Error: of the output "
+    "against float64, relative."
+)
+FIGURE_NOTES = (
+    "The paper's Figure 2: batch 8, width 1024. Convolution alone as in the other table; H3 core "
+    "(64 taps, 32 modes, operators made beforehand) and causal SDPA (heads of 64) as in "
+    "`h3lm bench core`."
+)
+LAYER_NOTES = (
+    "One training step (forward, backward, fused AdamW) of a single layer of width 768 on 8 rows, "
+    "bfloat16 autocast, filters made in each step; the convolution by torch.fft and by ours."
+)
+ALLOWED = 4e-3  # relative error in bfloat16
+LAYER_LENGTHS = (1024, 4096, 16384)
+LAYER_ROWS = 8
+MEMORY = "extra GiB"
+
+Convolve = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+Say = Callable[[str], None]
+
+
+def run(
+    folder: Path, say: Say, *, minutes: float = 20.0, shapes: list[Shape] | None = None
+) -> Path:
+    """Check the kernels at every length, measure, and write reports into a folder.
+
+    Args:
+        folder: Where the reports and the picture go.
+        say: Called with a line for each result.
+        minutes: What is not measured by then is left out.
+        shapes: What to measure; if None, one size in nine lengths, then the paper's Figure 2 and
+            layers that train.
+
+    Returns:
+        Path of the first report.
+
+    Raises:
+        UserError: without a CUDA device.
+        RuntimeError: if a kernel is wrong: a fast wrong one is not timed.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("bench conv times a GPU, and there is no CUDA device here")
+    clock = _Clock(minutes)
+    wanted = shapes or conv_shapes()
+    figure = [] if shapes else figure_shapes()
+    errors = check(sorted({shape.length for shape in wanted + figure}), say)
+    ceilings = Ceilings.measured()
+    say(str(ceilings))
+    name = f"conv_{measure.gpu_name()}"
+    environment = measure.environment(f"h3lm bench conv --minutes {minutes:g}")
+    environment |= {"ceilings": str(ceilings), "FlashFFTConv": _is_flash_fft_conv_here()}
+    rows = _collect(_conv_rows(wanted, errors, ceilings), clock, say)
+    path = report.write(name, folder, environment, NOTES, rows)
+    plot(folder / f"{name}.png", wanted, rows)
+    if shapes is None:
+        layers = _collect(_layer_rows(), clock, say)
+        report.write(f"{name}_layers", folder, environment, LAYER_NOTES, layers)
+        more = _collect(_figure_rows(figure), clock, say)
+        report.write(f"{name}_figure2", folder, environment, FIGURE_NOTES, more)
+    return path
+
+
+class _Clock:
+    """Time that is left."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + 60 * minutes
+
+    def is_over(self) -> bool:
+        """Whether none is."""
+        return time.monotonic() > self.end
+
+
+def _collect(rows: Iterator[report.Row], clock: _Clock, say: Say) -> list[report.Row]:
+    """Rows until the time is over, each of them said."""
+    done = []
+    for row in rows:
+        done.append(row)
+        say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items()))
+        if clock.is_over():
+            say("out of time: the rest is left out")
+            break
+    return done
+
+
+def check(lengths: list[int], say: Say) -> dict[tuple[int, bool], float]:
+    """Errors of the output at each length, plain and gated; compiles the kernels on the way.
+
+    Processes side by side fill Triton's cache, so that nothing is compiled while it is timed.
+
+    Raises:
+        RuntimeError: if an output or a gradient is off by more than it may.
+    """
+    cases = [(length, gated) for length in lengths for gated in (False, True)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
+        found = dict(zip(cases, pool.map(_errors, cases), strict=True))
+    for (length, gated), errors in found.items():
+        worst = max(errors, key=lambda name: errors[name])
+        if not all(error <= ALLOWED for error in errors.values()):
+            raise RuntimeError(
+                f"rows of {length}{', gated' * gated}: {worst} is off by {errors[worst]:.1e}, "
+                f"allowed {ALLOWED:.1e}: nothing is timed"
+            )
+    for algorithm in get_args(ConvAlgorithm):
+        if wrong := fault(algorithm, torch.device("cuda", torch.cuda.current_device())):
+            raise RuntimeError(f"{algorithm}: {wrong}: nothing is timed")
+    say(f"{len(cases)} cases compared with float64, gradients too: all within {ALLOWED:.1e}")
+    return {case: errors["y"] for case, errors in found.items()}
+
+
+def _errors(case: tuple[int, bool]) -> dict[str, float]:
+    """Relative errors of output and gradients against float64, on a small problem."""
+    length, gated = case
+    u, f, pre, post, dy = _tensors(Shape(2, 16, length), gated)
+    results = []
+    for exact in (False, True):
+        given = {"u": u, "f": f, "pre": pre, "post": post}
+        leaves = {
+            name: (x.double() if exact else x).detach().requires_grad_()
+            for name, x in given.items()
+            if x is not None
+        }
+        backend = "torch" if exact else "triton"
+        y = fft_conv(
+            leaves["u"], leaves["f"],
+            pre_gate=leaves.get("pre"), post_gate=leaves.get("post"), backend=backend,
+        )  # fmt: skip
+        grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+        results.append({"y": y.detach()} | dict(zip(leaves, grads, strict=True)))
+    found, expected = results
+    return {
+        name: float((found[name].double() - x).norm() / x.norm()) for name, x in expected.items()
+    }
+
+
+def _tensors(
+    shape: Shape, gated: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Rows, filter, both gates and a gradient."""
+    torch.manual_seed(0)
+    size = (shape.rows, shape.channels, shape.length)
+
+    def rows() -> Tensor:
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16)
+
+    decay = torch.exp(-torch.arange(shape.length, device="cuda") * 4.0 / shape.length)
+    f = torch.randn(shape.channels, shape.length, device="cuda") * decay
+    pre, post = (rows() if gated else None for _ in range(2))
+    return rows(), f, pre, post, rows()
+
+
+def _conv_rows(
+    shapes: list[Shape], errors: dict[tuple[int, bool], float], ceilings: Ceilings
+) -> Iterator[report.Row]:
+    for gated in (False, True):
+        for shape in shapes:
+            timed = list(_paths(shape, gated))
+            peers = [row for row in timed[1:] if TIME in row]
+            for row in timed:
+                if row is timed[0]:
+                    row |= {"error": errors[shape.length, gated]}
+                    row |= _floors(shape, gated, ceilings) | _ratios(row, peers)
+                yield row
+
+
+def _paths(shape: Shape, gated: bool) -> Iterator[report.Row]:
+    """Ours first, then its peers."""
+    tensors = _tensors(shape, gated)
+    paths: dict[str, Convolve] = {"h3lm": _by_backend("triton"), "torch.fft": _by_backend("torch")}
+    if find_spec("flashfftconv") is not None:
+        paths["FlashFFTConv"] = _flash_fft_conv(shape.length)
+    for name, convolve in paths.items():
+        row: report.Row = {"shape": str(shape), "gated": "yes" if gated else "no", "path": name}
+        try:
+            yield row | _times(convolve, tensors, 25 if name == "h3lm" else 7)
+        except torch.cuda.OutOfMemoryError:
+            yield row | {"forward ms": "out of memory"}
+        torch.cuda.empty_cache()
+
+
+def _by_backend(backend: str) -> Convolve:
+    return lambda u, f, pre, post: fft_conv(u, f, pre_gate=pre, post_gate=post, backend=backend)
+
+
+def _flash_fft_conv(length: int) -> Convolve:
+    """The peer for causal rows: transforms of twice their length."""
+    from flashfftconv import FlashFFTConv
+
+    made = FlashFFTConv(2 * length, dtype=torch.bfloat16).cuda()
+    return lambda u, f, pre, post: made(u, f) if pre is None else made(u, f, pre, post)
+
+
+def _is_flash_fft_conv_here() -> str:
+    return "installed" if find_spec("flashfftconv") else "not installed"
+
+
+def _times(
+    convolve: Convolve, tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor],
+    repeats: int,
+) -> report.Row:  # fmt: skip
+    *given, dy = tensors
+    inputs = [None if x is None else x.detach().requires_grad_() for x in given]
+    u, f, pre, post = inputs
+    assert u is not None
+    assert f is not None
+    leaves = [x for x in inputs if x is not None]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return convolve(u, f, pre, post)
+
+    def both() -> None:
+        torch.autograd.grad(convolve(u, f, pre, post), leaves, dy)
+
+    return {
+        "forward ms": measure.median_ms(forward, repeats, warm_up=2),
+        TIME: measure.median_ms(both, repeats, warm_up=2),
+        MEMORY: measure.extra_bytes(both) / 2**30,
+    }
+
+
+def _algorithm(shape: Shape, gated: bool) -> ConvAlgorithm:
+    where = capability(torch.device("cuda"))
+    problem = Problem(length=shape.length, capability=where, lags=shape.length, gated=gated)
+    return conv_algorithm(torch.bfloat16, problem)
+
+
+def _floors(shape: Shape, gated: bool, ceilings: Ceilings) -> report.Row:
+    algorithm = _algorithm(shape, gated)
+    size = plan(algorithm, torch.device("cuda"), shape.length, shape.length, None).size
+    forward, backward = conv_work(size, 2 if gated else 0)
+    return {
+        "algorithm": algorithm,
+        "forward floor": ceilings.floor_ms(shape.elements, forward),
+        "both floor": floor_of_both(ceilings, shape, forward, backward),
+    }
+
+
+def floor_of_both(ceilings: Ceilings, shape: Shape, forward: Work, backward: Work) -> float:
+    """Floor of forward and backward: one after the other."""
+    return sum(ceilings.floor_ms(shape.elements, work) for work in (forward, backward))
+
+
+def _ratios(row: report.Row, peers: list[report.Row]) -> report.Row:
+    """Times over the fastest peer's, memory over that of torch.fft."""
+    found: report.Row = {}
+    for what, name in (("forward ms", "forward ratio"), (TIME, "both ratio")):
+        times = [float(peer[what]) for peer in peers]
+        if times and what in row:
+            found[name] = float(row[what]) / min(times)
+    plain = [float(peer[MEMORY]) for peer in peers if peer["path"] == "torch.fft"]
+    return found | ({"memory ratio": float(row[MEMORY]) / plain[0]} if plain else {})
+
+
+def plot(path: Path, shapes: list[Shape], rows: list[report.Row]) -> None:
+    """Time of forward and backward of an element against length, plain rows, as a PNG."""
+    sizes = {str(shape): shape for shape in shapes}
+    curves: dict[str, list[tuple[float, float]]] = {}
+
+    def add(name: str, shape: Shape, ms: str | float | None) -> None:
+        if isinstance(ms, float):
+            curves.setdefault(name, []).append((shape.length, 1e9 * ms / shape.elements))
+
+    for row in rows:
+        if row["gated"] == "no":
+            shape = sizes[str(row["shape"])]
+            add(str(row["path"]), shape, row.get(TIME))
+            add("roof", shape, row.get("both floor"))
+    report.plot_log_log(path, curves, "length", "forward + backward, ps for an element")
+
+
+def _figure_rows(shapes: list[Shape]) -> Iterator[report.Row]:
+    """Convolution alone, and the core of H3 beside attention."""
+    kept = ("shape", "path", "forward ms", TIME)
+    backends = list(core.checked_backends(lambda line: None))[:1]
+    for shape in shapes:
+        for row in _paths(shape, False):
+            yield {k: v for k, v in row.items() if k in kept} | {"path": f"conv, {row['path']}"}
+        for row in core.measure_shape(shape, backends):
+            path = str(row["path"])
+            if path in backends or path.startswith("sdpa"):
+                name = f"H3 core, {path}" if path in backends else path
+                yield {k: v for k, v in row.items() if k in kept} | {"path": name}
+
+
+def _layer_rows() -> Iterator[report.Row]:
+    for length in LAYER_LENGTHS:
+        makers: dict[str, Callable[[], S4 | LongConv]] = {
+            "S4": partial(S4, CORE_CHANNELS),
+            "learned filter": partial(LongConv, CORE_CHANNELS, length),
+        }
+        for name, make in makers.items():
+            base = None
+            for backend in ("torch", "triton"):
+                times = time_layer(make().cuda(), length, backend)
+                base = base or float(times["step ms"])
+                path = {"torch": "torch.fft", "triton": "h3lm"}[backend]
+                row: report.Row = {"layer": name, "length": str(length), "path": path}
+                yield row | times | {"speed-up": base / float(times["step ms"])}
+
+
+def time_layer(layer: S4 | LongConv, length: int, backend: str) -> report.Row:
+    """Time and memory of a training step of one layer."""
+    layer.backend = backend
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-4, fused=True)
+    device = next(layer.parameters()).device
+    u = torch.randn(LAYER_ROWS, length, layer.d_model, device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            y = layer(u)[0]
+        y.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return {
+        "step ms": measure.median_ms(step, 9, warm_up=3),
+        "peak GiB": measure.extra_bytes(step) / 2**30,
+    }
