@@ -57,7 +57,9 @@ def _version(package: str) -> str:
 
 
 def _output(*command: str) -> str:
+    """The first line that a command prints: of several GPUs, the first one's."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return said.strip().partition("\n")[0]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
