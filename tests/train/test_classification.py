@@ -209,6 +209,8 @@ def test_a_language_model_is_tuned_to_classify_text(tiny, tmp_path):
         ({"data": "nowhere"}, "nowhere: no labelled data here"),
         ({"classification": {"sift": 1}}, r"unknown recipe key classification.sift; .*'shift'"),
         ({"classification": {"shift": 1.5}}, r"classification.shift=1.5 must be a whole number"),
+        ({"classification": {"standardise": 1}}, "must be true or false"),
+        ({"classification": {"noise": True}}, "must be a number"),
         ({"classification": {"seeds": 0}}, r"classification.seeds=0 must be at least 1"),
         ({"classification": {"stretch": 1}}, r"classification.stretch=1 must be from 0 to below 1"),
         ({"model": {"widht": 3}}, "H3ClassificationConfig has no field widht"),

@@ -1,9 +1,10 @@
 """Labelled examples of a recipe, as torch sees them."""
 
 import difflib
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, Self, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -14,6 +15,16 @@ from torch.utils.data import Dataset
 from h3lm.data.labelled import Example, Labelled, RowKind
 from h3lm.errors import UserError
 from h3lm.train.corpus import BlockOrder
+
+LIMITS: dict[str, tuple[int, float]] = {  # from the first to below the second
+    "seeds": (1, math.inf),
+    "max_length": (1, math.inf),
+    "label_smoothing": (0, 1),
+    "shift": (0, math.inf),
+    "gain_db": (0, math.inf),
+    "noise": (0, math.inf),
+    "stretch": (0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -47,40 +58,32 @@ class ClassificationSettings:
         Raises:
             UserError: if a key is unknown or a value impossible.
         """
-        known = {field.name: field for field in fields(cls)}
+        hints = get_type_hints(cls)
         for name, value in values.items():
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
+            if name not in hints:
+                near = difflib.get_close_matches(name, hints, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise UserError(f"unknown recipe key classification.{name}{hint}")
-            default = known[name].default
-            whole = name in ("seeds", "max_length", "shift")
-            kinds = bool if isinstance(default, bool) else int if whole else (int, float)
-            empty = value is None and default is None
-            if not empty and (
-                not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool)
-            ):
-                wanted = (
-                    "true or false" if kinds is bool else "a whole number" if whole else "a number"
-                )
-                raise UserError(f"classification.{name}={value!r} must be {wanted}")
-        settings = cls(**values)
-        for name, low in (
-            ("seeds", 1),
-            ("max_length", 1),
-            ("shift", 0),
-            ("gain_db", 0),
-            ("noise", 0),
-        ):
-            value = getattr(settings, name)
-            if value is not None and value < low:
-                raise UserError(f"classification.{name}={value} must be at least {low}")
-        for name in ("label_smoothing", "stretch"):
-            if not 0 <= getattr(settings, name) < 1:
+            if not _fits(value, hints[name]):
+                wanted = {bool: "true or false", float: "a number"}.get(hints[name])
                 raise UserError(
-                    f"classification.{name}={getattr(settings, name)} must be from 0 to below 1"
+                    f"classification.{name}={value!r} must be {wanted or 'a whole number'}"
                 )
+        settings = cls(**values)
+        for name, (low, high) in LIMITS.items():
+            value = getattr(settings, name)
+            if value is not None and not low <= value < high:
+                allowed = f"at least {low}" if high == math.inf else f"from {low} to below {high}"
+                raise UserError(f"classification.{name}={value} must be {allowed}")
         return settings
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of YAML is of a type; whole numbers are numbers, truth values are not."""
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
 
 
 class ExampleDataset(Dataset[Example]):
