@@ -81,6 +81,38 @@ def test_long_memory_in_low_precision(dtype):
     assert error < {torch.bfloat16: 3.3e-3, torch.float32: 2e-6}[dtype]
 
 
+@pytest.mark.parametrize("kind", sorted(MODULES))
+def test_autocast_changes_nothing(kind):
+    system = MODULES[kind]().float().system()
+    u = torch.randn(2, 3, 300).bfloat16()
+    state = torch.randn(2, 3, 4, dtype=torch.complex64)
+    options = {"initial_state": state, "return_final_state": True, "method": "fft_chunks"}
+    expected = ssm_conv(u, system, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ssm_conv(u, system, **options)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", sorted(MODULES))
+def test_on_a_gpu_by_the_kernels(kind):
+    module = MODULES[kind]().float().cuda()
+    u = torch.randn(2, 3, 40000, device="cuda").bfloat16().requires_grad_()
+    results = []
+    for wide in (False, True):
+        system = module.system()
+        x = u.double() if wide else u
+        y, end = ssm_conv(
+            x, system, return_final_state=True, method="fft_chunks",
+            backend="torch" if wide else "triton",
+        )  # fmt: skip
+        grads = torch.autograd.grad(y.double().square().mean(), [u, *module.parameters()])
+        results.append([y, torch.view_as_real(end), *grads])
+    for found, expected in zip(*results, strict=True):
+        error = (found.double() - expected.double()).norm() / expected.double().norm()
+        assert error < 8e-3
+
+
 def test_without_gradients_the_spectrum_is_made_once():
     operators = fft_operators(MODULES["S4"]().float().system(), 90, 40)
     u, prepared = torch.randn(2, 3, 90), operators.filter.prepared

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from h3lm.flashconv import KeptFilter, dispatch, fft, fft_conv, fft_library
-from h3lm.flashconv.dispatch import Problem, choose
+from h3lm.flashconv.dispatch import Problem, choose, conv_algorithm
 from h3lm.flashconv.kernels import conv_plan
 
 GPU = torch.cuda.is_available()
@@ -63,7 +63,7 @@ def _transforms(monkeypatch):
 
 @pytest.fixture
 def _toeplitz(monkeypatch):
-    monkeypatch.setattr(fft_library, "conv_algorithm", lambda dtype, problem: "Toeplitz blocks")
+    monkeypatch.setattr(fft_library, "conv_algorithm", lambda *problem: "Toeplitz blocks")
 
 
 def _check(
@@ -119,7 +119,7 @@ def test_toeplitz_blocks_equal_float64(case: Case) -> None:
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 @pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT", "torch.fft"])
 def test_a_kept_filter_does_what_the_filter_does(algorithm: str, monkeypatch) -> None:
-    monkeypatch.setattr(fft_library, "conv_algorithm", lambda dtype, problem: algorithm)
+    monkeypatch.setattr(fft_library, "conv_algorithm", lambda *problem: algorithm)
     leaves = _leaves((2, 2, 90, 50, 30, "s"), torch.float16)
     u = leaves.pop("u")
     kept = KeptFilter(**leaves)
@@ -138,6 +138,12 @@ def test_kernels_that_fail_their_check_are_not_used(monkeypatch) -> None:
     found = _everything(fft_library.fft_conv, leaves, "causal")
     for name, expected in exact.items():
         torch.testing.assert_close(found[name], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_backward_has_a_table_of_its_own() -> None:
+    problem = Problem(length=1024, capability=(9, 0))
+    chosen = [conv_algorithm(torch.bfloat16, problem, backward) for backward in (False, True)]
+    assert chosen == ["Toeplitz blocks", "block FFT"]
 
 
 @pytest.mark.gpu
@@ -276,7 +282,7 @@ def _check_twice(case: Case, dtype: torch.dtype, allowed: dict[torch.dtype, floa
 @pytest.mark.gpu
 @pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT through memory"])
 def test_the_longest_rows_and_offsets_beyond_32_bits(algorithm: str, monkeypatch) -> None:
-    monkeypatch.setattr(fft_library, "conv_algorithm", lambda dtype, problem: algorithm)
+    monkeypatch.setattr(fft_library, "conv_algorithm", lambda *problem: algorithm)
     u = torch.randn(1, 513, 2**22, device="cuda", dtype=torch.bfloat16)
     f = torch.zeros(513, 4, device="cuda")
     f[:, 3] = 1.0  # a delay by three
@@ -294,6 +300,27 @@ def test_any_strides_of_rows_and_channels() -> None:
         leaves[name] = leaves[name].transpose(0, 1).contiguous().transpose(0, 1)
     leaves["post_gate"] = leaves["post_gate"].mT.contiguous().mT
     _check(case, torch.bfloat16, leaves=leaves, allowed=ALLOWED_TOEPLITZ)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_opcheck_where_torch_fft_takes_over(gated: bool, monkeypatch) -> None:
+    monkeypatch.setattr(conv_plan, "works", lambda algorithm, device: False)
+    leaves = _leaves((2, 3, 100, 100, 7, "ab"), torch.float32)
+    gates = (leaves["pre_gate"], leaves["post_gate"]) if gated else (None, None)
+    inputs = (leaves["u"], leaves["f"], leaves["f_reverse"], *gates)
+    inputs = tuple(None if x is None else x.requires_grad_() for x in inputs)
+    torch.library.opcheck(torch.ops.h3lm.fft_conv_fwd.default, inputs)
+
+
+def test_opcheck_of_a_kept_filter() -> None:
+    leaves = _leaves((2, 3, 100, 100, 7, "ab"), torch.float32)
+    made = fft_library._prepare(
+        leaves["u"], leaves["f"], leaves["f_reverse"], None, "causal", "torch", True
+    )
+    inputs = (leaves["u"], made.tensors, made.algorithm, made.taps, made.taps_reverse)
+    torch.library.opcheck(
+        torch.ops.h3lm.fft_conv_prepared.default, (*inputs, leaves["pre_gate"], None)
+    )
 
 
 @pytest.mark.gpu
@@ -336,3 +363,6 @@ def test_runs_under_a_cuda_graph_and_autocast() -> None:
         found = fft_conv(u, f)
     graph.replay()
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    kept = KeptFilter(f)
+    with torch.no_grad():
+        torch.testing.assert_close(fft_conv(u, kept), expected, rtol=0, atol=0)

@@ -252,18 +252,16 @@ def _times(
     }
 
 
-def _algorithm(shape: Shape, gated: bool) -> ConvAlgorithm:
-    where = capability(torch.device("cuda"))
-    problem = Problem(length=shape.length, capability=where, lags=shape.length, gated=gated)
-    return conv_algorithm(torch.bfloat16, problem)
-
-
 def _floors(shape: Shape, gated: bool, ceilings: Ceilings) -> report.Row:
-    algorithm = _algorithm(shape, gated)
-    size = plan(algorithm, torch.device("cuda"), shape.length, shape.length, None).size
-    forward, backward = conv_work(size, 2 if gated else 0)
+    device = torch.device("cuda")
+    problem = Problem(
+        length=shape.length, capability=capability(device), lags=shape.length, gated=gated
+    )
+    algorithms = [conv_algorithm(torch.bfloat16, problem, backward) for backward in (False, True)]
+    sizes = [plan(name, device, shape.length, shape.length, None).size for name in algorithms]
+    forward, backward = (conv_work(size, 2 * gated)[i] for i, size in enumerate(sizes))
     return {
-        "algorithm": algorithm,
+        "algorithm": ", ".join(dict.fromkeys(algorithms)),
         "forward floor": ceilings.floor_ms(shape.elements, forward),
         "both floor": floor_of_both(ceilings, shape, forward, backward),
     }

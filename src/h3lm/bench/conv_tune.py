@@ -12,7 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,49 +34,35 @@ Variant = tuple[int, AnySize]
 
 def variants() -> Iterator[Variant]:
     """Row length and size of everything that is tried, the likeliest first."""
-    long = {8192: 8, 16384: 16, 32768: 32, 131072: 128, 1048576: 1024}
-    for length in (256, 512, 1024):
-        yield length, ToeplitzSize(length - 1)
-    for together in (False, True):
-        for length, shapes in _SHORT.items():
-            for shape in shapes:
-                yield length, Size(*shape, together=together)
-    for length, outer in long.items():
-        yield length, LongSize(outer, Size(64, 32, 4))
-        yield length, LongSize(outer // 2, Size(64, 64, 4))
+    yield from ((length, ToeplitzSize(length - 1)) for length in (256, 512, 1024))
+    yield from ((size.points // 2, size) for size in fft_launch.SIZES.values())
+    yield from ((length, fft_long.size_for(length, True)) for length in _LONG)
+    for length in _LONG:
+        for inner in (Size(64, 32, 4), Size(64, 64, 4)):
+            for cut in _CUTS:
+                yield length, LongSize(2 * length // inner.points, inner, **cut)
     for tile in _TILES:
-        for length in (256, 512):
-            yield length, ToeplitzSize(length - 1, tile=tile)
-    for length, shapes in _SHORT.items():
-        for shape in shapes:
-            yield length, Size(*shape, stages=2)
-            yield length, Size(*shape, registers=168)
-            yield length, Size(*shape, registers=128)
-    for length, outer in long.items():
-        yield length, LongSize(outer, Size(64, 32, 4), columns=128, warps=4)
-        yield length, LongSize(outer, Size(64, 32, 4), columns=128, warps=8)
-        yield length, LongSize(outer // 2, Size(128, 32, 8))
-        yield length, LongSize(outer, Size(64, 32, 4, together=True))
-        yield length, LongSize(outer, Size(64, 32, 4, stages=2))
+        yield from ((length, ToeplitzSize(length - 1, tile=tile)) for length in (256, 512, 1024))
+    for points, size in fft_launch.SIZES.items():
+        for change in _CHANGES:
+            yield points // 2, replace(size, **change)
 
 
+_LONG = [8192, 16384, 32768, 131072, 1048576]
+_CUTS: list[dict[str, int]] = [
+    {"columns": 128},
+    {"columns": 128, "rows_out": 128, "rows_in": 128, "warps": 8},
+    {"rows_out": 128, "rows_in": 256, "warps": 8},
+    {"columns": 128, "rows_in": 256, "warps": 8},
+]
+_CHANGES: list[dict[str, Any]] = [{"together": False}, {"stages": 2}, {"registers": 168}]
 _TILES = [
-    Tile(filter_pieces=32),
-    Tile(filter_pieces=128),
+    Tile(filter_pieces=16),
+    Tile(filter_pieces=64),
     Tile(stages=2),
-    Tile(stages=4),
-    Tile(pieces=256),
     Tile(warps=4),
     Tile(T=64, warps=4),
-    Tile(K=128, stages=2),
 ]
-_SHORT = {
-    256: [(64, 16, 4)],
-    512: [(64, 16, 4)],
-    1024: [(64, 32, 4), (128, 16, 8)],
-    2048: [(64, 64, 4), (128, 32, 8)],
-    4096: [(128, 64, 8)],
-}
 
 
 def main() -> None:
@@ -85,7 +73,8 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.monotonic()
     lengths = [int(length) for length in arguments.lengths.split(",") if length]
-    todo = [variant for variant in variants() if not lengths or variant[0] in lengths]
+    tried = dict.fromkeys(variants())
+    todo = [variant for variant in tried if not lengths or variant[0] in lengths]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
         compiled = list(pool.map(_compile, todo))
@@ -105,7 +94,8 @@ def _name(size: AnySize) -> str:
         t = size.tile
         return f"{t.T}x{t.K} p{t.pieces} w{t.warps} s{t.stages} f{t.filter_pieces} Toeplitz"
     if isinstance(size, LongSize):
-        return f"{size.outer} c{size.columns} w{size.warps} * {_name(size.inner)}"
+        cut = f"c{size.columns} w{size.warps} o{size.rows_out} i{size.rows_in}"
+        return f"{size.outer} {cut} * {_name(size.inner)}"
     kernels = "one" if size.together else "two"
     return f"{size.N1}x{size.N2} w{size.warps} s{size.stages} {kernels} r{size.registers or '-'}"
 

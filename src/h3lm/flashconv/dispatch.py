@@ -28,8 +28,9 @@ HOPPER_SHARED = ((9, 0), (10, 0), (10, 3))
 # with Hopper's shared memory, and with the 99 KB that every GPU from 8.0 on has
 MAX_FFT_LENGTH, MAX_FFT_LENGTH_SMALL = 4096, 1024
 MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL = 1 << 22, 1 << 19
-# lags up to which blocks of a Toeplitz matrix are faster than transforms, by GPU generation
-MAX_TOEPLITZ_LAGS = {8: 256, 9: 512, 10: 512}
+# lags up to which blocks of a Toeplitz matrix are faster than transforms, forward and backward, by
+# GPU generation; measured on an H200 (9), see docs/log.md
+MAX_TOEPLITZ_LAGS = {8: (256, 256), 9: (1024, 768), 10: (1024, 768)}
 GLUON_DTYPES = (torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("h3lm.flashconv")
@@ -187,13 +188,13 @@ def _fft_lacks(dtype: torch.dtype, problem: Problem) -> str:
     return ""
 
 
-def conv_algorithm(dtype: torch.dtype, problem: Problem) -> ConvAlgorithm:
-    """Which kernels of `fft_conv` are the fastest.
+def conv_algorithm(dtype: torch.dtype, problem: Problem, backward: bool = False) -> ConvAlgorithm:
+    """Which kernels of `fft_conv` are the fastest, forward or backward.
 
     Toeplitz blocks round what is under a gate to its dtype: only bfloat16 has the range for that.
     """
     large = problem.capability in HOPPER_SHARED
-    most = MAX_TOEPLITZ_LAGS.get((problem.capability or (0, 0))[0], 0)
+    most = MAX_TOEPLITZ_LAGS.get((problem.capability or (0, 0))[0], (0, 0))[backward]
     ranged = dtype == torch.bfloat16 or (dtype == torch.float16 and not problem.gated)
     if ranged and (problem.lags or problem.length) <= most:
         return "Toeplitz blocks"

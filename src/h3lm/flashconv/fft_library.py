@@ -151,7 +151,9 @@ def _taps(f: Tensor, f_reverse: Tensor | None) -> tuple[int, int | None]:
     return f.shape[1], None if f_reverse is None else f_reverse.shape[1]
 
 
-def _algorithm(u: Tensor, taps: int, taps_reverse: int | None, gated: bool) -> str:
+def _algorithm(
+    u: Tensor, taps: int, taps_reverse: int | None, gated: bool, backward: bool = False
+) -> str:
     """The algorithm for rows like u; torch.fft in the place of one that fails its check."""
     from h3lm.flashconv.kernels.conv_plan import works
 
@@ -161,17 +163,24 @@ def _algorithm(u: Tensor, taps: int, taps_reverse: int | None, gated: bool) -> s
         lags=taps + (taps_reverse or 1) - 1,
         gated=gated,
     )
-    algorithm = conv_algorithm(u.dtype, problem)
+    algorithm = conv_algorithm(u.dtype, problem, backward)
     return algorithm if works(algorithm, u.device) else "torch.fft"
 
 
 def _plan(
-    u: Tensor, f: Tensor, f_reverse: Tensor | None, pre: Tensor | None, post: Tensor | None
+    u: Tensor,
+    f: Tensor,
+    f_reverse: Tensor | None,
+    pre: Tensor | None,
+    post: Tensor | None,
+    *,
+    backward: bool = False,
 ) -> Any:
     from h3lm.flashconv.kernels.conv_plan import plan
 
     taps, taps_reverse = _taps(f, f_reverse)
-    algorithm = _algorithm(u, taps, taps_reverse, pre is not None or post is not None)
+    gated = pre is not None or post is not None
+    algorithm = _algorithm(u, taps, taps_reverse, gated, backward)
     return plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
 
 
@@ -203,7 +212,7 @@ def _backward(
     filters: bool,
     gate: bool,
 ) -> list[Tensor]:
-    kernels, size = _plan(u, f, f_reverse, pre, post)
+    kernels, size = _plan(u, f, f_reverse, pre, post, backward=True)
     dy, u, pre, post = _positions_last(dy), _positions_last(u), _optional(pre), _optional(post)
     prepared = kernels.prepare(u, f, f_reverse, size)
     du, dpre, sums = kernels.backward(dy, u, prepared, size, pre, post, data=data, filters=filters)

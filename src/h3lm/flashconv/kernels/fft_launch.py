@@ -45,8 +45,8 @@ class Size:
 SIZES = {
     1024: Size(64, 16, 4, together=True),
     2048: Size(64, 32, 4, together=True),
-    4096: Size(128, 32, 8),
-    8192: Size(128, 64, 8),
+    4096: Size(64, 64, 4, together=True),
+    8192: Size(128, 64, 8, together=True),
 }
 
 
@@ -118,7 +118,10 @@ def pack_spectrum(spectrum: Tensor, size: Size, half: bool, outer: int = 1) -> P
     shape = (D * outer, size.N1, 2 * size.N2) if half else (D * outer, 2, size.N1, size.N2)
     packed = spectrum.real.new_empty(shape, dtype=torch.float16 if half else torch.float32)
     unscale = spectrum.real.new_empty(D * outer)
-    peak = pairs.abs().amax((1, 2)) if half else unscale
+    peak = unscale
+    if half:
+        lowest, highest = pairs.flatten(1).aminmax(dim=1)
+        peak = torch.maximum(-lowest, highest)
     block = min(32, outer * size.N1)
     fft_triton.pack_kernel[(D, outer * size.N1 // block)](
         pairs, peak, packed, unscale, points, headroom(points // 2),
@@ -138,14 +141,14 @@ def filter_gradients(
         taps_reverse: Taps of the reverse one.
     """
     total = sums[0] if len(sums) == 1 else sums.sum(0)
-    D, n = total.shape[0], total[0].numel() // 2
-    natural = total.permute(0, 4, 3, 1, 2).reshape(D, n, 2)  # index k0 + N0 (k1 + N1 k2)
-    natural = torch.view_as_complex(natural.contiguous())
-    # a real result has a spectrum that is its own mirrored conjugate: keep that part
-    mirrored = natural[:, n // 2 :].flip(1)
-    lower = torch.cat([natural[:, :1], mirrored[:, : n // 2]], 1).conj()
-    spectrum = (natural[:, : n // 2 + 1] + lower) / 2
-    moved = torch.fft.irfft(spectrum, n=n, norm="forward")
+    D, outer, _, N1, N2 = total.shape
+    n = outer * N1 * N2
+    spectrum = total.new_empty(D, n // 2 + 1, 2)
+    block = min(32, outer * N1)
+    fft_triton.unpack_kernel[(D, outer * N1 // block)](
+        total, spectrum, n, N0=outer, N1=N1, N2=N2, BLOCK=block
+    )
+    moved = torch.fft.irfft(torch.view_as_complex(spectrum), n=n, norm="forward")
     return fft.filter_gradients(moved, taps, taps_reverse)
 
 

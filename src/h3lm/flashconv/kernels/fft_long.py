@@ -46,12 +46,16 @@ class LongSize:
         inner: Size of the transforms of what is left.
         columns: Points of an inner transform that a program of the outer factor takes.
         warps: Warps of such a program.
+        rows_out: Most rows of the outer factor that it makes on the way to the spectrum.
+        rows_in: The same on the way back, where each program makes all turns anew.
     """
 
     outer: int
     inner: Size
     columns: int = 64
     warps: int = 4
+    rows_out: int = 64
+    rows_in: int = 64
 
     @property
     def points(self) -> int:
@@ -74,7 +78,8 @@ def size_for(length: int, large: bool) -> LongSize:
     points = 1 << (2 * length - 1).bit_length()
     for most, inner in (INNER if large else SMALL_INNER).items():
         if points <= most:
-            return LongSize(max(points // inner.points, 2), inner)
+            outer = max(points // inner.points, 2)
+            return LongSize(outer, inner, columns=128 if large and outer <= 16 else 64)
     raise ValueError(f"rows of {length} are over what the block FFT was made for")
 
 
@@ -276,12 +281,12 @@ class LongRun:
         self.dtype = torch.float16 if self.half else torch.float32
         self.table = outer_factors(size.outer, self.dtype, u.device)
         K = self.table.shape[-1]
-        tile = min(64, K)
+        self.rows_out, self.rows_in = min(size.rows_out, K), min(size.rows_in, K)
         common: dict[str, Any] = {
             "FAST": self.half and u.is_cuda, "PRECISION": "tf32" if self.half else "tf32x3",
         }  # fmt: skip
         self.outer = common | {
-            "N0": size.outer, "K": K, "TILE": tile, "DEPTH": tile, "COLUMNS": size.columns,
+            "N0": size.outer, "K": K, "DEPTH": min(64, K), "COLUMNS": size.columns,
             "SCALED": self.half, "num_warps": size.warps,
         }  # fmt: skip
         self.inner = common | {
@@ -289,7 +294,7 @@ class LongRun:
             "SCALED": False, "EVEN": True, "STAGES": size.inner.stages,
             "num_warps": size.inner.warps, "maxnreg": size.inner.registers,
         }  # fmt: skip
-        self.grid = (self.pairs * self.D * (size.inner.points // size.columns) * (K // tile),)
+        self.columns = self.pairs * self.D * (size.inner.points // size.columns)
         slots = 2 * multiprocessors(u.device)
         self.channels = self.D * size.outer
         groups = min(self.pairs, -(-slots // self.channels))
@@ -330,9 +335,10 @@ class LongRun:
         """The planes of N0 complex rows for each pair, (pairs, D, N0, 2, m)."""
         shape = (self.pairs, self.D, self.size.outer, 2, self.size.inner.points)
         planes = torch.empty(shape, dtype=self.dtype, device=self.device)
-        outward_kernel[self.grid](
+        outward_kernel[(self.columns * (self.table.shape[-1] // self.rows_out),)](
             x, gate, exponents, planes, self.table, *strides(x), *strides(gate),
-            self.B, self.D, self.L, self.size.inner.points, float(self.size.points), **self.outer,
+            self.B, self.D, self.L, self.size.inner.points, float(self.size.points),
+            TILE=self.rows_out, **self.outer,
         )  # fmt: skip
         return planes
 
@@ -347,10 +353,11 @@ class LongRun:
         spectrum: Prepared,
     ) -> None:
         """Rows y = gate out, and other = factor_of_other out, from planes."""
-        inward_kernel[self.grid](
+        inward_kernel[(self.columns * (self.table.shape[-1] // self.rows_in),)](
             planes, y, gate, other, factor_of_other, exponents, spectrum.unscale, self.table,
             *strides(y), *strides(gate), *strides(factor_of_other),
-            self.B, self.D, self.L, self.size.inner.points, float(self.size.points), **self.outer,
+            self.B, self.D, self.L, self.size.inner.points, float(self.size.points),
+            TILE=self.rows_in, **self.outer,
         )  # fmt: skip
 
     def convolve(self, planes: Tensor, spectrum: Prepared) -> None:
@@ -376,8 +383,7 @@ class LongRun:
         shape = (self.groups, self.D, self.size.outer, 2, inner.N1, inner.N2)
         sums = g_planes.new_empty(shape, dtype=torch.float32) if filters else None
         # sums first: the other pass writes over the planes that they read
-        passes = [(data, filters)] if inner.together else [(False, filters), (data, False)]
-        for with_data, with_filter in passes:
+        for with_data, with_filter in ((False, filters), (data, False)):
             if with_data or with_filter:
                 fft_triton.backward_kernel[(self.channels * self.groups,)](
                     g_planes, z_planes, None, None, g_planes, None, sums, spectrum.packed,

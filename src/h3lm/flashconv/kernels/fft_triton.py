@@ -424,3 +424,33 @@ def pack_kernel(
         # one for each transform: the kernels index both by channel
         for k0 in range(N0):
             tl.store(unscale + filter_index * N0 + k0, back)
+
+
+@triton.jit
+def place(frequency, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
+    """Where the real part of frequency k0 + N0 (k1 + N1 k2) stands in (N0, 2, N1, N2)."""
+    row = frequency % (N0 * N1)
+    return ((row % N0) * (2 * N1) + row // N0) * N2 + frequency // (N0 * N1)
+
+
+@triton.jit
+def unpack_kernel(
+    sums, spectrum, n,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Half of the spectrum of the real part of what has the spectrum `sums`.
+
+    That is (S[k] + conj S[n - k]) / 2, in the natural order: what `pack_kernel` orders, back.
+    """
+    filter_index = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    frequency = row + N0 * N1 * tl.arange(0, N2)[:, None]
+    half = frequency <= n // 2
+    sums += filter_index * (2 * n)
+    here, mirrored = place(frequency, N0, N1, N2), place((n - frequency) % n, N0, N1, N2)
+    re = tl.load(sums + here, half, 0.0) + tl.load(sums + mirrored, half, 0.0)
+    here, mirrored = here + N1 * N2, mirrored + N1 * N2
+    im = tl.load(sums + here, half, 0.0) - tl.load(sums + mirrored, half, 0.0)
+    out = spectrum + filter_index * (n + 2) + 2 * frequency
+    tl.store(out, re / 2, half)
+    tl.store(out + 1, im / 2, half)

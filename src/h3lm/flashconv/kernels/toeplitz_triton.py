@@ -50,11 +50,11 @@ class Tile:
     pieces: int = 128
     warps: int = 8
     stages: int = 3
-    filter_pieces: int = 64
+    filter_pieces: int = 32
 
 
 # with Hopper's shared memory, and with the 99 KB that every GPU from 8.0 on has; see docs/log.md
-LARGE, SMALL = Tile(), Tile(stages=2, filter_pieces=32)
+LARGE, SMALL = Tile(), Tile(stages=2)
 
 
 @dataclass(frozen=True)
