@@ -70,11 +70,12 @@ def backward(
     g = _gated(dy, post)
     du, dpre, moved = None, None, None
     if data:
-        dx = _convolved(g, torch.view_as_complex(spectrum.pairs).conj(), size)
+        turned = torch.conj_physical(torch.view_as_complex(spectrum.pairs))
+        dx = _convolved(g, turned, size)
         dpre = None if pre is None else (dx * u.to(dx.dtype)).to(u.dtype)
         du = (dx if pre is None else dx * pre.to(dx.dtype)).to(u.dtype)
     if filters:
-        x = torch.fft.rfft(_gated(u, pre), n=size).conj()
+        x = torch.conj_physical(torch.fft.rfft(_gated(u, pre), n=size))
         moved = torch.fft.irfft((x * torch.fft.rfft(g, n=size)).sum(0), n=size)
     return du, dpre, moved
 
@@ -94,8 +95,10 @@ def filter_spectrum(f: Tensor, f_reverse: Tensor | None, points: int) -> Tensor:
     """Prepared of a filter that reaches both ways, (D, points / 2 + 1), complex."""
     spectrum = torch.fft.rfft(f, n=points)
     if f_reverse is not None:
-        # lag -s sits at the end of a period: the spectrum of a real filter run backwards
-        spectrum = spectrum + torch.fft.rfft(f_reverse.to(f.dtype), n=points).conj()
+        # lag -s sits at the end of a period: the spectrum of a real filter run backwards.
+        # conj() is only a mark, which a custom operator ignores in its first call under compile
+        back = torch.fft.rfft(f_reverse.to(f.dtype), n=points)
+        spectrum = spectrum + torch.conj_physical(back)
     return spectrum
 
 
@@ -110,7 +113,8 @@ def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def _convolved(x: Tensor, spectrum: Tensor, n: int) -> Tensor:
-    return torch.fft.irfft(torch.fft.rfft(x, n=n) * spectrum, n=n)[..., : x.shape[-1]]
+    y = torch.fft.irfft(torch.fft.rfft(x, n=n) * spectrum, n=n)
+    return y[..., : x.shape[-1]].contiguous()
 
 
 def _fast_length(n: int) -> int:
