@@ -180,6 +180,25 @@ def test_rows_of_very_different_size_keep_their_own_precision() -> None:
 @needs_triton
 @pytest.mark.usefixtures("_transforms")
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("L", [512, 1500])  # in one program, and through memory
+def test_filters_of_any_scale_and_shape(L: int) -> None:
+    u = torch.randn(2, 4, L, device=DEVICE).half()
+    f = torch.ones(4, L, device=DEVICE)  # all in one frequency
+    f[1] = 0
+    f[2], f[2, 7] = 1e-6, 3e3  # far above the rest
+    f[3] = 1e-30 * torch.randn(L, device=DEVICE)
+    u[:, 3] = 0
+    found, expected = fft_library.fft_conv(u, f).double(), fft.fft_conv(u.double(), f.double())
+    assert not found[:, 1].any()
+    assert not found[:, 3].any()
+    for channel in (0, 2):
+        error = (found[:, channel] - expected[:, channel]).norm() / expected[:, channel].norm()
+        assert error < 1e-3
+
+
+@needs_triton
+@pytest.mark.usefixtures("_transforms")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 def test_nothing_overflows_in_float16_at_its_worst() -> None:
     # a constant row and a constant filter put everything into one frequency
     u = torch.full((2, 1, 512), 60000.0, dtype=torch.float16, device=DEVICE)

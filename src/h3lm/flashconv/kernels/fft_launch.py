@@ -200,7 +200,40 @@ def backward(
 def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: Size) -> Prepared:
     """The spectrum of a filter that reaches both ways, for rows like u."""
     half = u.dtype != torch.float32
-    return pack_spectrum(fft.filter_spectrum(f, f_reverse, size.points), size, half)
+    if f_reverse is not None or not half:
+        return pack_spectrum(fft.filter_spectrum(f, f_reverse, size.points), size, half)
+    f = f if f.stride(1) == 1 else f.contiguous()
+    prepared = empty_spectrum(f, size)
+    transform(f, prepared, size, factors(size, torch.float16, f.device, False))
+    return prepared
+
+
+def empty_spectrum(f: Tensor, size: Size, outer: int = 1) -> Prepared:
+    """Uninitialised spectra of filters for half inputs."""
+    rows = f.shape[0] * outer
+    packed = f.new_empty((rows, size.N1, 2 * size.N2), dtype=torch.float16)
+    return Prepared(packed, f.new_empty(rows, dtype=torch.float32))
+
+
+def transform(
+    x: Tensor,
+    prepared: Prepared,
+    size: Size,
+    tables: tuple[Tensor, ...],
+    outer: int = 1,
+    exponents: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> None:
+    """Fill in the spectra of filters (D, taps), or of the planes of their complex rows."""
+    whole = outer == 1
+    points = outer * size.points
+    fft_triton.spectrum_kernel[(len(prepared.unscale),)](
+        x, exponents, sums, *prepared, *tables,
+        x.stride(0) if whole else 2 * size.points, 0 if whole else size.points,
+        x.shape[1] if whole else size.points, math.sqrt(points), headroom(points // 2),
+        N0=outer, N1=size.N1, N2=size.N2, K=tables[0].shape[1], FAST=x.is_cuda, PRECISION="tf32",
+        num_warps=size.warps,
+    )  # fmt: skip
 
 
 class _Run:

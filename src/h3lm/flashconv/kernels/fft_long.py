@@ -26,8 +26,10 @@ from h3lm.flashconv.kernels import fft_triton
 from h3lm.flashconv.kernels.fft_launch import (
     Prepared,
     Size,
+    empty_spectrum,
     factors,
     pack_spectrum,
+    transform,
     unitary_dft,
 )
 from h3lm.flashconv.kernels.fft_launch import filter_gradients as filter_gradients
@@ -266,18 +268,27 @@ def backward(
 def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: LongSize) -> Prepared:
     """The filter's spectrum for rows like u."""
     half = u.dtype != torch.float32
-    spectrum = fft.filter_spectrum(f, f_reverse, size.points)
-    return pack_spectrum(spectrum, size.inner, half, size.outer)
+    if f_reverse is not None or not half:
+        spectrum = fft.filter_spectrum(f, f_reverse, size.points)
+        return pack_spectrum(spectrum, size.inner, half, size.outer)
+    f = f if f.stride(1) == 1 else f.contiguous()
+    run = LongRun(f[None], size, half=True)
+    exponents = run.exponents(f[None], None)
+    planes = run.outward(f[None], None, exponents)
+    prepared = empty_spectrum(f, size.inner, size.outer)
+    sums = torch.linalg.vector_norm(f, 1, dim=1)
+    transform(planes, prepared, size.inner, run.tables, size.outer, exponents, sums)
+    return prepared
 
 
 class LongRun:
     """What the launches for one tensor have in common."""
 
-    def __init__(self, u: Tensor, size: LongSize) -> None:
+    def __init__(self, u: Tensor, size: LongSize, half: bool | None = None) -> None:
         self.B, self.D, self.L = u.shape
         self.size, self.device = size, u.device
         self.pairs = -(-self.B // 2)
-        self.half = u.dtype != torch.float32
+        self.half = u.dtype != torch.float32 if half is None else half
         self.dtype = torch.float16 if self.half else torch.float32
         self.table = outer_factors(size.outer, self.dtype, u.device)
         K = self.table.shape[-1]

@@ -388,6 +388,49 @@ def backward_kernel(
 
 
 @triton.jit
+def spectrum_kernel(
+    x, exponents, sums, packed, unscale, F_table, W_table, x_channel, second_row, L, root, headroom,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Transform a filter, and keep its spectrum as `load_spectrum` reads it, in float16.
+
+    A whole filter, float32 and alone in its pair (N0 = 1), is scaled here. Else x is one of the N0
+    complex rows of a filter of these `exponents` and absolute `sums`, and the largest part of the
+    spectrum is not known: its bound by the sum is at most sqrt(n) too large, which float16 has.
+    `root` is sqrt(n), since transforms are unitary; `headroom` is h.
+    """
+    channel = tl.program_id(0).to(tl.int64)
+    part_k1, row, l2 = tl.arange(0, 2 * N1), tl.arange(0, K), tl.arange(0, N2)
+    k1, column = tl.arange(0, N1), tl.arange(0, 2 * N2)
+    F = tl.load(F_table + part_k1[:, None] * K + row[None, :])
+    W = tl.load(W_table + column[:, None] * (2 * N2) + column[None, :])
+
+    member = row // (K // 2)
+    position = (row % (K // 2))[:, None] * N2 + l2[None, :]
+    inside = (position < L) & (((member == 0) | (second_row > 0))[:, None])
+    at = channel * x_channel + (member * second_row)[:, None] + position
+    value = tl.load(x + at, inside, 0.0).to(tl.float32)
+    if N0 == 1:
+        exponent = exponent_of(value, inside)
+        value *= to_unit(exponent)
+    else:
+        exponent = tl.load(exponents + channel // N0)
+    zero = tl.program_id(0) >> 31
+    re, im = to_spectrum(value.to(F.dtype), F, W, zero, N1, N2, FAST, PRECISION)
+    if N0 == 1:
+        largest = tl.max(tl.max(tl.maximum(tl.abs(re), tl.abs(im)), 1), 0)
+    else:
+        largest = tl.load(sums + channel // N0) * to_unit(exponent) / root
+    peak = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    factor = to_unit(peak) * power_of_two(127 + headroom)
+    out = packed + channel * (2 * N1 * N2) + k1[:, None] * (2 * N2) + column[None, :]
+    tl.store(out, join_columns(re * factor, im * factor, N1, N2).to(tl.float16))
+    back = power_of_two(exponent) * power_of_two(peak) * power_of_two(127 - headroom)
+    tl.store(unscale + channel, back * root)
+
+
+@triton.jit
 def pack_kernel(
     spectrum, peak, packed, unscale, n, headroom,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BLOCK: tl.constexpr,
