@@ -10,6 +10,7 @@ from typing import overload
 import torch
 from jaxtyping import Complex, Float, Integer
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from h3lm.flashconv import chunked, fft, fft_chunks, fft_library, library, reference
 from h3lm.flashconv.dispatch import (
@@ -45,6 +46,7 @@ def h3_core(
     cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
     reverse: bool = False,
     backend: str = "auto",
+    process_group: ProcessGroup | None = None,
 ) -> tuple[Float[Tensor, "B D L"], H3State | None]:
     """Run everything of an H3 layer between its projections.
 
@@ -74,6 +76,10 @@ def h3_core(
             (B = 1), integers. None of them sees another.
         reverse: Run from right to left; the initial state then stands behind position L - 1.
         backend: "auto", "reference", "torch", "triton" or "gluon" (Hopper).
+        process_group: Processes that hold one slice of each row each, in the order of their ranks.
+            The slices may differ in length. All of them call, and all call backward. Only rank 0
+            gives an `initial_state`; `cu_seqlens` are those of the slice, as
+            `sequence_parallel.slice_boundaries` makes them.
 
     Returns:
         `o`, (B, D, L) in the dtype of q, and the final state or None. Differentiable in every
@@ -81,7 +87,8 @@ def h3_core(
 
     Raises:
         ValueError: if shapes or dtypes do not belong together, `cu_seqlens` does not increase
-            from 0 to L, operators were made without these taps, or no backend can do it.
+            from 0 to L, operators were made without these taps, no backend can do it, or a slice
+            of a process group is reversed or shorter than the short filter reaches back.
 
     Example:
         >>> import torch
@@ -94,6 +101,15 @@ def h3_core(
     """
     _check_like("q", q, k=k, v=v)
     _check_heads(k, taps, system, head_dim)
+    if process_group is not None:
+        from h3lm.flashconv import sequence_parallel  # it runs this op on each slice
+
+        _check_slice(reverse)
+        o, end = sequence_parallel.h3_core(
+            q, k, v, taps, system, process_group=process_group, head_dim=head_dim,
+            initial_state=initial_state, cu_seqlens=cu_seqlens, backend=backend,
+        )  # fmt: skip
+        return o, end if return_final_state else None
     sequences = _check_sequences(q, cu_seqlens)
     _check_h3_state(initial_state, sequences, k, taps, system, head_dim)
     problem = _problem(system, taps.shape[1], head_dim, cu_seqlens, q, k, v)
@@ -180,6 +196,7 @@ def ssm_conv(
     reverse: bool = False,
     method: str = "auto",
     backend: str = "auto",
+    process_group: ProcessGroup | None = None,
 ) -> tuple[Float[Tensor, "B H L"], Complex[Tensor, "S H half"] | None]:
     """Run one SSM for each channel, with optional gates before and after.
 
@@ -201,6 +218,7 @@ def ssm_conv(
             chunks of up to 8192 by FFT and joins them by the state, the paper's Algorithm 2;
             "auto" takes the faster one, see `dispatch.choose_method`.
         backend: "auto", "reference", "torch" or "triton".
+        process_group: As in `h3_core`; for diagonal systems.
 
     Returns:
         `y`, (B, H, L) in the dtype of u, and the final state or None. Differentiable in every
@@ -209,6 +227,15 @@ def ssm_conv(
     Raises:
         ValueError: if shapes or dtypes do not belong together or no backend can do it.
     """
+    if process_group is not None:
+        from h3lm.flashconv import sequence_parallel  # it runs this op on each slice
+
+        _check_slice(reverse)
+        y, end = sequence_parallel.ssm_conv(
+            u, system, process_group=process_group, pre_gate=pre_gate, post_gate=post_gate,
+            initial_state=initial_state, cu_seqlens=cu_seqlens, method=method, backend=backend,
+        )  # fmt: skip
+        return y, end if return_final_state else None
     gates = {"pre_gate": pre_gate, "post_gate": post_gate}
     _check_like("u", u, **{name: gate for name, gate in gates.items() if gate is not None})
     whole = _system(system)
@@ -552,6 +579,11 @@ def _reversed_sequences(
 
 def _reversed_state(state: H3State, cu_seqlens: Tensor | None) -> H3State:
     return state if cu_seqlens is None else H3State(*(x.flip(0) for x in state))
+
+
+def _check_slice(reverse: bool) -> None:
+    if reverse:
+        raise ValueError("reverse with a process_group is not supported: states go left to right")
 
 
 def _check_like(name: str, x: Tensor, **others: Tensor) -> None:

@@ -1,0 +1,358 @@
+"""One sequence over several processes: each holds a slice, and states pass between them.
+
+A slice is convolved from an empty state. What it leaves behind, e_r, is gathered from all; the
+state in front of slice r is then
+
+    x_{r+1} = a^{L_r} x_r + e_r,    x_0 = 0
+
+and what it adds to the slice's outputs is added, as far as the slowest mode still remembers it.
+Of the short filter only its last taps - 1 inputs go to the next process. Gradients go the other
+way by the same two exchanges. Nothing is approximated.
+
+Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 2, over processes in place of chunks.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+from h3lm.flashconv import op
+from h3lm.flashconv.state import H3State
+from h3lm.ssm.dplr import DPLRSystem
+from h3lm.ssm.operators import ChunkOperators, DiagonalSystem
+
+# torch 2.13 renamed them
+_ALL_GATHER, _REDUCE_SCATTER = (
+    getattr(distributed, new, None) or getattr(distributed, old)
+    for new, old in (
+        ("all_gather_single", "all_gather_into_tensor"),
+        ("reduce_scatter_single", "reduce_scatter_tensor"),
+    )
+)
+
+
+@torch.compiler.disable  # a graph cannot hold what other processes send
+def h3_core(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    taps: Tensor,
+    system: DiagonalSystem | ChunkOperators,
+    *,
+    process_group: ProcessGroup,
+    head_dim: int,
+    initial_state: H3State | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, H3State]:
+    """`flashconv.h3_core` of this process's slice; see there. The state is always made."""
+    slice_ = _Slice.of(k.shape[-1], cu_seqlens, process_group)
+    slice_.check_start(initial_state)
+    # Every process takes the same steps, needed or not: what one skips, another would wait for
+    history = _send_on(k, taps.shape[1] - 1, slice_)
+    start = op.zero_state(slice_.rows(k), k, taps, system, head_dim)
+    start = H3State(_add_to_first(start.shift, history), start.diagonal)
+    if initial_state is not None:
+        start = H3State(start.shift + initial_state.shift, initial_state.diagonal)
+    o, end = op.h3_core(
+        q, k, v, taps, system, head_dim=head_dim, initial_state=start, return_final_state=True,
+        cu_seqlens=slice_.cu_seqlens, backend=backend,
+    )  # fmt: skip
+    assert end is not None
+    modes = system.system if isinstance(system, ChunkOperators) else system
+    before, left = _pass_on(end.diagonal, modes, slice_)
+    reach = slice_.reach(modes)
+    nothing = torch.zeros_like(k[..., :reach])
+    added, _ = op.h3_core(
+        q[..., :reach], nothing, nothing, taps, system, head_dim=head_dim,
+        initial_state=H3State(torch.zeros_like(history), before), backend=backend,
+    )  # fmt: skip
+    final = H3State(end.shift, _add_to_first(end.diagonal, left))
+    return _add_to_beginning(o, added), final
+
+
+@torch.compiler.disable
+def ssm_conv(
+    u: Tensor,
+    system: "op.AnySystem",
+    *,
+    process_group: ProcessGroup,
+    pre_gate: Tensor | None,
+    post_gate: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    method: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`flashconv.ssm_conv` of this process's slice; see there. The state is always made."""
+    slice_ = _Slice.of(u.shape[-1], cu_seqlens, process_group)
+    slice_.check_start(initial_state)
+    modes = system if isinstance(system, DiagonalSystem | DPLRSystem) else system.system
+    if not isinstance(modes, DiagonalSystem):
+        raise ValueError("process_group needs a diagonal system: S4's state has no decay by modes")
+    y, end = op.ssm_conv(
+        u, system, pre_gate=pre_gate, post_gate=post_gate, initial_state=initial_state,
+        return_final_state=True, cu_seqlens=slice_.cu_seqlens, method=method, backend=backend,
+    )  # fmt: skip
+    assert end is not None
+    before, left = _pass_on(end, modes, slice_)
+    reach = slice_.reach(modes)
+    added, _ = op.ssm_conv(
+        torch.zeros_like(u[..., :reach]), system, initial_state=before, method=method,
+        post_gate=None if post_gate is None else post_gate[..., :reach], backend=backend,
+    )  # fmt: skip
+    return _add_to_beginning(y, added), _add_to_first(end, left)
+
+
+def slice_boundaries(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
+    """Boundaries of packed sequences as a slice of their row sees them.
+
+    Where a sequence begins with the slice, 0 stands there twice: the sequence of length 0 in
+    front is what the slices before had.
+
+    Args:
+        cu_seqlens: Boundaries of the whole row, (S + 1,).
+        start, stop: First position of the slice, and one past its last.
+
+    Returns:
+        Rising boundaries from 0 to stop - start.
+    """
+    inside = cu_seqlens[(cu_seqlens >= start) & (cu_seqlens < stop)] - start
+    edges = cu_seqlens.new_tensor([0]), cu_seqlens.new_tensor([stop - start])
+    return torch.cat([edges[0], inside, edges[1]])
+
+
+def gather_lengths(length: int, group: ProcessGroup, device: torch.device) -> list[int]:
+    """Length of every process's slice, in order; it waits for the device."""
+    mine = torch.tensor([length], device=device)
+    return _gather(mine, group).flatten().tolist()
+
+
+def gather_positions(x: Tensor, lengths: list[int], group: ProcessGroup) -> Tensor:
+    """All processes' slices (B, heads, L, d) of keys or values, joined along the positions.
+
+    The gradient of a slice is the sum of what all processes make of it.
+
+    Args:
+        x: This process's slice.
+        lengths: Of every process's slice; `gather_lengths` knows them.
+        group: The processes.
+    """
+    return _GatherPositions.apply(x, lengths, group)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Where a process's slice stands among those of the others.
+
+    Attributes:
+        length: Its positions.
+        group: The processes that share the row.
+        rank: This one's number among them.
+        goes_on: Whether its first sequence has begun in a slice before.
+        cu_seqlens: Its sequences' boundaries, or None for a single one.
+        first_end: Where its first sequence ends.
+        last_start: Where its last sequence begins.
+    """
+
+    length: int
+    group: ProcessGroup
+    rank: int
+    goes_on: bool
+    cu_seqlens: Tensor | None
+    first_end: int
+    last_start: int
+
+    @classmethod
+    def of(cls, length: int, cu_seqlens: Tensor | None, group: ProcessGroup) -> "_Slice":
+        if not length:
+            raise ValueError("a slice is empty: use fewer processes than positions")
+        rank = distributed.get_rank(group)
+        bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+        goes_on = bounds[:2] != [0, 0]
+        if not goes_on:
+            assert cu_seqlens is not None
+            bounds, cu_seqlens = bounds[1:], cu_seqlens[1:]
+        if len(bounds) == 2 and bounds == [0, length]:
+            cu_seqlens = None
+        return cls(length, group, rank, goes_on, cu_seqlens, bounds[1], bounds[-2])
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == distributed.get_world_size(self.group) - 1
+
+    @property
+    def passes_through(self) -> bool:
+        """Whether one sequence comes from before and leaves behind."""
+        return self.goes_on and self.cu_seqlens is None
+
+    def rows(self, like: Tensor) -> int:
+        return len(like) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def check_start(self, state: object) -> None:
+        if state is not None and not self.is_first:
+            raise ValueError("initial_state stands before the whole row: only rank 0 gives one")
+
+    def reach(self, system: DiagonalSystem) -> int:
+        """How far into the slice the state before it is felt, in positions; at least 1.
+
+        Behind it the slowest mode has decayed below the square of a rounding error.
+        """
+        if self.is_first or not self.goes_on:
+            return 1  # nothing comes in; but all processes must take part in the gradient's way
+        slowest = float(system.a.detach().abs().max())
+        if slowest >= 1:
+            return self.first_end
+        if slowest == 0:
+            return 1
+        steps = 2 * math.log(torch.finfo(system.a.real.dtype).eps) / math.log(slowest)
+        return min(self.first_end, math.ceil(steps) + 1)
+
+
+def _send_on(k: Tensor, count: int, slice_: _Slice) -> Tensor:
+    """The `count` values of k in front of the slice, sent by the process before."""
+    L = slice_.length
+    if count > L and slice_.passes_through and not slice_.is_last:
+        raise ValueError(
+            f"a slice of {L} positions is shorter than the {count} values that the short filter "
+            "takes from it: use fewer processes or longer rows"
+        )
+    tail = k[..., max(slice_.last_start, L - count) :] if count else k[..., :0]
+    tail = torch.nn.functional.pad(tail, (count - tail.shape[-1], 0))
+    return _FromBefore.apply(tail, slice_)
+
+
+def _pass_on(end: Tensor, system: DiagonalSystem, slice_: _Slice) -> tuple[Tensor, Tensor]:
+    """The state in front of the slice, and what of it is left behind its first sequence."""
+    steps = torch.tensor([slice_.first_end], device=system.a.device)
+    decay = system.powers(steps)[..., 0].to(end.dtype)
+    through = decay if slice_.passes_through else torch.zeros_like(decay)
+    last = end if slice_.cu_seqlens is None else end[-1:]
+    before = _StateBefore.apply(last, through, slice_)
+    return before, _over_heads(decay, before) * before
+
+
+def _over_heads(decay: Tensor, state: Tensor) -> Tensor:
+    """Decays (H, N/2) as factors of states (rows, H, ..., N/2)."""
+    return decay.view(1, len(decay), *[1] * (state.dim() - 3), -1)
+
+
+def _add_to_first(states: Tensor, more: Tensor) -> Tensor:
+    """Add to the states of the rows, or of the first of packed sequences."""
+    if len(states) == len(more):
+        return states + more
+    return torch.cat([states[:1] + more, states[1:]])
+
+
+def _add_to_beginning(y: Tensor, more: Tensor) -> Tensor:
+    n = more.shape[-1]
+    return torch.cat([y[..., :n] + more, y[..., n:]], -1)
+
+
+class _FromBefore(torch.autograd.Function):
+    """What the process before sends; zero for the first one and where a sequence begins."""
+
+    @staticmethod
+    def forward(ctx: Any, tail: Tensor, slice_: _Slice) -> Tensor:
+        ctx.slice = slice_
+        came = _to_neighbour(tail, slice_, 1)
+        return came if slice_.goes_on else torch.zeros_like(came)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        grad = grad if ctx.slice.goes_on else torch.zeros_like(grad)
+        return _to_neighbour(grad, ctx.slice, -1), None
+
+
+def _to_neighbour(x: Tensor, slice_: _Slice, by: int) -> Tensor:
+    """Send to the process `by` further, and return what the one on the other side sends."""
+    group, rank = slice_.group, slice_.rank
+    came = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    world = distributed.get_world_size(group)
+    x = x.contiguous()
+    moves = []
+    for move, what, other in (
+        (distributed.isend, x, rank + by),
+        (distributed.irecv, came, rank - by),
+    ):
+        if 0 <= other < world and x.numel():
+            peer = distributed.get_global_rank(group, other)
+            moves.append(distributed.P2POp(move, what, peer, group))
+    for work in distributed.batch_isend_irecv(moves) if moves else ():
+        work.wait()
+    return came
+
+
+class _StateBefore(torch.autograd.Function):
+    """x_r of x_{r+1} = d_r x_r + e_r, x_0 = 0, for this process's e and d."""
+
+    @staticmethod
+    def forward(ctx: Any, end: Tensor, decay: Tensor, slice_: _Slice) -> Tensor:
+        group, count = slice_.group, end.numel()
+        both = torch.cat([end.flatten(), decay.flatten()])
+        gathered = torch.view_as_complex(_gather(torch.view_as_real(both.resolve_conj()), group))
+        decays = gathered[:, count:].unflatten(1, decay.shape)
+        before = torch.zeros_like(end, memory_format=torch.contiguous_format)
+        for r in range(slice_.rank):
+            before = _over_heads(decays[r], end) * before + gathered[r, :count].view_as(end)
+        if not slice_.goes_on:
+            before = torch.zeros_like(before)
+        ctx.slice = slice_
+        ctx.save_for_backward(decays, before)
+        return before
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
+        decays, before = ctx.saved_tensors
+        slice_: _Slice = ctx.slice
+        grad = grad if slice_.goes_on else torch.zeros_like(grad)
+        gathered = _gather(torch.view_as_real(grad.resolve_conj().contiguous()), slice_.group)
+        all_grads = torch.view_as_complex(gathered)
+        behind = torch.zeros_like(before)  # the gradient of x_{r+1}
+        for r in range(len(all_grads) - 1, slice_.rank, -1):
+            behind = all_grads[r] + _over_heads(decays[r], before).conj() * behind
+        product = before.conj() * behind
+        inner = [0, *range(2, product.dim() - 1)]
+        return behind, product.sum(inner), None
+
+
+class _GatherPositions(torch.autograd.Function):
+    """All-gather along the positions; reduce-scatter of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: list[int], group: ProcessGroup) -> Tensor:
+        ctx.lengths, ctx.group = lengths, group
+        longest = max(lengths)
+        padded = torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[2]))
+        slices = _gather(padded, group)
+        return torch.cat([s[:, :, :n] for s, n in zip(slices, lengths, strict=True)], 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        lengths, longest = ctx.lengths, max(ctx.lengths)
+        slices = [
+            torch.nn.functional.pad(g, (0, 0, 0, longest - g.shape[2]))
+            for g in grads[0].split(lengths, 2)
+        ]
+        mine = torch.empty_like(slices[0], memory_format=torch.contiguous_format)
+        _REDUCE_SCATTER(mine, torch.cat(slices), group=ctx.group)
+        return mine[:, :, : lengths[distributed.get_rank(ctx.group)]], None, None
+
+
+def _gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """All processes' tensors of one shape, stacked in their order."""
+    x = x.contiguous()
+    world = distributed.get_world_size(group)
+    gathered = x.new_empty(world, *x.shape)
+    _ALL_GATHER(gathered.flatten(0, 1), x, group=group)
+    return gathered
