@@ -130,7 +130,7 @@ def _results(size: AnySize, u: Tensor, dy: Tensor, f: Tensor) -> tuple[Tensor, .
     spectrum = kernels.prepare(u, f, None, size)
     y = kernels.forward(u, spectrum, size, None, None)
     du, _, sums = kernels.backward(dy, u, spectrum, size, None, None, data=True, filters=True)
-    return y, du, kernels.filter_gradients(sums, f.shape[1], None)[0]
+    return y, du, kernels.filter_gradients(u, sums, size, f.shape[1], None)[0]
 
 
 def _errors(length: int, size: AnySize) -> list[float]:
@@ -164,7 +164,7 @@ def _timed(length: int, size: AnySize) -> str:
         lambda: kernels.prepare(u, f, None, size),
         lambda: kernels.forward(u, spectrum, size, None, None),
         back,
-        lambda: kernels.filter_gradients(sums, length, None),
+        lambda: kernels.filter_gradients(u, sums, size, length, None),
     ]
     if isinstance(size, LongSize):
         run = LongRun(u, size)
@@ -174,7 +174,7 @@ def _timed(length: int, size: AnySize) -> str:
             lambda: run.exponents(u, None),
             lambda: run.outward(u, None, exponents),
             lambda: run.convolve(planes, spectrum),
-            lambda: run.inward(planes, y, None, None, None, exponents, spectrum),
+            lambda: run.inward(planes, y, None, None, None, exponents, spectrum.unscale),
         ]
     repeats = 3 if length > 1 << 19 else 9
     times = " ".join(f"{median_ms(call, repeats=repeats, warm_up=1):7.3f}" for call in calls)

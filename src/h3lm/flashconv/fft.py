@@ -81,7 +81,7 @@ def backward(
 
 
 def filter_gradients(
-    moved: Tensor, taps: int, taps_reverse: int | None
+    u: Tensor, moved: Tensor, size: int, taps: int, taps_reverse: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of both filters from that of all lags, (D, n); lag -s stands at n - s."""
     df = moved[:, :taps].contiguous()

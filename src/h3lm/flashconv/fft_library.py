@@ -218,7 +218,7 @@ def _backward(
     du, dpre, sums = kernels.backward(dy, u, prepared, size, pre, post, data=data, filters=filters)
     df, dback = None, None
     if sums is not None:
-        df, dback = kernels.filter_gradients(sums, *_taps(f, f_reverse))
+        df, dback = kernels.filter_gradients(u, sums, size, *_taps(f, f_reverse))
     # y = post conv, so that its gradient is a forward pass behind another gate
     dpost = kernels.forward(u, prepared, size, pre, dy) if gate and post is not None else None
     return [x for x in (du, df, dback, dpre, dpost) if x is not None]

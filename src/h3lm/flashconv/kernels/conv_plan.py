@@ -5,7 +5,7 @@
     prepare(u, f, f_reverse, size) -> what of the filter is read
     forward(u, prepared, size, pre, post) -> y
     backward(dy, u, prepared, size, pre, post, data=, filters=) -> du, dpre, sums
-    filter_gradients(sums, taps, taps_reverse) -> df, df_reverse
+    filter_gradients(u, sums, size, taps, taps_reverse) -> df, df_reverse
 
 A Triton release may break a kernel, a GPU may be unlike those that we tested. So each algorithm
 runs once on a small problem beside torch.fft; where it fails, that takes over and says so.
@@ -98,7 +98,7 @@ def _compare(fast: Plan, device: torch.device, length: int) -> str:
         prepared = kernels.prepare(u, f, None, size)
         y = kernels.forward(u, prepared, size, None, None)
         du, _, sums = kernels.backward(dy, u, prepared, size, None, None, data=True, filters=True)
-        results.append((y, du, kernels.filter_gradients(sums, f.shape[1], None)[0]))
+        results.append((y, du, kernels.filter_gradients(u, sums, size, f.shape[1], None)[0]))
     for name, found, expected in zip(("y", "du", "df"), *results, strict=True):
         error = float((found.float() - expected.float()).norm() / expected.float().norm())
         if not error < TOLERANCE:

@@ -131,16 +131,29 @@ def pack_spectrum(spectrum: Tensor, size: Size, half: bool, outer: int = 1) -> P
 
 
 def filter_gradients(
-    sums: Tensor, taps: int, taps_reverse: int | None
+    u: Tensor, sums: Tensor, size: Size, taps: int, taps_reverse: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of both filters from partial sums of conj(Z) G.
 
     Args:
-        sums: (groups, D, N0, 2, N1, N2), float32.
+        u: The rows.
+        sums: (groups, D, 1, 2, N1, N2), float32.
+        size: Of the transform.
         taps: Taps of the filter.
         taps_reverse: Taps of the reverse one.
     """
     total = sums[0] if len(sums) == 1 else sums.sum(0)
+    if taps_reverse is not None or u.dtype == torch.float32:
+        return unpacked_gradients(total, taps, taps_reverse)
+    df = total.new_empty(len(total), taps)
+    transform_back(total, df, size, factors(size, torch.float16, u.device, False))
+    return df, None
+
+
+def unpacked_gradients(
+    total: Tensor, taps: int, taps_reverse: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of both filters from sums (D, N0, 2, N1, N2), in float32 by torch.fft."""
     D, outer, _, N1, N2 = total.shape
     n = outer * N1 * N2
     spectrum = total.new_empty(D, n // 2 + 1, 2)
@@ -149,7 +162,7 @@ def filter_gradients(
         total, spectrum, n, N0=outer, N1=N1, N2=N2, BLOCK=block
     )
     moved = torch.fft.irfft(torch.view_as_complex(spectrum), n=n, norm="forward")
-    return fft.filter_gradients(moved, taps, taps_reverse)
+    return fft.filter_gradients(total, moved, n, taps, taps_reverse)
 
 
 def forward(
@@ -233,6 +246,25 @@ def transform(
         x.shape[1] if whole else size.points, math.sqrt(points), headroom(points // 2),
         N0=outer, N1=size.N1, N2=size.N2, K=tables[0].shape[1], FAST=x.is_cuda, PRECISION="tf32",
         num_warps=size.warps,
+    )  # fmt: skip
+
+
+def transform_back(
+    total: Tensor,
+    out: Tensor,
+    size: Size,
+    tables: tuple[Tensor, ...],
+    outer: int = 1,
+    exponents: Tensor | None = None,
+) -> None:
+    """The inverse of `transform`: filters (D, taps), or planes, from sums (D, N0, 2, N1, N2)."""
+    whole = outer == 1
+    fft_triton.filter_gradient_kernel[(len(total) * outer,)](
+        total, exponents, out, *tables,
+        out.stride(0) if whole else 2 * size.points, 0 if whole else size.points,
+        out.shape[1] if whole else size.points, math.sqrt(outer * size.points),
+        N0=outer, N1=size.N1, N2=size.N2, K=tables[0].shape[1], FAST=total.is_cuda,
+        PRECISION="tf32", num_warps=size.warps,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ frequencies k0 + N0 k of the filter; the same step backwards gives the rows. So 
 4 + 2 back, at any length. The zero half of a row is neither loaded nor multiplied here either.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,9 +31,10 @@ from h3lm.flashconv.kernels.fft_launch import (
     factors,
     pack_spectrum,
     transform,
+    transform_back,
     unitary_dft,
+    unpacked_gradients,
 )
-from h3lm.flashconv.kernels.fft_launch import filter_gradients as filter_gradients
 from h3lm.flashconv.kernels.fft_triton import exponent_of, power_of_two, to_unit
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
 
@@ -232,7 +234,7 @@ def forward(
     planes = run.outward(u, pre, exponents)
     run.convolve(planes, spectrum)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    run.inward(planes, y, post, None, None, exponents, spectrum)
+    run.inward(planes, y, post, None, None, exponents, spectrum.unscale)
     return y
 
 
@@ -261,7 +263,7 @@ def backward(
         return None, None, sums
     du = torch.empty_like(u, memory_format=torch.contiguous_format)
     dpre = None if pre is None else torch.empty_like(du)
-    run.inward(g_planes, du, pre, dpre, u, g_exponents, spectrum)
+    run.inward(g_planes, du, pre, dpre, u, g_exponents, spectrum.unscale)
     return du, dpre, sums
 
 
@@ -279,6 +281,24 @@ def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: LongSize) -> P
     sums = torch.linalg.vector_norm(f, 1, dim=1)
     transform(planes, prepared, size.inner, run.tables, size.outer, exponents, sums)
     return prepared
+
+
+def filter_gradients(
+    u: Tensor, sums: Tensor, size: LongSize, taps: int, taps_reverse: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """As `fft_launch.filter_gradients`, for long rows."""
+    total = sums[0] if len(sums) == 1 else sums.sum(0)
+    if taps_reverse is not None or u.dtype == torch.float32:
+        return unpacked_gradients(total, taps, taps_reverse)
+    df = total.new_empty(1, len(total), taps)
+    run = LongRun(df, size, half=True)
+    rows = total.flatten(1)[None]
+    exponents = run.exponents(rows, None)
+    planes = df.new_empty((1, *total.shape[:3], size.inner.points), dtype=torch.float16)
+    transform_back(total, planes, size.inner, run.tables, size.outer, exponents)
+    root = df.new_full((len(total) * size.outer,), math.sqrt(size.points))
+    run.inward(planes, df, None, None, None, exponents, root)
+    return df[0], None
 
 
 class LongRun:
@@ -319,7 +339,7 @@ class LongRun:
             return None
         exponents = torch.empty((self.B, self.D), dtype=torch.int32, device=self.device)
         largest_kernel[(self.B * self.D,)](
-            x, gate, exponents, *strides(x), *strides(gate), self.D, self.L,
+            x, gate, exponents, *strides(x), *strides(gate), self.D, x.shape[2],
             BLOCK=4096, num_warps=8,
         )  # fmt: skip
         return exponents
@@ -361,11 +381,11 @@ class LongRun:
         other: Tensor | None,
         factor_of_other: Tensor | None,
         exponents: Tensor | None,
-        spectrum: Prepared,
+        unscale: Tensor,
     ) -> None:
         """Rows y = gate out, and other = factor_of_other out, from planes."""
         inward_kernel[(self.columns * (self.table.shape[-1] // self.rows_in),)](
-            planes, y, gate, other, factor_of_other, exponents, spectrum.unscale, self.table,
+            planes, y, gate, other, factor_of_other, exponents, unscale, self.table,
             *strides(y), *strides(gate), *strides(factor_of_other),
             self.B, self.D, self.L, self.size.inner.points, float(self.size.points),
             TILE=self.rows_in, **self.outer,

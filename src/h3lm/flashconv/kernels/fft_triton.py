@@ -431,6 +431,40 @@ def spectrum_kernel(
 
 
 @triton.jit
+def filter_gradient_kernel(
+    sums, exponents, out, F_table, W_table, out_channel, second_row, L, root,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `spectrum_kernel`: the real part of what has the spectrum `sums`.
+
+    A whole filter (N0 = 1) comes out as it is, the complex rows of one scaled by `exponents`.
+    """
+    channel = tl.program_id(0).to(tl.int64)
+    part_k1, row, l2 = tl.arange(0, 2 * N1), tl.arange(0, K), tl.arange(0, N2)
+    k1, column = tl.arange(0, N1), tl.arange(0, 2 * N2)
+    F = tl.load(F_table + part_k1[:, None] * K + row[None, :])
+    W = tl.load(W_table + column[:, None] * (2 * N2) + column[None, :])
+
+    points = k1[:, None] * N2 + l2[None, :]
+    sums += channel * (2 * N1 * N2)
+    re, im = tl.load(sums + points), tl.load(sums + N1 * N2 + points)
+    if N0 == 1:
+        exponent = exponent_of(tl.maximum(tl.abs(re), tl.abs(im)), points >= 0)
+    else:
+        exponent = tl.load(exponents + channel // N0)
+    scale, zero = to_unit(exponent), tl.program_id(0) >> 31
+    value = from_spectrum(re * scale, im * scale, F, W, zero, N1, N2, FAST, PRECISION)
+    if N0 == 1:
+        value *= power_of_two(exponent) * root
+    member = row // (K // 2)
+    position = (row % (K // 2))[:, None] * N2 + l2[None, :]
+    inside = (position < L) & (((member == 0) | (second_row > 0))[:, None])
+    at = channel * out_channel + (member * second_row)[:, None] + position
+    tl.store(out + at, value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
 def pack_kernel(
     spectrum, peak, packed, unscale, n, headroom,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BLOCK: tl.constexpr,

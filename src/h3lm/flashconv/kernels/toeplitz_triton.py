@@ -256,7 +256,7 @@ def backward(
 
 
 def filter_gradients(
-    dh: Tensor, taps: int, taps_reverse: int | None
+    u: Tensor, dh: Tensor, size: ToeplitzSize, taps: int, taps_reverse: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of both filters from that of all lags."""
     df = dh[:, -taps:].contiguous()
