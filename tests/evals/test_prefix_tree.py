@@ -23,11 +23,13 @@ def prefix(tree, node):
     return path
 
 
-@pytest.mark.parametrize("cost", [0, 1, 3, 8])
+@pytest.mark.parametrize(
+    ("cost", "align"), [(0, 1), (1, 1), (3, 1), (8, 1), (0, 2), (0, 4), (1, 4), (3, 2)]
+)
 @pytest.mark.parametrize("seed", range(5))
-def test_every_prediction_is_asked_once_behind_its_own_prefix(seed, cost):
+def test_every_prediction_is_asked_once_behind_its_own_prefix(seed, cost, align):
     requests = random_requests(seed)
-    tree = PrefixTree(requests, state_cost_tokens=cost)
+    tree = PrefixTree(requests, state_cost_tokens=cost, align=align)
     asked = {i: [] for i in range(len(requests))}
     q = tree.questions
     for node, offset, target, owner in zip(q.node, q.offset, q.target, q.request, strict=True):
@@ -70,3 +72,16 @@ def test_an_empty_context_or_continuation_is_refused():
 
 def test_ranges_are_laid_end_to_end():
     assert concatenated_ranges(np.array([3, 9, 0]), np.array([2, 0, 3])).tolist() == [3, 4, 0, 1, 2]
+
+
+@pytest.mark.parametrize("align", [2, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_aligned_branches_lie_at_multiples_and_share_what_they_can(seed, align):
+    requests = random_requests(seed, count=40)
+    tree = PrefixTree(requests, state_cost_tokens=0, align=align)
+    assert (tree.depth[tree.has_children] % align == 0).all()
+    inputs = [[*r.context, *r.continuation[:-1]] for r in requests]
+    # what lies behind the last multiple at which two inputs still agree is each one's own
+    distinct = {tuple(x) for x in inputs}
+    shared = {x[:n] for x in distinct for n in range(align, len(x) + 1, align)}
+    assert tree.computed == align * len(shared) + sum(len(x) % align for x in distinct)

@@ -15,15 +15,17 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 # A shared prefix is worth a state only if it saves more tokens than keeping the state costs:
-# writing it and reading it for each branch take about as long as so many tokens each.
+# writing it and reading it for each branch take about as long as so many tokens each. For the 125m
+# hybrid that is 4.5 MB of states, keys and values, moved about four times at 3 TB/s: 6 us, against
+# a little under 1 us of computing for a token.
 STATE_COST_TOKENS = 8
 
 
 class Request(NamedTuple):
     """Token ids of a context (at least one) and of the continuation asked for (at least one)."""
 
-    context: Sequence[int]
-    continuation: Sequence[int]
+    context: Sequence[int] | Ints
+    continuation: Sequence[int] | Ints
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,11 @@ class PrefixTree:
     """
 
     def __init__(
-        self, requests: Sequence[Request], *, state_cost_tokens: int = STATE_COST_TOKENS
+        self,
+        requests: Sequence[Request],
+        *,
+        state_cost_tokens: int = STATE_COST_TOKENS,
+        align: int = 1,
     ) -> None:
         """Build the tree.
 
@@ -75,23 +81,23 @@ class PrefixTree:
             requests: What is asked; contexts and continuations are not empty.
             state_cost_tokens: A branching point is kept if it saves so many tokens for each state
                 written and read; 0 keeps all of them, which computes the fewest tokens.
+            align: Branching points are moved towards the root to a multiple of this, and what
+                lies between is computed for each branch: a kernel that wants such lengths then
+                gets no others, at the price of a few tokens.
 
         Raises:
             ValueError: if a context or a continuation is empty.
         """
         if any(not len(r.context) or not len(r.continuation) for r in requests):
             raise ValueError("a request needs at least one token of context and of continuation")
-        inputs = [
-            np.array([*r.context, *r.continuation[:-1]], dtype=">i4").tobytes() for r in requests
-        ]
+        inputs = [_big_endian(r.context) + _big_endian(r.continuation[:-1]) for r in requests]
         # Big-endian bytes compare as the numbers do, at the speed of memcmp
         unique = sorted(set(inputs))
         lengths = np.array([len(x) // 4 for x in unique], dtype=np.int64)
         self._tokens = np.frombuffer(b"".join(unique), dtype=">i4").astype(np.int64)
         self._start_of_input = np.concatenate([[0], lengths.cumsum()])
-        parent, depth, source, leaf = _radix_tree(
-            lengths, _common_prefixes(self._tokens, self._start_of_input)
-        )
+        common = _common_prefixes(self._tokens, self._start_of_input)
+        parent, depth, source, leaf = _radix_tree(lengths, common // align * align)
         terminal = np.zeros(len(parent), dtype=bool)
         terminal[leaf] = True
         parent, keep = _collapsed(parent, depth, terminal, state_cost_tokens)
@@ -170,6 +176,10 @@ class PrefixTree:
         order = np.lexsort((offset, node))
         first = np.searchsorted(node[order], np.arange(len(self) + 1))
         return Questions(node[order], offset[order], target[order], owner[order], first)
+
+
+def _big_endian(ids: Sequence[int] | Ints) -> bytes:
+    return np.asarray(ids, dtype=">i4").tobytes()
 
 
 def concatenated_ranges(start: Ints, count: Ints) -> Ints:

@@ -8,8 +8,9 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from h3lm.errors import UserError
+from h3lm.evals.encoding import encode_all
 from h3lm.evals.journal import Journal
-from h3lm.evals.prefix_tree import STATE_COST_TOKENS, Request
+from h3lm.evals.prefix_tree import STATE_COST_TOKENS, Ints, Request
 from h3lm.evals.scorer import Answer, Limits, TreeScorer, Work
 
 Progress = Callable[[int, int, Work], None]
@@ -90,7 +91,7 @@ class TreeLM(HFLM):
 
     def answer(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """Answer tokenised requests, those that the journal knows without running them."""
-        fitting = [self._fit(request) for request in requests]
+        fitting = self._fit(requests)
         keys = [Journal.key(request) for request in fitting]
         known = {} if self.journal is None else self.journal.known
         new = {key: i for i, key in enumerate(keys) if key not in known}
@@ -109,42 +110,43 @@ class TreeLM(HFLM):
         found = known | dict(zip(names, answers, strict=True))
         return [(found[key].log_likelihood, found[key].is_greedy) for key in keys]
 
-    def _fit(self, request: Request) -> Request:
-        """Cut a context from the left to what the model takes, as the harness does."""
+    def _fit(self, requests: Sequence[Request]) -> list[Request]:
+        """Cut contexts from the left to what the model takes, as the harness does."""
+        learned, longest = _learned_positions(self.config), int(self.max_length)
+        if 0 < (self._max_length or 0) <= learned:
+            learned = 0  # asked for: contexts are cut
+        return [self._cut(request, longest, learned) for request in requests]
+
+    def _cut(self, request: Request, longest: int, learned: int) -> Request:
         inputs = len(request.context) + len(request.continuation) - 1
-        limit = _learned_positions(self.config)
-        if limit and inputs > limit and not 0 < (self._max_length or 0) <= limit:
+        if learned and inputs > learned:
             raise UserError(
-                f"a request has {inputs:,} tokens, the model {limit:,} learned positions: ask for "
-                f"fewer few-shot examples, or cut contexts from the left with --max-length {limit}"
+                f"a request has {inputs:,} tokens, the model {learned:,} learned positions: ask "
+                f"for fewer few-shot examples, or cut contexts from the left with --max-length "
+                f"{learned}"
             )
-        too_long = inputs - self.max_length
+        too_long = inputs - longest
         if too_long <= 0:
             return request
         if len(request.context) <= too_long:
             raise UserError(
                 f"a continuation of {len(request.continuation):,} tokens does not fit into the "
-                f"{self.max_length:,} that the model is given: see --max-length"
+                f"{longest:,} that the model is given: see --max-length"
             )
         self.truncated += 1
         return Request(request.context[too_long:], request.continuation)
 
-    def _encode_all(self, texts: set[str]) -> dict[str, list[int]]:
+    def _encode_all(self, texts: set[str]) -> dict[str, Ints]:
         begin = self.tokenizer.decode(self.prefix_token_id)
-        encoded: dict[str, list[int]] = {}
+        encoded: dict[str, Ints] = {}
         for with_begin in (False, True):
             group = [text for text in texts if text.startswith(begin) == with_begin]
-            if not group:
-                continue
             special = {}
             if with_begin:
                 special["add_special_tokens"] = False
             elif self.add_bos_token is not None:
                 special["add_special_tokens"] = self.add_bos_token
-            ids = self.tokenizer(
-                group, return_attention_mask=False, return_token_type_ids=False, **special
-            )["input_ids"]
-            encoded |= zip(group, ids, strict=True)
+            encoded |= encode_all(self.tokenizer, group, **special)
         return encoded
 
 

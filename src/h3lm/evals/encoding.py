@@ -1,0 +1,83 @@
+"""Many texts that share much, tokenised once where the tokenizer allows it."""
+
+import json
+from collections.abc import Iterable
+from itertools import chain
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from h3lm.evals.prefix_tree import Ints
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], **options: bool
+) -> dict[str, Ints]:
+    """Token ids of each text, as the tokenizer makes them.
+
+    The texts of an evaluation repeat: a document stands in front of each of its questions, a
+    few-shot prefix in front of all. Where lines can be tokenised by themselves
+    (`splits_at_newlines`), each distinct line is tokenised once.
+
+    Args:
+        tokenizer: A fast one.
+        texts: Some may be equal.
+        options: For the tokenizer.
+    """
+    unique = list(dict.fromkeys(texts))
+    if not splits_at_newlines(tokenizer):
+        return _encode(tokenizer, unique, options)
+    lines = {text: _lines(text) for text in unique}
+    ids = _encode(tokenizer, list(dict.fromkeys(chain.from_iterable(lines.values()))), options)
+    return {text: np.concatenate([ids[line] for line in lines[text]]) for text in unique}
+
+
+def splits_at_newlines(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the ids of a text are those of its lines, each with the newline before it.
+
+    True for GPT-2's tokenizer and those made like it: its pattern never joins a newline to what
+    stands before it but white space, and neither looks back nor ahead across that border. Others
+    do: Llama's joins newlines to punctuation, and SentencePiece marks where a text begins.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    before = spec["pre_tokenizer"] or {}
+    behind = spec["post_processor"] or {}
+    return (
+        spec["model"]["type"] == "BPE"
+        and not spec["model"].get("dropout")
+        and spec["normalizer"] is None
+        and before.get("type") == "ByteLevel"
+        and before.get("use_regex", True)
+        and not before.get("add_prefix_space", True)
+        and (behind.get("type", "ByteLevel") == "ByteLevel" or behind.get("special_tokens") == {})
+        and spec["truncation"] is None
+        and spec["padding"] is None
+        and not any(
+            token["lstrip"] or token["rstrip"] or "\n" in token["content"]
+            for token in spec["added_tokens"]
+        )
+    )
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerFast, texts: list[str], options: dict[str, bool]
+) -> dict[str, Ints]:
+    if not texts:
+        return {}
+    ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)
+    return {
+        text: np.array(x, dtype=np.int64) for text, x in zip(texts, ids["input_ids"], strict=True)
+    }
+
+
+def _lines(text: str) -> list[str]:
+    """A text cut in front of each newline that follows no white space."""
+    lines, begin = [], 0
+    at = text.find("\n", 1)
+    while at > 0:
+        if not text[at - 1].isspace():
+            lines.append(text[begin:at])
+            begin = at
+        at = text.find("\n", at + 1)
+    lines.append(text[begin:])
+    return lines

@@ -1,0 +1,86 @@
+import random
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from h3lm.evals.encoding import encode_all, splits_at_newlines
+
+CORPUS = ["the cat sat.\n\nIt's 12 o'clock,\nthe dog said:\n nothing \n"] * 20
+
+
+def byte_level(before=None, behind=None):
+    """A BPE tokenizer with GPT-2's pattern, learned from a few lines."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = before or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if behind is not None:
+        tokenizer.post_processor = behind
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+def texts(count):
+    draw = random.Random(0)
+    bits = [
+        "the", " cat", " ", "\n", "\n\n", "\t", "\r", "\u00a0", "\x1c", "\u2028", "12", ".", ":",
+        "'s", "é", "日", "<|end|>", " \n",
+    ]  # fmt: skip
+    return ["".join(draw.choices(bits, k=draw.randrange(1, 12))) for _ in range(count)]
+
+
+def test_lines_tokenised_by_themselves_are_the_text():
+    tokenizer = byte_level()
+    assert splits_at_newlines(tokenizer)
+    some = texts(4000)
+    found = encode_all(tokenizer, some)
+    assert set(found) == set(some)
+    expected = tokenizer(list(found))["input_ids"]
+    assert [ids.tolist() for ids in found.values()] == expected
+
+
+def test_each_distinct_line_is_tokenised_once():
+    seen = []
+
+    class Counting(PreTrainedTokenizerFast):
+        def __call__(self, text, **options):
+            seen.extend(text)
+            return super().__call__(text, **options)
+
+    tokenizer = Counting(tokenizer_object=byte_level().backend_tokenizer)
+    encode_all(tokenizer, [f"the cat sat.\nthe dog said: {i}" for i in range(10)])
+    assert len(seen) == 11
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        byte_level(before=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        byte_level(before=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
+        byte_level(
+            behind=processors.TemplateProcessing(
+                single="<|end|> $A", special_tokens=[("<|end|>", 0)]
+            )
+        ),
+    ],
+    ids=["a space in front", "no pattern", "begin of text"],
+)
+def test_tokenizers_that_see_across_lines_get_whole_texts(tokenizer):
+    assert not splits_at_newlines(tokenizer)
+    some = texts(200)
+    found = encode_all(tokenizer, some)
+    assert [ids.tolist() for ids in found.values()] == tokenizer(list(found))["input_ids"]
+
+
+def test_special_tokens_are_left_to_the_caller():
+    behind = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
+    tokenizer = byte_level(behind=behind)
+    with_begin = encode_all(tokenizer, ["the cat"])["the cat"].tolist()
+    without = encode_all(tokenizer, ["the cat"], add_special_tokens=False)["the cat"].tolist()
+    assert with_begin == [0, *without]
