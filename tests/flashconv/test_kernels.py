@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from h3lm.flashconv import chunked, h3_core, h3_end_state, library, ssm_conv
-from h3lm.flashconv.dispatch import Problem, choose
+from h3lm.flashconv import chunked, dispatch, h3_core, h3_end_state, library, ssm_conv
+from h3lm.flashconv.dispatch import Problem, choose, segments
+from h3lm.flashconv.kernels.launch import multiprocessors, segment_length
 from h3lm.flashconv.state import H3State, diagonal_shape
 from h3lm.ssm.operators import ChunkOperators, DiagonalSystem
 
@@ -371,3 +372,64 @@ def test_ssm_conv_chooses_a_kernel() -> None:
     found, _ = ssm_conv(k, system, pre_gate=v, post_gate=q)
     expected, _ = ssm_conv(k, system, pre_gate=v, post_gate=q, backend="torch")
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("B", "D", "L", "expected"),
+    [
+        (1, 768, 1 << 20, 1),
+        (1, 8, 1 << 20, 32),
+        (2, 8, 1 << 20, 16),
+        (1, 8, 4096, 1),
+        (1, 133, 1 << 22, 1),
+        (1, 132, 1 << 22, 2),
+        (1, 1, 1_000_003, 28),
+    ],
+)
+def test_rows_are_cut_where_channels_do_not_fill_the_gpu(
+    B: int, D: int, L: int, expected: int
+) -> None:
+    found = segments(B, D, L, 132)
+    assert found == expected
+    if found > 1:
+        assert L - (found - 1) * segment_length(L, found) > 0
+
+
+SEGMENTED = [
+    # B, D, L, taps, state, segments
+    (1, 1, 4096 + 70, 64, True, 2),
+    pytest.param((2, 1, 2 * 4096, 65, True, 2), marks=pytest.mark.slow),
+    pytest.param((1, 1, 2 * 4096 + 2001, 3, False, 3), marks=pytest.mark.slow),
+]
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("case", SEGMENTED, ids=str)
+def test_segments_side_by_side_equal_float64(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    B, D, L, n_taps, state, cut = case
+    monkeypatch.setattr(dispatch, "segments", lambda *problem: cut)
+    leaves = _leaves(B, D, L, 8, n_taps, torch.float32, state)
+    _check(_kernel("triton", True), leaves, True, torch.float32)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_segments_of_heads_with_several_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "segments", lambda *problem: 2)
+    leaves = _leaves(1, 2, 4096 + 100, 8, 64, torch.float32, True, 2)
+    _check(_kernel("triton", True, 2), leaves, True, torch.float32, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["triton", pytest.param("gluon", marks=needs_hopper)])
+@pytest.mark.parametrize("L", [1 << 17, 100_000])
+def test_few_channels_in_segments(backend: str, L: int) -> None:
+    leaves = _leaves(1, 3, L, 32, 64, torch.bfloat16, True)
+    assert segments(1, 3, L, multiprocessors(DEVICE)) > 1
+    _check(_kernel(backend, True), leaves, True, torch.bfloat16)
+    first, second = (_everything(_kernel(backend, True), leaves, True) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"

@@ -31,6 +31,8 @@ MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL = 1 << 22, 1 << 19
 # lags up to which blocks of a Toeplitz matrix are faster than transforms, forward and backward, by
 # GPU generation; measured on an H200 (9), see docs/log.md
 MAX_TOEPLITZ_LAGS = {8: (256, 256), 9: (1024, 768), 10: (1024, 768)}
+# a segment of a row is whole tiles of half inputs (two of float32), and at least 8 of them
+SEGMENT_UNIT, MIN_SEGMENT = 4096, 8 * 4096
 GLUON_DTYPES = (torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("h3lm.flashconv")
@@ -248,6 +250,27 @@ def _gluon_lacks(op: str, dtype: torch.dtype, problem: Problem) -> str:
     if problem.length % 16 or not problem.aligned:
         return "the Hopper kernel takes lengths and strides that are multiples of 16"
     return ""
+
+
+def segments(B: int, channels: int, L: int, multiprocessors: int) -> int:
+    """Into how many segments the kernels cut a row to fill a GPU, a pure function.
+
+    One program walks a row of a channel, two fit on a multiprocessor. Segments cost a second pass
+    over k and v (and q and do), so there are at least as many as double the programs, each long
+    enough to pay for its start.
+
+    Args:
+        B: Rows.
+        channels: Channels, or pairs of channels where heads have several.
+        L: Length of a row.
+        multiprocessors: Of the GPU.
+    """
+    wanted = 2 * multiprocessors // max(1, B * channels)
+    if wanted < 2 or L < 2 * MIN_SEGMENT:
+        return 1
+    tiles = -(-L // SEGMENT_UNIT)
+    length = -(-tiles // min(wanted, L // MIN_SEGMENT))
+    return -(-tiles // length)
 
 
 def _version(capability: tuple[int, int]) -> str:

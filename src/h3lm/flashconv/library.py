@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from h3lm.flashconv import chunked
+from h3lm.flashconv import chunked, dispatch
 from h3lm.flashconv.dispatch import CHUNK_LENGTH, is_aligned
 from h3lm.flashconv.state import H3State, as_real_pairs, diagonal_shape
 from h3lm.ssm.operators import ChunkOperators
@@ -212,6 +212,14 @@ def _kernels(backend: str, *tensors: Tensor | None) -> ModuleType:
     return chunk_triton
 
 
+def _segments(k: Tensor, head_dim: int) -> int:
+    """Segments that a row is cut into, the same in both directions."""
+    from h3lm.flashconv.kernels.launch import multiprocessors
+
+    B, D, L = k.shape
+    return dispatch.segments(B, D * head_dim, L, multiprocessors(k.device))
+
+
 @torch.library.custom_op("h3lm::h3_core_fwd", mutates_args=())
 def _forward(
     q: Tensor | None,
@@ -230,10 +238,17 @@ def _forward(
     save_states: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    from h3lm.flashconv.kernels import segments as in_segments
     from h3lm.flashconv.kernels.launch import Operators
 
     operators = Operators(filters, M, K, P, decay)
-    return _kernels(backend, q, k, v).forward(
+    kernels, cut = _kernels(backend, q, k, v), _segments(k, head_dim)
+    if cut > 1:
+        return in_segments.forward(
+            kernels, q, k, v, operators, carry, start, segments=cut,
+            head_dim=head_dim, with_output=with_output, with_end=with_end, save_states=save_states,
+        )  # fmt: skip
+    return kernels.forward(
         q, k, v, operators, carry, start,
         head_dim=head_dim, with_output=with_output, with_end=with_end, save_states=save_states,
     )  # fmt: skip
@@ -263,7 +278,7 @@ def _(
     modes = decay.shape[1]
     o = k.new_empty((B, D, L) if with_output else (0,))
     end = k.new_empty((B, D * head_dim, modes, 2) if with_end else (0,), dtype=torch.float32)
-    shape = saved_states_shape(k, modes, head_dim) if save_states else (0,)
+    shape = saved_states_shape(k, modes, head_dim, _segments(k, head_dim)) if save_states else (0,)
     return o, end, k.new_empty(shape, dtype=torch.float32)
 
 
@@ -285,13 +300,21 @@ def _backward(
     head_dim: int,
     backend: str,
 ) -> list[Tensor]:
+    from h3lm.flashconv.kernels import segments as in_segments
     from h3lm.flashconv.kernels.launch import Operators
 
     operators = Operators(filters, M, K, P, decay)
     do = _positions_last(do)
-    grads = _kernels(backend, q, k, v, do).backward(
-        do, dend, q, k, v, operators, carry, start, states, head_dim=head_dim
-    )
+    kernels, cut = _kernels(backend, q, k, v, do), _segments(k, head_dim)
+    if cut > 1:
+        grads = in_segments.backward(
+            kernels, do, dend, q, k, v, operators, carry, start, states,
+            segments=cut, head_dim=head_dim,
+        )  # fmt: skip
+    else:
+        grads = kernels.backward(
+            do, dend, q, k, v, operators, carry, start, states, head_dim=head_dim
+        )
     return [x for x in grads.in_order() if x is not None]
 
 
@@ -378,12 +401,13 @@ def h3_step(
     position: Tensor,
     diagonal: Tensor,
     head_dim: int,
+    early: bool,
 ) -> Tensor:
     """`flashconv.h3_step_in_place` by its kernel, which all GPUs share."""
     from h3lm.flashconv.kernels import step_triton
 
     return step_triton.step(
-        q, k, v, taps, a, b, c, skip, ring, position, diagonal, head_dim=head_dim
+        q, k, v, taps, a, b, c, skip, ring, position, diagonal, head_dim=head_dim, early=early
     )
 
 
@@ -401,5 +425,6 @@ def _(
     position: Tensor,
     diagonal: Tensor,
     head_dim: int,
+    early: bool,
 ) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)

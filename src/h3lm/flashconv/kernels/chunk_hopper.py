@@ -33,6 +33,7 @@ from h3lm.flashconv.kernels.launch import (
     multiprocessors,
     plan,
     saved_states_shape,
+    segment_length,
     strides,
     summed_output,
 )
@@ -52,6 +53,7 @@ from h3lm.flashconv.kernels.tile import (
     part_of_row,
     place_all,
     power8,
+    segment_of,
     shift_left,
     split_groups,
     split_states,
@@ -148,34 +150,41 @@ def in_tile_offsets(row_in_tile, inner, row_stride, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def tile_masks(row, position, B, L, row_in_tile, inner, ROWS: gl.constexpr, EVEN: gl.constexpr):
-    """Where a tile has values, and where the tile one chunk back has."""
+def tile_masks(
+    row, position, begin, B, L, row_in_tile, inner, ROWS: gl.constexpr, EVEN: gl.constexpr
+):
+    """Where a tile has values, and where the tile one chunk back has.
+
+    In front of the row lie `begin` more positions of the same sequence.
+    """
     if EVEN:
         mask = inner >= 0
-        return mask, position + inner >= T
+        return mask, position + begin + inner >= T
     else:
         valid = (row + row_in_tile < B)[:, None]
         at = position + inner
-        return valid & (at < L), valid & (at >= T) & (at < L + T)
+        return valid & (at < L), valid & (at + begin >= T) & (at < L + T)
 
 
 @gluon.jit
 def forward_copies(
     q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, key, value,
     q_row, q_channel, k_row, k_channel, v_row, v_channel,
-    B, L, row_in_tile, inner, ROWS: gl.constexpr, EVEN: gl.constexpr,
+    B, L, total, segments, row_in_tile, inner,
+    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of a tile: k, k one chunk back (h), v and q."""
+    source, begin, length = segment_of(row, L, total, segments, SEGMENTED)
     position = tile * (C // ROWS * T)
-    mask, mask_back = tile_masks(row, position, B, L, row_in_tile, inner, ROWS, EVEN)
-    k_base = tile_base(k, row, key, position, k_row, k_channel)
+    mask, mask_back = tile_masks(row, position, begin, B, length, row_in_tile, inner, ROWS, EVEN)
+    k_base = tile_base(k, source, key, begin + position, k_row, k_channel)
     k_at = in_tile_offsets(row_in_tile, inner, k_row, ROWS)
     copy(k_tile, k_base + k_at, mask, EVEN)
     copy(h_tile, k_base - T + k_at, mask_back, False)
-    v_base = tile_base(v, row, value, position, v_row, v_channel)
+    v_base = tile_base(v, source, value, begin + position, v_row, v_channel)
     copy(v_tile, v_base + in_tile_offsets(row_in_tile, inner, v_row, ROWS), mask, EVEN)
     if q is not None:
-        q_base = tile_base(q, row, key, position, q_row, q_channel)
+        q_base = tile_base(q, source, key, begin + position, q_row, q_channel)
         copy(q_tile, q_base + in_tile_offsets(row_in_tile, inner, q_row, ROWS), mask, EVEN)
     async_copy.commit_group()
 
@@ -187,12 +196,12 @@ def all_groups_4(total):
     return place_all(vectors, gl.SliceLayout(1, MODES_4))
 
 
-@gluon.jit(do_not_specialize=["B", "rows_per_program", "tiles"])
+@gluon.jit(do_not_specialize=["B", "rows_per_program", "tiles", "segments"])
 def forward_kernel(
     q, k, v, o, F, M, K, P, decay, carry, start, end, tile_states,
     q_row, q_channel, k_row, k_channel, v_row, v_channel,
-    B, D, L, rows_per_program, tiles,
-    ROWS: gl.constexpr, EVEN: gl.constexpr, HEAD_DIM: gl.constexpr,
+    B, D, L, rows_per_program, tiles, total, segments,
+    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     """Forward pass; strides and the length are multiples of 16, o is contiguous."""
     STAGES: gl.constexpr = 2
@@ -211,7 +220,6 @@ def forward_kernel(
     group = gl.arange(0, 8, gl.SliceLayout(0, MODES_4))[None, :]
     zero_modes = gl.zeros([N // 2, 8], gl.float32, MODES_4)
     zero = gl.zeros([T, C], gl.float32, mma)
-    full_chunks = L // T
 
     square = column[:, None] * T + time[None, :]
     state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
@@ -239,12 +247,15 @@ def forward_kernel(
     forward_copies(
         q, k, v, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
         0, first_row, key, value, q_row, q_channel, k_row, k_channel, v_row, v_channel,
-        B, L, row_in_tile, inner, ROWS, EVEN,
+        B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
     )  # fmt: skip
     steps = rows_per_program // ROWS * tiles
     for step in range(steps):
         tile = step % tiles
         tile_row = first_row + step // tiles * ROWS
+        source, begin, length = segment_of(tile_row, L, total, segments, SEGMENTED)
+        full_chunks = length // T
+        last_tile = (length - 1) // (CHUNKS * T) if SEGMENTED else tiles - 1
         k_tile = k_tiles.index(step % STAGES)
         h_tile = h_tiles.index(step % STAGES)
         v_tile = v_tiles.index(step % STAGES)
@@ -258,7 +269,7 @@ def forward_kernel(
                 q, k, v, q_tiles.index(other), k_tiles.index(other), h_tiles.index(other),
                 v_tiles.index(other), (step + 1) % tiles, next_row, key, value,
                 q_row, q_channel, k_row, k_channel, v_row, v_channel,
-                B, L, row_in_tile, inner, ROWS, EVEN,
+                B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
             )  # fmt: skip
 
         s = warpgroup_mma(F0, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -266,8 +277,8 @@ def forward_kernel(
         v_values = v_tile.permute((1, 0)).load(mma)
         s = warpgroup_mma_wait(0, deps=[s])
         if carry is not None:
-            if tile == 0:
-                s += load_carry(carry, tile_row, channel, B, D, ROWS, mma)
+            if (tile + begin == 0) & (tile_row < B):
+                s += load_carry(carry, source, channel, B, D, ROWS, mma)
         v_tile.permute((1, 0)).store((s * v_values.to(gl.float32)).to(dtype))
         publish()
         w = v_tile
@@ -302,8 +313,8 @@ def forward_kernel(
         x = join_states(states_re, states_im, N, C, mma)
 
         if end is not None:
-            if tile == tiles - 1:
-                if full_chunks == tiles * CHUNKS:
+            if tile == last_tile:
+                if full_chunks == (last_tile + 1) * CHUNKS:
                     for r in gl.static_range(ROWS):
                         row_at = ((tile_row + r).to(gl.int64) * D + channel) * N
                         given = tile_row + r < B
@@ -322,9 +333,11 @@ def forward_kernel(
             q_tile.permute((1, 0)).store((y * gate.to(gl.float32)).to(dtype))
             gl.thread_barrier()
             position = tile * (CHUNKS * T)
-            mask, _ = tile_masks(tile_row, position, B, L, row_in_tile, inner, ROWS, EVEN)
-            o_base = tile_base(o, tile_row * D + channel, channel, position, L, 0)
-            o_at = in_tile_offsets(row_in_tile, inner, D * L, ROWS)
+            mask, _ = tile_masks(
+                tile_row, position, begin, B, length, row_in_tile, inner, ROWS, EVEN
+            )
+            o_base = tile_base(o, source * D + channel, channel, begin + position, total, 0)
+            o_at = in_tile_offsets(row_in_tile, inner, D * total, ROWS)
             store_tile(q_tile, o_base + o_at, mask, COPY_4, EVEN)
 
 
@@ -382,27 +395,29 @@ def backward_tile(step, first_row, tiles, ROWS: gl.constexpr):
 def backward_copies(
     q, k, v, do, q_tile, k_tile, h_tile, v_tile, do_tile, tile, row, key, value,
     q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
-    B, L, row_in_tile, inner, ROWS: gl.constexpr, EVEN: gl.constexpr,
+    B, L, total, segments, row_in_tile, inner,
+    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of a tile: do, and what `forward_copies` copies."""
+    source, begin, length = segment_of(row, L, total, segments, SEGMENTED)
     position = tile * (C // ROWS * T)
-    mask, _ = tile_masks(row, position, B, L, row_in_tile, inner, ROWS, EVEN)
-    do_base = tile_base(do, row, value, position, do_row, do_channel)
+    mask, _ = tile_masks(row, position, begin, B, length, row_in_tile, inner, ROWS, EVEN)
+    do_base = tile_base(do, source, value, begin + position, do_row, do_channel)
     copy(do_tile, do_base + in_tile_offsets(row_in_tile, inner, do_row, ROWS), mask, EVEN)
     forward_copies(
         q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, key, value,
         q_row, q_channel, k_row, k_channel, v_row, v_channel,
-        B, L, row_in_tile, inner, ROWS, EVEN,
+        B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["B", "rows_per_program", "tiles"])
+@gluon.jit(do_not_specialize=["B", "rows_per_program", "tiles", "segments"])
 def backward_kernel(
     q, k, v, do, dq, dk, dv, F, M, K, P, decay, carry, start, tile_states, dend,
     dF, dM, dK, dP, ddecay, dcarry, dstart,
     q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
-    B, D, L, rows_per_program, tiles,
-    ROWS: gl.constexpr, EVEN: gl.constexpr, HEAD_DIM: gl.constexpr,
+    B, D, L, rows_per_program, tiles, total, segments,
+    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     """Every gradient in one launch, tiles from last to first; arguments as in plain Triton."""
     STAGES: gl.constexpr = 2
@@ -426,7 +441,6 @@ def backward_kernel(
     )
     zero_modes = gl.zeros([N // 2, 8], gl.float32, MODES_8)
     zero = gl.zeros([T, C], gl.float32, mma)
-    full_chunks = L // T
 
     square = column[:, None] * T + time[None, :]
     state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
@@ -476,13 +490,16 @@ def backward_kernel(
         q, k, v, do, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
         do_tiles.index(0), tile, tile_row, key, value,
         q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
-        B, L, row_in_tile, inner, ROWS, EVEN,
+        B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
     )  # fmt: skip
     if ROWS == 1:  # states are loaded one tile ahead: behind the copies a load would wait for them
         saved_at = ((tile_row.to(gl.int64) * D + channel) * tiles + tile) * N
         next_re, next_im = load_complex(tile_states + saved_at, modes, tile_row < B)
     for step in range(steps):
         tile, tile_row = backward_tile(step, first_row, tiles, ROWS)
+        source, begin, length = segment_of(tile_row, L, total, segments, SEGMENTED)
+        full_chunks = length // T
+        last_tile = (length - 1) // (CHUNKS * T) if SEGMENTED else tiles - 1
         k_tile = k_tiles.index(step % STAGES)
         h_tile = h_tiles.index(step % STAGES)
         v_tile = v_tiles.index(step % STAGES)
@@ -491,12 +508,16 @@ def backward_kernel(
         if ROWS == 1:
             first_re = (next_re,)
             first_im = (next_im,)
-            keep = gl.where(tile == tiles - 1, 0.0, 1.0)
+            # empty tiles may lie behind the last one of a segment
+            behind_last = tile == tiles - 1
+            if SEGMENTED:
+                behind_last = behind_last | (tile == last_tile)
+            keep = gl.where(behind_last, 0.0, 1.0)
             g_re = g_re * keep
             g_im = g_im * keep
             ds_carry = ds_carry * keep
             if dend is not None:
-                if (tile == tiles - 1) & (full_chunks == tiles * CHUNKS):
+                if (tile == last_tile) & (full_chunks == (last_tile + 1) * CHUNKS):
                     row_at = (tile_row.to(gl.int64) * D + channel) * N
                     g_re, g_im = load_complex(dend + row_at, modes, tile_row < B)
             behind_re = (g_re,)
@@ -516,8 +537,8 @@ def backward_kernel(
         v_values = v_tile.permute((1, 0)).load(mma)
         s = warpgroup_mma_wait(0, deps=[s])
         if carry is not None:
-            if tile == 0:
-                s += load_carry(carry, tile_row, channel, B, D, ROWS, mma)
+            if (tile + begin == 0) & (tile_row < B):
+                s += load_carry(carry, source, channel, B, D, ROWS, mma)
         w_tile.permute((1, 0)).store((s * v_values.to(gl.float32)).to(dtype))
         s = s.to(dtype)
         publish()
@@ -534,14 +555,14 @@ def backward_kernel(
                 q, k, v, do, q_tiles.index(other), k_tiles.index(other), h_tiles.index(other),
                 v_tiles.index(other), do_tiles.index(other), next_tile, next_row, key, value,
                 q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
-                B, L, row_in_tile, inner, ROWS, EVEN,
+                B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
             )  # fmt: skip
             if ROWS == 1:
                 saved_at = ((next_row.to(gl.int64) * D + channel) * tiles + next_tile) * N
                 next_re, next_im = load_complex(tile_states + saved_at, modes, next_row < B)
         z, p = warpgroup_mma_wait(0, deps=[z, p])
         if dend is not None:
-            if tile == tiles - 1:
+            if tile == last_tile:
                 end_at, here = end_addresses(tile, tile_row, full_chunks, channel, B, D, ROWS, mma)
                 p += gl.load(dend + end_at, here, 0.0)
         z_re, z_im = split_states(z, N, C, MODES_8)
@@ -607,9 +628,9 @@ def backward_kernel(
         at_zero = warpgroup_mma(ds_tile.permute((1, 0)), k_tile, zero, use_acc=False, is_async=True)
         at_last = warpgroup_mma(ds_tile.permute((1, 0)), h_tile, zero, use_acc=False, is_async=True)
         position = tile * (CHUNKS * T)
-        mask, _ = tile_masks(tile_row, position, B, L, row_in_tile, inner, ROWS, EVEN)
-        out_at = in_tile_offsets(row_in_tile, inner, D * L, ROWS)
-        out_base = (tile_row.to(gl.int64) * D + channel) * L + position
+        mask, _ = tile_masks(tile_row, position, begin, B, length, row_in_tile, inner, ROWS, EVEN)
+        out_at = in_tile_offsets(row_in_tile, inner, D * total, ROWS)
+        out_base = (source.to(gl.int64) * D + channel) * total + begin + position
         store_tile(dq_tile, dq + out_base + out_at, mask, COPY_8, EVEN)
         store_tile(dv_tile, dv + out_base + out_at, mask, COPY_8, EVEN)
         d_k = warpgroup_mma_wait(2, deps=[d_k])
@@ -648,19 +669,22 @@ def forward(
     with_output: bool,
     with_end: bool,
     save_states: bool,
+    segments: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward pass: arguments and results as in `chunk_triton.forward`."""
-    B, D, L = k.shape[0], k.shape[1] * head_dim, k.shape[2]  # D counts pairs of channels
+    total, D = k.shape[2], k.shape[1] * head_dim  # D counts pairs of channels
+    B, L = k.shape[0] * segments, segment_length(total, segments)
     walk = plan(B, D, L, C.value, slots=2 * multiprocessors(k.device))
-    o = k.new_empty((B, D, L) if with_output else (0,))
+    o = k.new_empty((k.shape[0], D, total) if with_output else (0,))
     end = k.new_empty((B, D, N.value // 2, 2) if with_end else (0,), dtype=torch.float32)
-    shape = saved_states_shape(k, N.value // 2, head_dim) if save_states else (0,)
+    shape = saved_states_shape(k, N.value // 2, head_dim, segments) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
     forward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, o if with_output else None, *operators, carry, start, end if with_end else None,
         states if states.numel() else None,
         *strides(q), *strides(k), *strides(v), B, D, L, walk.rows_per_program, walk.tiles,
-        ROWS=walk.rows_per_tile, EVEN=walk.is_even(B, L, C.value),
+        total, segments, ROWS=walk.rows_per_tile,
+        EVEN=walk.is_even(B, L, C.value) and total == segments * L, SEGMENTED=segments > 1,
         HEAD_DIM=head_dim, num_warps=4,
     )  # fmt: skip
     return summed_output(o, head_dim) if with_output else o, end, states
@@ -678,18 +702,21 @@ def backward(
     states: Tensor,
     *,
     head_dim: int,
+    segments: int = 1,
 ) -> Gradients:
     """Launch the backward pass: arguments and results as in `chunk_triton.backward`."""
-    B, D, L = k.shape[0], k.shape[1] * head_dim, k.shape[2]  # D counts pairs of channels
+    total, D = k.shape[2], k.shape[1] * head_dim  # D counts pairs of channels
+    B, L = k.shape[0] * segments, segment_length(total, segments)
     walk = plan(B, D, L, C.value, slots=multiprocessors(k.device))
-    grads = Gradients.empty(q, k, v, operators, carry, start, walk, head_dim)
+    grads = Gradients.empty(q, k, v, operators, carry, start, walk, head_dim, segments)
     backward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, do, grads.q, grads.k, grads.v, *operators, carry, start,
         states if states.numel() else None, dend,
         grads.F, grads.M, grads.K, grads.P, grads.decay, grads.carry, grads.start,
         *strides(q), *strides(k), *strides(v), *strides(do),
         B, D, L, walk.rows_per_program, walk.tiles,
-        ROWS=walk.rows_per_tile, EVEN=walk.is_even(B, L, C.value),
+        total, segments, ROWS=walk.rows_per_tile,
+        EVEN=walk.is_even(B, L, C.value) and total == segments * L, SEGMENTED=segments > 1,
         HEAD_DIM=head_dim, num_warps=8,
     )  # fmt: skip
     return grads.summed(head_dim)

@@ -32,6 +32,7 @@ from h3lm.flashconv.kernels.launch import (
     multiprocessors,
     plan,
     saved_states_shape,
+    segment_length,
     strides,
     summed_output,
     tile_chunks,
@@ -51,6 +52,7 @@ from h3lm.flashconv.kernels.tile import (
     mode_of_row,
     part_of_row,
     power8,
+    segment_of,
     shift_left,
     split_groups,
     split_states,
@@ -95,38 +97,42 @@ def store_tile(pointers, x, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_positions(base, position, valid, L):
-    """Values at positions, 0 in front of a row and behind its end."""
-    return tl.load(base + position, valid & (position >= 0) & (position < L), 0.0)
+def load_positions(base, position, valid, begin, L):
+    """Values at positions, 0 in front of the row that has `begin` more and behind its end."""
+    return tl.load(base + position, valid & (position >= -begin) & (position < L), 0.0)
 
 
 @triton.jit
 def filter_inputs(
-    F0, F1, F2, k_base, k_tile, position, valid, L,
+    F0, F1, F2, k_base, k_tile, position, valid, begin, L,
     BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Short filter s = F_0 k_c + F_1 k_{c-1} + F_2 k_{c-2}, and k of the chunks before."""
     s = tl.dot(F0, tl.trans(k_tile), input_precision=PRECISION)
-    before = load_positions(k_base, position - T, valid, L)
+    before = load_positions(k_base, position - T, valid, begin, L)
     s = tl.dot(F1, tl.trans(before), s, input_precision=PRECISION)
     if BLOCKS > 2:
-        early = load_positions(k_base, position - 2 * T, valid, L)
+        early = load_positions(k_base, position - 2 * T, valid, begin, L)
         s = tl.dot(F2, tl.trans(early), s, input_precision=PRECISION)
     else:
         early = before
     return s, before, early
 
 
-@triton.jit(do_not_specialize=["B", "rows_per_program", "tiles"])
+@triton.jit(do_not_specialize=["B", "rows_per_program", "tiles", "segments"])
 def forward_kernel(
     q, k, v, o, F, M, K, P, decay, carry, start, end, tile_states,
     q_row, q_channel, k_row, k_channel, v_row, v_channel, o_row, o_channel,
-    B, D, L, rows_per_program, tiles,
+    B, D, L, rows_per_program, tiles, total, segments,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
+    REVERSED: tl.constexpr,
 ):  # fmt: skip
-    """Forward pass; a tile holds ROWS rows of C / ROWS chunks."""
+    """Forward pass; a tile holds ROWS rows of C / ROWS chunks.
+
+    REVERSED: chunks are walked from last to first, to add up what they leave to the left.
+    """
     CHUNKS: tl.constexpr = C // ROWS
     GROUPS: tl.constexpr = C // 8
     dtype: tl.constexpr = k.dtype.element_ty
@@ -139,7 +145,6 @@ def forward_kernel(
     state_offset = 2 * mode_of_row(state) + part_of_row(state)
     group = tl.arange(0, GROUPS)[None, :]
     zero = tl.zeros([N // 2, GROUPS], tl.float32)
-    full_chunks = L // T
 
     K_c, P_c = load_state_operators(K, P, head, N)
     if o is not None:
@@ -159,28 +164,34 @@ def forward_kernel(
     for step in range(0, rows_per_program // ROWS * tiles):
         tile = step % tiles
         tile_row = first_row + step // tiles * ROWS
+        source, begin, length = segment_of(tile_row, L, total, segments, SEGMENTED)
+        chunks = (length + T - 1) // T if REVERSED else length // T  # that an end state covers
+        last_tile = (length - 1) // (CHUNKS * T) if SEGMENTED else tiles - 1
         row = tile_row + in_tile // CHUNKS
         chunk = tile * CHUNKS + in_tile % CHUNKS
-        position = chunk[:, None] * T + i[None, :]  # [C, T], as it lies in memory
+        place = chunks - 1 - chunk if REVERSED else chunk
+        position = place[:, None] * T + i[None, :]  # [C, T], as it lies in memory
         valid = (row < B)[:, None]
-        mask = valid & (position < L)
-        wide_row = row.to(tl.int64)[:, None]
+        if REVERSED:
+            valid = valid & (place >= 0)[:, None]
+        mask = valid & (position < length)
+        wide_source = (source + in_tile // CHUNKS).to(tl.int64)[:, None]
 
-        k_base = k + wide_row * k_row + key.to(tl.int64) * k_channel
+        k_base = k + wide_source * k_row + key.to(tl.int64) * k_channel + begin
         k_tile = load_tile(k_base + position, mask, EVEN)
         if F is not None:
             w, _, _ = filter_inputs(
-                F0, F1, F2, k_base, k_tile, position, valid, L, BLOCKS, PRECISION
+                F0, F1, F2, k_base, k_tile, position, valid, begin, length, BLOCKS, PRECISION
             )
             if carry is not None:
-                if tile == 0:
-                    carry_at = (wide_row * D + channel) * ((BLOCKS - 1) * T) + position
+                if tile + begin == 0:
+                    carry_at = (wide_source * D + channel) * ((BLOCKS - 1) * T) + position
                     early = mask & (chunk < BLOCKS - 1)[:, None]
                     w += tl.trans(tl.load(carry + carry_at, early, 0.0))
         else:
             w = tl.trans(k_tile).to(tl.float32)
         if v is not None:
-            v_base = v + wide_row * v_row + value.to(tl.int64) * v_channel
+            v_base = v + wide_source * v_row + value.to(tl.int64) * v_channel + begin
             w *= tl.trans(load_tile(v_base + position, mask, EVEN)).to(tl.float32)
         w = w.to(dtype)
 
@@ -209,34 +220,34 @@ def forward_kernel(
         x = join_states(states_re, states_im, N, C, None)
 
         if end is not None:
-            if tile == tiles - 1:
+            if tile == last_tile:
                 for r in tl.static_range(ROWS):
                     row_at = ((tile_row + r).to(tl.int64) * D + channel) * N
-                    if full_chunks == tiles * CHUNKS:
+                    if chunks == (last_tile + 1) * CHUNKS:
                         store_complex(end + row_at, modes, last_re[r], last_im[r], tile_row + r < B)
                     else:
-                        here = (chunk == full_chunks) & (in_tile // CHUNKS == r)
+                        here = (chunk == chunks) & (in_tile // CHUNKS == r)
                         end_state = tl.sum(tl.where(here[None, :], x, 0.0), 1)
                         tl.store(end + row_at + state_offset, end_state, tile_row + r < B)
         if o is not None:
             y = tl.dot(M_c, w, input_precision=PRECISION)
             y = tl.dot(P_c, x.to(dtype), y, input_precision=PRECISION)
             if q is not None:
-                q_base = q + wide_row * q_row + key.to(tl.int64) * q_channel
+                q_base = q + wide_source * q_row + key.to(tl.int64) * q_channel + begin
                 y *= tl.trans(load_tile(q_base + position, mask, EVEN)).to(tl.float32)
-            o_base = o + wide_row * o_row + channel.to(tl.int64) * o_channel
+            o_base = o + wide_source * o_row + channel.to(tl.int64) * o_channel + begin
             store_tile(o_base + position, tl.trans(y.to(dtype)), mask, EVEN)
 
 
-@triton.jit(do_not_specialize=["B", "rows_per_program", "tiles"])
+@triton.jit(do_not_specialize=["B", "rows_per_program", "tiles", "segments"])
 def backward_kernel(
     q, k, v, do, dq, dk, dv, F, M, K, P, decay, carry, start, tile_states, dend,
     dF, dM, dK, dP, ddecay, dcarry, dstart,
     q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
-    B, D, L, rows_per_program, tiles,
+    B, D, L, rows_per_program, tiles, total, segments,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
     DATA: tl.constexpr, FILTER: tl.constexpr, SYSTEM: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the tensors (DATA), of F (FILTER), of M, K, P and the decay (SYSTEM).
@@ -259,7 +270,6 @@ def backward_kernel(
     group = tl.arange(0, GROUPS)[None, :]
     group_of_rows = tl.zeros([T, GROUPS], tl.int32) + group
     zero = tl.zeros([N // 2, GROUPS], tl.float32)
-    full_chunks = L // T
 
     M_c = load_square(M, head)
     K_c, P_c = load_state_operators(K, P, head, N)
@@ -288,36 +298,40 @@ def backward_kernel(
     for step in range(0, rows_per_program // ROWS * tiles):
         tile = tiles - 1 - step % tiles
         tile_row = first_row + step // tiles * ROWS
+        source, begin, length = segment_of(tile_row, L, total, segments, SEGMENTED)
+        full_chunks = length // T
+        last_tile = (length - 1) // (CHUNKS * T) if SEGMENTED else tiles - 1
         row = tile_row + in_tile // CHUNKS
         chunk = tile * CHUNKS + in_tile % CHUNKS
         position = chunk[:, None] * T + i[None, :]
         valid = (row < B)[:, None]
-        mask = valid & (position < L)
+        mask = valid & (position < length)
         wide_row = row.to(tl.int64)[:, None]
+        wide_source = (source + in_tile // CHUNKS).to(tl.int64)[:, None]
 
-        k_base = k + wide_row * k_row + key.to(tl.int64) * k_channel
+        k_base = k + wide_source * k_row + key.to(tl.int64) * k_channel + begin
         k_tile = load_tile(k_base + position, mask, EVEN)
         if F is not None:
             s, k_before, k_early = filter_inputs(
-                F0, F1, F2, k_base, k_tile, position, valid, L, BLOCKS, PRECISION
+                F0, F1, F2, k_base, k_tile, position, valid, begin, length, BLOCKS, PRECISION
             )
             if carry is not None:
-                if tile == 0:
-                    carry_at = (wide_row * D + channel) * ((BLOCKS - 1) * T) + position
+                if tile + begin == 0:
+                    carry_at = (wide_source * D + channel) * ((BLOCKS - 1) * T) + position
                     early = valid & (chunk < BLOCKS - 1)[:, None]
                     s += tl.trans(tl.load(carry + carry_at, early, 0.0))
         else:
             s = tl.trans(k_tile).to(tl.float32)
         if v is not None:
-            v_base = v + wide_row * v_row + value.to(tl.int64) * v_channel
+            v_base = v + wide_source * v_row + value.to(tl.int64) * v_channel + begin
             v_tile = tl.trans(load_tile(v_base + position, mask, EVEN))
             w = (s * v_tile.to(tl.float32)).to(dtype)
         else:
             w = s.to(dtype)
-        do_base = do + wide_row * do_row + value.to(tl.int64) * do_channel
+        do_base = do + wide_source * do_row + value.to(tl.int64) * do_channel + begin
         do_tile = tl.trans(load_tile(do_base + position, mask, EVEN))
         if q is not None:
-            q_base = q + wide_row * q_row + key.to(tl.int64) * q_channel
+            q_base = q + wide_source * q_row + key.to(tl.int64) * q_channel + begin
             q_tile = tl.trans(load_tile(q_base + position, mask, EVEN))
             dy = (q_tile.to(tl.float32) * do_tile.to(tl.float32)).to(dtype)
         else:
@@ -326,7 +340,7 @@ def backward_kernel(
         z = tl.dot(K_c, w, input_precision=PRECISION)
         p = tl.dot(tl.trans(P_c), dy, input_precision=PRECISION)
         if dend is not None:
-            if tile == tiles - 1:
+            if tile == last_tile:
                 here = (chunk == full_chunks) & (row < B)
                 end_at = (tl.trans(wide_row) * D + channel) * N + state_offset[:, None]
                 p += tl.load(dend + end_at, here[None, :], 0.0)
@@ -335,13 +349,13 @@ def backward_kernel(
             x_re, x_im = load_complex(tile_states + saved_at, modes, tile_row < B)
             first_re = (x_re,)
             first_im = (x_im,)
-            if tile == tiles - 1:
+            if (tile == tiles - 1) | (tile == last_tile):  # empty tiles may lie behind the last
                 g_re = tl.zeros([N // 2], tl.float32)
                 g_im = tl.zeros([N // 2], tl.float32)
                 ds_carry = tl.zeros([T, GROUPS], tl.float32)
                 ds_carry2 = tl.zeros([T, GROUPS], tl.float32)
                 if dend is not None:
-                    if full_chunks == tiles * CHUNKS:
+                    if (tile == last_tile) & (full_chunks == (last_tile + 1) * CHUNKS):
                         row_at = (tile_row.to(tl.int64) * D + channel) * N
                         g_re, g_im = load_complex(dend + row_at, modes, tile_row < B)
             behind_re = (g_re,)
@@ -382,7 +396,7 @@ def backward_kernel(
                     row_at = ((tile_row + r).to(tl.int64) * D + channel) * N
                     store_complex(dstart + row_at, modes, last_re[r], last_im[r], tile_row + r < B)
 
-        out = (wide_row * D + channel) * L + position
+        out = (wide_source * D + channel) * total + begin + position
         if DATA and q is not None:
             y = tl.dot(M_c, w, input_precision=PRECISION)
             y = tl.dot(P_c, x, y, input_precision=PRECISION)
@@ -459,29 +473,38 @@ def forward(
     with_output: bool,
     with_end: bool,
     save_states: bool,
+    segments: int = 1,
+    leftwards: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward pass.
+
+    With segments, each row of the tensors is that many rows of the walk, of which each has a
+    carry, a start and an end of its own, (B segments, ...).
+    Leftwards, only an end is made, by chunks from last to first.
 
     Returns:
         o (B, D, L) or empty; the state after the last full chunk, (B, D, N/2, 2), or empty; the
         state before each tile, (B, D, tiles, N/2, 2), empty unless it is to be saved and needed.
     """
-    B, D, L = k.shape[0], k.shape[1] * head_dim, k.shape[2]  # D counts pairs of channels
+    total, D = k.shape[2], k.shape[1] * head_dim  # D counts pairs of channels
+    B, L = k.shape[0] * segments, segment_length(total, segments)
     N = operators.K.shape[1]
     C = tile_chunks(k.dtype)
     walk = plan(B, D, L, C, slots=8 * multiprocessors(k.device))
-    o = k.new_empty((B, D, L) if with_output else (0,))
+    o = k.new_empty((k.shape[0], D, total) if with_output else (0,))
     end = k.new_empty((B, D, N // 2, 2) if with_end else (0,), dtype=torch.float32)
-    shape = saved_states_shape(k, N // 2, head_dim) if save_states else (0,)
+    shape = saved_states_shape(k, N // 2, head_dim, segments) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
     forward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, o if with_output else None, *operators.rounded(k.dtype), carry, start,
         end if with_end else None,
         states if states.numel() else None,
         *strides(q), *strides(k), *strides(v), *strides(o if with_output else None),
-        B, D, L, walk.rows_per_program, walk.tiles,
+        B, D, L, walk.rows_per_program, walk.tiles, total, segments,
         N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
-        HEAD_DIM=head_dim, PRECISION=product_precision(k.dtype), EVEN=walk.is_even(B, L, C),
+        HEAD_DIM=head_dim, PRECISION=product_precision(k.dtype),
+        EVEN=walk.is_even(B, L, C) and total == segments * L,
+        SEGMENTED=segments > 1, REVERSED=leftwards,
         num_warps=4, num_stages=1,
     )  # fmt: skip
     return summed_output(o, head_dim) if with_output else o, end, states
@@ -499,13 +522,15 @@ def backward(
     states: Tensor,
     *,
     head_dim: int,
+    segments: int = 1,
 ) -> Gradients:
     """Launch the backward pass, with the states that the forward pass saved."""
-    B, D, L = k.shape[0], k.shape[1] * head_dim, k.shape[2]  # D counts pairs of channels
+    total, D = k.shape[2], k.shape[1] * head_dim  # D counts pairs of channels
+    B, L = k.shape[0] * segments, segment_length(total, segments)
     N = operators.K.shape[1]
     C = tile_chunks(k.dtype)
     walk = plan(B, D, L, C, slots=2 * multiprocessors(k.device))
-    grads = Gradients.empty(q, k, v, operators, carry, start, walk, head_dim)
+    grads = Gradients.empty(q, k, v, operators, carry, start, walk, head_dim, segments)
     rounded = operators.rounded(k.dtype)
     # one launch for each kind of sum: together they do not fit in the registers
     for part in ("DATA", "FILTER", "SYSTEM"):
@@ -517,10 +542,10 @@ def backward(
             states if states.numel() else None, dend,
             grads.F, grads.M, grads.K, grads.P, grads.decay, grads.carry, grads.start,
             *strides(q), *strides(k), *strides(v), *strides(do),
-            B, D, L, walk.rows_per_program, walk.tiles,
+            B, D, L, walk.rows_per_program, walk.tiles, total, segments,
             N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
             HEAD_DIM=head_dim, PRECISION=product_precision(k.dtype),
-            EVEN=walk.is_even(B, L, C), **asked,
+            EVEN=walk.is_even(B, L, C) and total == segments * L, SEGMENTED=segments > 1, **asked,
             num_warps=4, num_stages=1,
         )  # fmt: skip
     return grads.summed(head_dim)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from h3lm.flashconv.dispatch import SEGMENT_UNIT
+
 CHUNK_LENGTH = 64
 
 
@@ -130,8 +132,13 @@ class Gradients:
         start: Tensor | None,
         walk: Walk,
         head_dim: int,
+        segments: int = 1,
     ) -> "Gradients":
-        """Uninitialised gradients for each pair of channels, with the partial sums of a walk."""
+        """Uninitialised gradients for each pair of channels, with the partial sums of a walk.
+
+        Carry and start are those of segments; a carry is made wherever one segment leans on
+        the one before.
+        """
         B, D, L = k.shape
         pairs = D * head_dim
 
@@ -143,12 +150,17 @@ class Gradients:
             return k.new_empty(shape, dtype=torch.float32)
 
         def like(x: Tensor | None) -> Tensor | None:
-            return None if x is None else k.new_empty(x.shape, dtype=torch.float32)
+            shape = () if x is None else (B * segments, *x.shape[1:])
+            return None if x is None else k.new_empty(shape, dtype=torch.float32)
 
         F, M, K, P, decay = operators
+        dcarry = like(carry)
+        if segments > 1 and F is not None:
+            reach = (filter_blocks(operators) - 1) * CHUNK_LENGTH
+            dcarry = k.new_empty(B * segments, pairs, reach, dtype=torch.float32)
         return cls(
             data(q), k.new_empty(B, pairs, L), data(v), None if F is None else partial(F),
-            partial(M), partial(K), partial(P), partial(decay), like(carry), like(start),
+            partial(M), partial(K), partial(P), partial(decay), dcarry, like(start),
         )  # fmt: skip
 
     def summed(self, head_dim: int) -> "Gradients":
@@ -190,8 +202,13 @@ def tile_chunks(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 64
 
 
-def saved_states_shape(k: Tensor, modes: int, head_dim: int) -> tuple[int, ...]:
+def segment_length(total: int, segments: int) -> int:
+    """Length of the segments of a row: whole tiles, but for the last segment."""
+    return total if segments == 1 else -(-total // (segments * SEGMENT_UNIT)) * SEGMENT_UNIT
+
+
+def saved_states_shape(k: Tensor, modes: int, head_dim: int, segments: int = 1) -> tuple[int, ...]:
     """Shape of the states before tiles; none are saved where one tile holds several rows."""
-    B, D, L = k.shape[0], k.shape[1] * head_dim, k.shape[2]
-    walk = plan(B, D, L, tile_chunks(k.dtype), slots=1)
+    B, D = k.shape[0] * segments, k.shape[1] * head_dim
+    walk = plan(B, D, segment_length(k.shape[2], segments), tile_chunks(k.dtype), slots=1)
     return (B, D, walk.tiles, modes, 2) if walk.rows_per_tile == 1 else (0,)

@@ -67,6 +67,20 @@ def members(channel, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def segment_of(row, L, total, segments, SEGMENTED: tl.constexpr):
+    """Row of the tensors, position in it where a row of the walk begins, and its length.
+
+    Either they are the same, or a row of the tensors, `total` long, is cut into `segments` rows
+    of length L, of which the last may be shorter.
+    """
+    if SEGMENTED:
+        begin = row % segments * L
+        return row // segments, begin, tl.minimum(L, total - begin)
+    else:
+        return row, 0, L
+
+
+@triton.jit
 def power8(re, im):
     """The eighth power, complex: the decay over a group."""
     for _ in tl.static_range(3):
