@@ -24,8 +24,8 @@ from h3lm.bench.registry import CONV_ELEMENTS, CORE_CHANNELS
 from h3lm.bench.roofline import Ceilings
 from h3lm.flashconv import fft
 from h3lm.flashconv.kernels import fft_launch, fft_long, toeplitz_triton
-from h3lm.flashconv.kernels.fft_launch import Size
 from h3lm.flashconv.kernels.fft_long import LongRun, LongSize
+from h3lm.flashconv.kernels.fft_size import SIZES, Size
 from h3lm.flashconv.kernels.toeplitz_triton import Tile, ToeplitzSize
 
 AnySize = Size | LongSize | ToeplitzSize
@@ -35,7 +35,7 @@ Variant = tuple[int, AnySize]
 def variants() -> Iterator[Variant]:
     """Row length and size of everything that is tried, the likeliest first."""
     yield from ((length, ToeplitzSize(length - 1)) for length in (256, 512, 1024))
-    yield from ((size.points // 2, size) for size in fft_launch.SIZES.values())
+    yield from ((size.points // 2, size) for size in SIZES.values())
     yield from ((length, fft_long.size_for(length, True)) for length in _LONG)
     for length in _LONG:
         for inner in (Size(64, 32, 4), Size(64, 64, 4)):
@@ -43,7 +43,7 @@ def variants() -> Iterator[Variant]:
                 yield length, LongSize(2 * length // inner.points, inner, **cut)
     for tile in _TILES:
         yield from ((length, ToeplitzSize(length - 1, tile=tile)) for length in (256, 512, 1024))
-    for points, size in fft_launch.SIZES.items():
+    for points, size in SIZES.items():
         for change in _CHANGES:
             yield points // 2, replace(size, **change)
 

@@ -55,8 +55,9 @@ def plan(
         return Plan(toeplitz_triton, toeplitz_triton.size_for(taps, taps_reverse, large))
     if algorithm == "block FFT":
         from h3lm.flashconv.kernels import fft_launch
+        from h3lm.flashconv.kernels.fft_size import size_for
 
-        return Plan(fft_launch, fft_launch.size_for(length))
+        return Plan(fft_launch, size_for(length))
     if algorithm == "block FFT through memory":
         from h3lm.flashconv.kernels import fft_long
 

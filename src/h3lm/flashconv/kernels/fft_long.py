@@ -24,17 +24,15 @@ from triton.language.extra import libdevice
 from h3lm.flashconv import fft
 from h3lm.flashconv.dispatch import MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL
 from h3lm.flashconv.kernels import fft_triton
-from h3lm.flashconv.kernels.fft_launch import (
+from h3lm.flashconv.kernels.fft_filter import (
     Prepared,
-    Size,
     empty_spectrum,
-    factors,
     pack_spectrum,
     transform,
     transform_back,
-    unitary_dft,
     unpacked_gradients,
 )
+from h3lm.flashconv.kernels.fft_size import Size, factors, unitary_dft
 from h3lm.flashconv.kernels.fft_triton import exponent_of, power_of_two, to_unit
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
 
