@@ -49,6 +49,6 @@ def test_other_documents_are_not_paired(tmp_path):
 def test_what_cannot_be_compared_is_one_line(tmp_path):
     a = write(tmp_path / "a", [0.0, 1.0])
     b = write(tmp_path / "b", [0.0, 1.0], shots=3)
-    for pair, message in (((a, tmp_path), "no report of tasks here"), ((a, b), "0-shot.*3-shot")):
+    for pair, message in (((a, tmp_path), "no report here"), ((a, b), "0-shot.*3-shot")):
         with pytest.raises(UserError, match=message):
             compare(*pair)

@@ -35,10 +35,10 @@ def h3lm(*arguments, cwd) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_eval_states_context_and_stride_and_writes_json(folder):
-    options = ["--data", "text.txt", "--context", "32", "--stride", "8", "--output", "out.json"]
+    options = ["--data", "text.txt", "--context", "32", "--stride", "8", "--output", "out"]
     done = h3lm("eval", "model", *options, cwd=folder)
     assert done.returncode == 0, done.stderr
-    report = json.loads((folder / "out.json").read_text())
+    report = json.loads((folder / "out" / "report.json").read_text())
     assert report["context"] == 32
     assert report["stride"] == 8
     assert report["tokens"] == report["bytes"] == 260

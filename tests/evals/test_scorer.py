@@ -134,10 +134,10 @@ def test_states_stay_within_the_budget_whatever_the_size_of_the_tree():
 def test_asked_and_computed_tokens_are_counted():
     torch.manual_seed(0)
     scorer = TreeScorer(h3("h3").eval())
-    scorer.score([Request(list(range(20)), [a, b]) for a in (1, 2) for b in (3, 4)])
+    scorer.score([Request([*range(VOCABULARY)] * 2, [a, b]) for a in (1, 2) for b in (3, 4)])
     assert scorer.work.requests == 4
-    assert scorer.work.asked == 84
-    assert scorer.work.computed == 22
+    assert scorer.work.asked == 196  # 4 times 48 + 1
+    assert scorer.work.computed == 50  # 48 shared, and the two first answers
     assert scorer.work.run >= scorer.work.computed
 
 
@@ -153,3 +153,32 @@ def test_bf16_is_no_worse_than_the_plain_path():
     plain = np.array([brute_force(half, r)[0] for r in many])
     tree = np.array([a.log_likelihood for a in TreeScorer(half).score(many)])
     assert abs(tree - truth).mean() <= 2 * abs(plain - truth).mean() + 1e-3
+
+
+def test_a_long_document_is_read_without_a_mask_and_with_its_keys_in_one_place():
+    torch.manual_seed(0)
+    model = h3("hybrid").eval()
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, 300).tolist()
+    request = Request(ids[:1], ids[1:])
+    masks, keys, sizes = [], set(), []
+
+    def spy(module, arguments, options):
+        mask = options.get("attention_mask")
+        masks.append(None if mask is None else mask["full_attention"])
+        for layer in options["past_key_values"].layers:
+            if hasattr(layer, "room"):
+                keys.add(layer.room[0].data_ptr())
+        sizes.append(options["input_ids"].shape[1] * (len(ids) - 1) * 4)
+
+    hook = model.register_forward_pre_hook(spy, with_kwargs=True)
+    limits = Limits(64, 64, 32, 2**20, 2**13, 1)
+    (found,) = TreeScorer(model, limits=limits).score([request])
+    hook.remove()
+    assert found.log_likelihood == pytest.approx(brute_force(model, request)[0], rel=1e-5)
+    own = masks[1:]  # the first call is the probe's
+    assert len(own) > 20
+    assert own == [None] * len(own)
+    assert len(keys) == 1  # of the one attention layer
+    # torch makes masks on the CPU: stretches get shorter, so that those stay within the limit
+    assert max(sizes[-5:]) <= 2 * 2**13
+    assert max(sizes) > 2 * 2**13

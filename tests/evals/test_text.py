@@ -71,7 +71,7 @@ def test_progress_ends_at_the_total(place):
     seen = []
     report = evaluate_text(
         str(place / "model-bytes"), place / "times.txt", context=16,
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda _, done, total: seen.append((done, total)),
     )  # fmt: skip
     assert seen[-1] == (report.tokens, report.tokens)
 

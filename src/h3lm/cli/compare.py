@@ -7,7 +7,7 @@ from typer import Argument
 
 
 def compare(
-    first: Annotated[Path, Argument(help="Report folder of `h3lm eval --tasks`.")],
+    first: Annotated[Path, Argument(help="Report folder of `h3lm eval --output`.")],
     second: Annotated[Path, Argument(help="Another one.")],
 ) -> None:
     """Two evaluation reports side by side, paired by document where they can be."""

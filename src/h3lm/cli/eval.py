@@ -11,7 +11,20 @@ def evaluate(
     model: Annotated[str, Argument(help="Model folder, or a name on the Hugging Face hub.")],
     data: Annotated[
         str | None,
-        Option(help="Perplexity: text file (UTF-8), or a folder made by `h3lm prepare`."),
+        Option(
+            help="Perplexity: text file (UTF-8), folder of them, or one made by `h3lm prepare`."
+        ),
+    ] = None,
+    perplexity: Annotated[
+        str | None,
+        Option(
+            help="Perplexity by name: wikitext103, wikitext2, pile, openwebtext, enwik8, text8; "
+            "commas between."
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        Option(help="Perplexity: lengths to test besides, in tokens, as 2048,32768."),
     ] = None,
     tasks: Annotated[
         str | None,
@@ -24,10 +37,11 @@ def evaluate(
         bool, Option("--fixed-fewshot", help="Tasks: the same examples for a whole task.")
     ] = False,
     data_dir: Annotated[
-        Path | None, Option(help="Tasks: folder of local files; else from the Hugging Face hub.")
+        Path | None,
+        Option(help="Folder of local files of tasks and named texts; else from the hub."),
     ] = None,
     limit: Annotated[
-        int | None, Option(min=1, help="Tasks: the first documents of each only.")
+        int | None, Option(min=1, help="The first documents of each task or text only.")
     ] = None,
     max_length: Annotated[
         int | None, Option(min=1, help="Tasks: longest input; longer are cut from the left.")
@@ -48,17 +62,19 @@ def evaluate(
     device: Annotated[str, Option(help="auto, cpu, cuda or mps.")] = "auto",
     output: Annotated[
         Path | None,
-        Option(help="Perplexity: a JSON file. Tasks: a folder; a killed run goes on from it."),
+        Option(help="Folder for the report; a killed run of tasks goes on from it."),
     ] = None,
 ) -> None:
     """Perplexity of a text, or zero- and few-shot tasks, with everything stated.
 
     h3lm eval MODEL --data novel.txt
 
+    h3lm eval MODEL --perplexity wikitext103,pile --lengths 2048,32768
+
     h3lm eval MODEL --tasks superglue,hellaswag --num-fewshot 3 --output report
     """
-    if (data is None) == (tasks is None):
-        raise BadParameter("give either --data, for perplexity, or --tasks")
+    if (data is None and perplexity is None) == (tasks is None):
+        raise BadParameter("give either --data or --perplexity, or --tasks")
     if tasks is not None:
         from h3lm.evals.progress import RequestLine
         from h3lm.evals.tasks import evaluate_tasks
@@ -66,7 +82,7 @@ def evaluate(
         with RequestLine(sys.stderr) as line:
             found = evaluate_tasks(
                 model,
-                [name.strip() for name in tasks.split(",") if name.strip()],
+                _names(tasks),
                 data_dir=data_dir,
                 num_fewshot=num_fewshot,
                 fixed_fewshot=fixed_fewshot,
@@ -80,25 +96,34 @@ def evaluate(
             )
         print(found.markdown())
         return
-    assert data is not None
-    from h3lm.evals.text import evaluate_text, write_json
+    from h3lm.evals.progress import token_line
+    from h3lm.evals.text import evaluate_texts
 
-    def show(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            end = "\n" if done == total else ""
-            print(f"\r{done:,} of {total:,} tokens", end=end, file=sys.stderr, flush=True)
-
-    report = evaluate_text(
+    for report in evaluate_texts(
         model,
-        data,
+        _names(perplexity or ""),
+        data=data,
+        data_dir=data_dir,
         split=split,
         context=context,
         stride=stride,
+        lengths=_numbers(lengths or ""),
+        limit=limit,
         batch_size=batch_size,
         precision=precision,
         device=device,
-        progress=show,
-    )
-    print(report.lines())
-    if output is not None:
-        write_json(report, output)
+        output=output,
+        progress=token_line(sys.stderr),
+    ):
+        print(report.lines())
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in _names(text)]
+    except ValueError:
+        raise BadParameter(f"{text!r}: give whole numbers with commas between") from None

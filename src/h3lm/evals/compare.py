@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from h3lm.errors import UserError
-from h3lm.evals.report import DOCUMENTS, REPORT
+from h3lm.evals.figures import UNITS, influence, parts_of, standard_error
+from h3lm.evals.run_folder import DOCUMENTS, REPORT
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,16 @@ class Difference:
 def compare(first: Path, second: Path) -> list[Difference]:
     """Compare the figures that two report folders share.
 
-    Documents are paired by task and content: then the error is that of the mean of differences,
-    which is smaller than that of two independent figures.
+    Documents, and parts of texts, are paired by task and content: then the error is that of the
+    mean of differences, which is smaller than that of two independent figures.
 
     Raises:
         UserError: if one is no report folder, or they share no figure.
     """
     a, b = _read(first), _read(second)
-    if a["num_fewshot"] != b["num_fewshot"]:
+    if a.get("num_fewshot") != b.get("num_fewshot"):
+        if "num_fewshot" not in a or "num_fewshot" not in b:
+            raise UserError(f"{first} and {second}: one is of tasks, one of perplexity")
         raise UserError(
             f"{first} is {a['num_fewshot']}-shot, {second} {b['num_fewshot']}-shot: they do not "
             "measure the same"
@@ -68,7 +71,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
             if metric in theirs:
                 found.append(_difference(task, metric, mine, theirs[metric], documents))
     if not found:
-        raise UserError(f"{first} and {second} have no task in common")
+        raise UserError(f"{first} and {second} have no task or text in common")
     return found
 
 
@@ -94,17 +97,24 @@ def _difference(
     theirs: dict[str, Any],
     documents: list[dict[tuple[str, int, str], dict[str, float]]],
 ) -> Difference:
+    # a text's figures are ratios over all of its parts, a task's are means of its documents
+    of_text = "nats" in next((m for k, m in documents[0].items() if k[0] == task), {})
+    needed = {"nats", UNITS[metric]} if of_text else {metric}
     shared = [
         key
         for key, metrics in documents[0].items()
-        if key[0] == task and metric in metrics and metric in documents[1].get(key, {})
+        if key[0] == task and needed <= metrics.keys() & documents[1].get(key, {}).keys()
     ]
     every = all(
         sum(key[0] == task for key in side) == len(shared) for side in documents
     )  # a mean over other documents is another figure
     error: float | None = None
     paired = 0
-    if every and len(shared) > 1:
+    if every and len(shared) > 1 and of_text:
+        sides = (parts_of([side[k] for k in shared], metric) for side in documents)
+        ours, others = (influence(metric, *side) for side in sides)
+        error, paired = standard_error(others - ours), len(shared)
+    elif every and len(shared) > 1:
         apart = np.array([documents[1][k][metric] - documents[0][k][metric] for k in shared])
         if abs(apart.mean() - (theirs["value"] - mine["value"])) < 1e-9:  # a mean of documents
             error, paired = float(apart.std(ddof=1)) / math.sqrt(len(shared)), len(shared)
@@ -118,13 +128,13 @@ def _read(folder: Path) -> dict[str, Any]:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except OSError:
         raise UserError(
-            f"{folder}: no report of tasks here (no {REPORT}); make one with: "
-            "h3lm eval MODEL --tasks ... --output DIR"
+            f"{folder}: no report here (no {REPORT}); make one with: h3lm eval MODEL --tasks ... "
+            "--output DIR"
         ) from None
     except ValueError as error:
         raise UserError(f"{folder / REPORT}: is damaged ({error})") from None
     if "tasks" not in report:
-        raise UserError(f"{folder / REPORT}: is no report of tasks")
+        raise UserError(f"{folder / REPORT}: is no report of an evaluation")
     return report
 
 

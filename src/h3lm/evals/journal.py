@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class Journal:
         UserError: if the file belongs to something else, or cannot be read or written.
     """
 
-    def __init__(self, path: Path, belongs_to: dict[str, str]) -> None:
+    def __init__(self, path: Path, belongs_to: dict[str, Any]) -> None:
         self.path, self.known = path, dict[str, Answer]()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +42,10 @@ class Journal:
         if not whole:
             self._write([json.dumps(belongs_to)])
 
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -51,13 +55,14 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        self.close()
 
     @staticmethod
     def key(request: Request) -> str:
         """What a request is known by."""
-        ids = [len(request.context), *request.context, *request.continuation]
-        return blake2b(np.array(ids, dtype="<i4").tobytes(), digest_size=16).hexdigest()
+        parts = ([len(request.context)], request.context, request.continuation)
+        ids = b"".join(np.asarray(part, dtype="<i4").tobytes() for part in parts)
+        return blake2b(ids, digest_size=16).hexdigest()
 
     def add(self, keys: Sequence[str], answers: Sequence[Answer]) -> None:
         """Write answers down; they survive the end of the process from here on."""
@@ -68,7 +73,7 @@ class Journal:
         self._file.write("".join(f"{line}\n" for line in lines).encode())
         self._file.flush()
 
-    def _read(self, belongs_to: dict[str, str]) -> int:
+    def _read(self, belongs_to: dict[str, Any]) -> int:
         """Read what is there; returns how many bytes of it are whole lines."""
         data = self.path.read_bytes()
         data = data[: data.rfind(b"\n") + 1]
@@ -83,7 +88,7 @@ class Journal:
         except (ValueError, TypeError):
             raise UserError(f"{self.path}: is no journal of answers; remove it") from None
         if found != belongs_to:
-            differ = [k for k in belongs_to if found.get(k) != belongs_to[k]]
+            differ = [k for k in found | belongs_to if found.get(k) != belongs_to.get(k)]
             raise UserError(
                 f"{self.path.parent}: holds the report of another run (its {', '.join(differ)} "
                 "differs): give another --output"

@@ -62,6 +62,7 @@ def score_tokens(
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
     share: tuple[int, int] = (0, 1),
+    each: NDArray[np.float64] | None = None,
 ) -> TextScore:
     """Predict every token from `first` on once, in windows of `context` inputs.
 
@@ -81,6 +82,7 @@ def score_tokens(
         share: (i, n) to score only every n-th batch from the i-th on, as the i-th of n processes
             that sum their `nats` and `tokens`. All n call the model equally often, as one that is
             sharded between them needs.
+        each: (tokens,), filled with the nats of each predicted token, at its position.
 
     Raises:
         UserError: if there is nothing to predict or the sizes make no sense.
@@ -109,7 +111,10 @@ def score_tokens(
                 break
             losses = _token_losses(logits, targets[:, -scored:])
             for row, (_, begin, end) in zip(losses, batch, strict=True):
-                nats += float(row[scored - (end - begin) :].sum(dtype=torch.float64))
+                mine = row[scored - (end - begin) :].double()
+                nats += float(mine.sum())
+                if each is not None:
+                    each[begin + 1 : end + 1] = mine.cpu().numpy()
                 counted += end - begin
             if progress is not None:
                 progress(sum(end - begin for _, begin, end in batch))

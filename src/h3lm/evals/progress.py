@@ -1,6 +1,7 @@
 """What a person sees while requests are answered."""
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -48,3 +49,15 @@ class RequestLine:
         self.stream.write(f"\r{text:<79}")
         self.stream.flush()
         self.shown = True
+
+
+def token_line(stream: TextIO) -> Callable[[str, int, int], None]:
+    """A live line of tokens done, to be called with a name, those done and all; else silent."""
+
+    def show(name: str, done: int, total: int) -> None:
+        if stream.isatty():
+            end = "\n" if done == total else ""
+            stream.write(f"\r{f'{name}: {done:,} of {total:,} tokens':<79}{end}")
+            stream.flush()
+
+    return show

@@ -1,22 +1,15 @@
 """A folder that tells what was measured: JSON, Markdown, a picture, every document."""
 
 import json
-import platform
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from h3lm.errors import UserError
 from h3lm.evals.harness import TaskResult
 from h3lm.evals.protocol import COLUMNS, METRICS, PROMPTS, figure_of, superglue_table
+from h3lm.evals.run_folder import DOCUMENTS, REPORT, markdown_table, versions
 from h3lm.evals.scorer import Work
-
-REPORT, DOCUMENTS, JOURNAL = "report.json", "documents.jsonl", "journal.jsonl"
-_PACKAGES = ("h3lm", "torch", "transformers", "lm_eval", "datasets", "tokenizers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,7 @@ class TaskReport:
         lines = [
             f"# {self.model}, {shots}",
             "",
-            *_table(
+            *markdown_table(
                 superglue_table(
                     self.results,
                     num_fewshot=self.num_fewshot,
@@ -87,7 +80,7 @@ class TaskReport:
                 )
             ),
             *([PROMPTS, ""] if set(self.results) & set(COLUMNS) else []),
-            *_table(self._every_task()),
+            *markdown_table(self._every_task()),
         ]
         said = [f"- {name}: {n}" for name, r in self.results.items() for n in r.notes]
         said += [f"- {name}: left out; {why}" for name, why in self.left_out.items()]
@@ -145,56 +138,6 @@ def write_report(report: TaskReport, folder: Path) -> None:
         (folder / REPORT).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
-
-
-def fingerprint(model: str) -> str:
-    """Hash of a folder's configuration and weights; of the name for a model of the hub."""
-    digest = blake2b(digest_size=16)
-    folder = Path(model)
-    if not folder.is_dir():
-        digest.update(model.encode())
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        with path.open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Of what a figure may depend on."""
-    found = {"python": platform.python_version(), "commit": _commit()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def command_line() -> str:
-    """What was typed."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def _commit() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    if not rows:
-        return []
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:], ""]
 
 
 def _draw(report: TaskReport, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Log-likelihoods of many requests, every shared prefix computed once."""
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from h3lm.evals.batches import like_widths, padded
 from h3lm.evals.prefix_tree import STATE_COST_TOKENS, Ints, PrefixTree, Request
-from h3lm.evals.states import States, empty_cache, probe, to_device
+from h3lm.evals.states import NO_MASK, States, empty_cache, probe, to_device
+from h3lm.models.configuration_h3 import H3Config
 
 GIB = 2**30
+READ_ROWS = 2048
+MASK_BYTES = 4  # of a query and a key, at most: masks become floats on their way
 
 
 class Answer(NamedTuple):
@@ -27,7 +32,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is in memory at a time.
+    """How much is in memory at a time, and how calls are cut.
 
     Attributes:
         batch_tokens: Tokens of one call of the model.
@@ -35,8 +40,9 @@ class Limits:
         segment: Longest stretch of an edge in one call; a power of two.
         state_bytes: States of branching points that are kept at a time, and those of a call.
         mask_bytes: Attention masks of one call.
-        pad_to: Edges without a state behind them are padded to a multiple of this, if longer than
-            half of it: kernels have their favourite lengths.
+        align: Lengths of all edges are multiples of this: branching points are moved to one, see
+            `PrefixTree`, and edges behind which nothing follows are padded.
+        call_tokens: What a call costs, as the tokens that take as long.
     """
 
     batch_tokens: int
@@ -44,7 +50,8 @@ class Limits:
     segment: int
     state_bytes: int
     mask_bytes: int
-    pad_to: int
+    align: int
+    call_tokens: int = 32
 
     @classmethod
     def of(cls, device: torch.device, state_bytes: int | None = None) -> "Limits":
@@ -56,7 +63,8 @@ class Limits:
         """
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0] // 8
-            return cls(32768, 16384, 2048, state_bytes or free, GIB // 2, 16)
+            # Hopper's kernels take multiples of 16; a call is hundreds of launches, 10 ms of a host
+            return cls(32768, 16384, 2048, state_bytes or free, GIB // 2, 16, 4096)
         return cls(2048, 1024, 512, state_bytes or GIB, GIB // 8, 1)
 
 
@@ -96,12 +104,13 @@ class TreeScorer:
 
     Nodes at one distance from the root are run together across documents. An edge that others
     branch off from is run in stretches whose lengths are powers of two, so that no row is padded
-    and every state is exact; other edges are padded on the right, where nothing sees the padding.
+    and every state is exact; other edges are padded on the right, where nothing sees the padding,
+    those of like length together.
     The tree is walked depth first, in parts as large as the budget for states allows.
 
     Args:
         model: In eval mode. Its cache has to be of constant states and keys and values.
-        limits: Memory; what suits the device if None.
+        limits: What suits the device if None.
         state_cost_tokens: See `PrefixTree`.
 
     Raises:
@@ -121,6 +130,8 @@ class TreeScorer:
         with torch.inference_mode():
             self.shape = probe(model)
         config: Any = model.config
+        # Ours take no mask for rows of one length: causal, and aligned with the last keys
+        self._takes_no_mask = isinstance(config, H3Config)
         self._needs_positions = self.shape.has_attention or bool(
             getattr(config, "num_learned_positions", 0)
         )
@@ -146,12 +157,15 @@ class TreeScorer:
         if not requests:
             return []
         began = time.monotonic()
-        tree = PrefixTree(requests, state_cost_tokens=self.state_cost_tokens)
+        tree = PrefixTree(
+            requests, state_cost_tokens=self.state_cost_tokens, align=self.limits.align
+        )
         self.work.asked += tree.asked
         self.work.computed += tree.computed
         answers = _Answers(tree, len(requests), finished)
         for _ in self._walk(tree, answers):
             answers.settle()
+        answers.settle(wait=True)
         self.work.requests += len(requests)
         self.work.seconds += time.monotonic() - began
         return answers.all()
@@ -164,8 +178,11 @@ class TreeScorer:
         while stack:
             front = stack.pop()
             # An edge longer than a call is run in stretches, like one that is branched off from
-            staged = tree.has_children[front.nodes] | (
-                tree.edge_length[front.nodes] > self.limits.batch_tokens
+            length = tree.edge_length[front.nodes]
+            staged = (
+                tree.has_children[front.nodes]
+                | (length > self.limits.batch_tokens)
+                | ~self._mask_fits(length, tree.start[front.nodes])
             )
             plain = ~staged
             if plain.any():
@@ -214,11 +231,13 @@ class TreeScorer:
         done = np.zeros(len(nodes), dtype=np.int64)
         size = self.limits.segment
         while size:
-            rows = np.flatnonzero(length - done >= size)
+            fits = self._mask_fits(np.array(size), states.lengths) | (size == 1)
+            rows = np.flatnonzero((length - done >= size) & fits)
             if not len(rows):
                 size //= 2
                 continue
-            for part in self._equal_parts(rows, size, states.lengths):
+            nothing = np.zeros(len(nodes), dtype=np.int64)
+            for part in self._parts(rows, size, states.lengths, nothing):
                 ids = tree.edge_tokens(nodes[part], done[part], size)
                 place = np.full(len(nodes), -1)
                 place[part] = np.arange(len(part))
@@ -228,68 +247,99 @@ class TreeScorer:
                 at = asked[here]
                 column = tree.questions.offset[at] - done[owner[here]]
                 begun = bool(states.lengths[part].any())
-                past = states.borrow(part) if begun else None
-                cache = past.cache(self.model) if past is not None else empty_cache(self.model)
-                self._call(ids, past, cache, place[owner[here]] * size + column, at, answers)
+                in_place = states.are_all(part) and states.is_aligned
+                past = states if in_place else states.borrow(part)
+                if begun or in_place:
+                    cache = past.cache(self.model, in_place=in_place)
+                else:
+                    cache = empty_cache(self.model)
+                self._call(
+                    ids,
+                    past if begun else None,
+                    cache,
+                    place[owner[here]] * size + column,
+                    at,
+                    answers,
+                )
                 states.take(cache, part, size)
             done[rows] += size
         return states
 
-    def _equal_parts(self, rows: Ints, size: int, lengths: Ints) -> Iterator[Ints]:
-        """Rows in parts that fit into a call, those of like length together."""
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
-        while len(rows):
-            count = 1
-            while count < len(rows) and self._fits(
-                count * 2, size, int(lengths[rows[min(count * 2, len(rows)) - 1]]), 0
-            ):
-                count *= 2
-            yield rows[:count]
-            rows = rows[count:]
+    def _parts(self, rows: Ints, width: int, past: Ints, asked: Ints) -> Iterator[Ints]:
+        """Rows in parts that fit into a call of a width, those behind a like length together.
 
-    def _fits(self, rows: int, new: int, past: int, logits: int) -> bool:
+        Args:
+            rows: Some of all rows.
+            width: New tokens of each.
+            past: (R,) tokens before, of all rows.
+            asked: (R,) positions of each of all rows whose logits are asked.
+        """
+        rows = rows[np.argsort(past[rows], kind="stable")]
+        total = np.concatenate([[0], asked[rows].cumsum()])
+        begin = 0
+        while begin < len(rows):
+            end = begin + self._count_that_fits(
+                width, past[rows[begin:]], total[begin + 1 :] - total[begin]
+            )
+            yield rows[begin:end]
+            begin = end
+
+    def _count_that_fits(self, width: int, past: Ints, asked: Ints) -> int:
+        """How many of some rows fit into a call, at least one; `asked` are running totals."""
+
+        def is_too_much(count: int) -> bool:
+            longest, logits = int(past[count - 1]), int(asked[count - 1])
+            return not self._fits(count, width, int(past[0]), longest, logits)
+
+        return max(1, bisect_left(range(1, len(past) + 1), True, key=is_too_much))
+
+    def _fits(self, rows: int, new: int, shortest: int, longest: int, logits: int) -> bool:
+        """Whether a call of rows behind pasts of such lengths is within the limits."""
         limits = self.limits
-        mask = rows * new * (new + past) * 4 if self.shape.has_attention and past else 0
+        mask = 0 if shortest == longest and self._is_maskless else self._mask_bytes(new, longest)
         return (
             rows * new <= limits.batch_tokens
             and logits <= limits.batch_logits
-            and mask <= limits.mask_bytes
-            and rows * self.shape.row_bytes(new + past) <= limits.state_bytes
+            and rows * mask <= limits.mask_bytes
+            and rows * self.shape.row_bytes(new + longest) <= limits.state_bytes
         )
+
+    def _mask_fits(self, new: Ints, past: Ints) -> NDArray[np.bool_]:
+        """Which rows, each in a call of its own, are within the limit on masks."""
+        if self._is_maskless or not self.shape.has_attention:
+            return np.ones(len(past), dtype=bool)
+        return (past == 0) | (new * (new + past) * MASK_BYTES <= self.limits.mask_bytes)
+
+    @property
+    def _is_maskless(self) -> bool:
+        """Whether rows of one length need no mask in memory; on the CPU torch makes one."""
+        return self._takes_no_mask and self.device.type == "cuda"
+
+    def _mask_bytes(self, new: int, past: int) -> int:
+        return new * (new + past) * MASK_BYTES if self.shape.has_attention and past else 0
 
     def _run_leaves(self, tree: PrefixTree, front: _Front, answers: "_Answers") -> None:
         """Run edges behind which nothing follows, padded to a common length."""
-        length = tree.edge_length[front.nodes]
+        widths = padded(tree.edge_length[front.nodes], self.limits.align)
         past_length = tree.start[front.nodes]
-        order = np.lexsort((past_length, length))
         counts = np.diff(tree.questions.first)[front.nodes]
-        for part in self._ragged_parts(order, length, past_length, counts):
-            width = self._padded(int(length[part].max()))
-            nodes = front.nodes[part]
-            ids = tree.edge_tokens(nodes, np.zeros(len(part), dtype=np.int64), width)
-            asked, owner = tree.questions.of(nodes)
-            place = owner * width + tree.questions.offset[asked]
-            if front.states is None:
-                self._call(ids, None, None, place, asked, answers)
-            else:
-                past = front.states.borrow(front.rows[part])
-                self._call(ids, past, past.cache(self.model), place, asked, answers)
+        for group in like_widths(widths, self.limits.call_tokens):
+            width = int(widths[group[-1]])
+            for part in self._parts(group, width, past_length, counts):
+                self._run_part(tree, front, part, width, answers)
 
-    def _padded(self, length: int) -> int:
-        step = self.limits.pad_to
-        return length if length <= step // 2 else -(-length // step) * step
-
-    def _ragged_parts(self, order: Ints, length: Ints, past: Ints, logits: Ints) -> Iterator[Ints]:
-        """Edges, sorted by length, in parts that fit into a call."""
-        begin, longest_past, asked = 0, 0, 0
-        for i, node in enumerate(order.tolist()):
-            longest_past = max(longest_past, int(past[node]))
-            asked += int(logits[node])
-            width = self._padded(int(length[node]))
-            if i > begin and not self._fits(i - begin + 1, width, longest_past, asked):
-                yield order[begin:i]
-                begin, longest_past, asked = i, int(past[node]), int(logits[node])
-        yield order[begin:]
+    def _run_part(
+        self, tree: PrefixTree, front: _Front, part: Ints, width: int, answers: "_Answers"
+    ) -> None:
+        nodes = front.nodes[part]
+        ids = tree.edge_tokens(nodes, np.zeros(len(part), dtype=np.int64), width)
+        asked, owner = tree.questions.of(nodes)
+        place = owner * width + tree.questions.offset[asked]
+        if front.states is None:
+            self._call(ids, None, None, place, asked, answers)
+        else:
+            past = front.states.borrow(front.rows[part])
+            self._call(ids, past, past.cache(self.model), place, asked, answers)
 
     def _call(
         self,
@@ -302,14 +352,17 @@ class TreeScorer:
     ) -> None:
         """Call the model on (R, L) ids and answer questions at flat positions of it."""
         rows, length = ids.shape
-        inputs: dict[str, Tensor | None] = {}
+        inputs: dict[str, Tensor | dict[str, None]] = {}
         if past is not None and self._needs_positions:
             seen = to_device(past.lengths, self.device)
             inputs["position_ids"] = seen[:, None] + torch.arange(length, device=self.device)
-            if self.shape.has_attention:
+            if self.shape.has_attention and self._takes_no_mask and past.is_aligned:
+                inputs["attention_mask"] = NO_MASK
+            elif self.shape.has_attention:
                 slots = int(past.lengths.max(initial=0))
                 inputs["attention_mask"] = _causal_behind(seen, slots, length)
-        at, inverse = np.unique(place, return_inverse=True)
+        order = np.argsort(place, kind="stable")
+        at, row = np.unique(place[order], return_inverse=True)
         with _only_at(self.model, to_device(at, self.device)):
             logits = self.model(
                 input_ids=to_device(ids, self.device),
@@ -320,13 +373,24 @@ class TreeScorer:
         self.work.calls += 1
         self.work.run += rows * length
         if len(asked):
-            answers.add(asked, *_read(logits, inverse, answers.tree.questions.target[asked]))
+            asked = asked[order]
+            answers.add(asked, *_read(logits, row, answers.tree.questions.target[asked]))
+
+
+class _OnTheirWay(NamedTuple):
+    """Predictions that are being copied to the host."""
+
+    asked: Ints
+    log_probability: Tensor
+    is_best: Tensor
+    arrived: torch.cuda.Event | None
 
 
 class _Answers:
     """Collects single predictions into requests.
 
-    Values stay on the device until `settle`, which is the only place that waits for it.
+    Values stay on the device until `settle`, which waits for those of the call before it only:
+    a GPU has the next part to do meanwhile.
     """
 
     def __init__(
@@ -340,20 +404,29 @@ class _Answers:
         self.sums = np.zeros(count)
         self.greedy = np.ones(count, dtype=bool)
         self.waiting: list[tuple[Ints, Tensor, Tensor]] = []
+        self.coming: list[_OnTheirWay] = []
 
     def add(self, asked: Ints, log_probability: Tensor, is_best: Tensor) -> None:
         """Remember predictions."""
         self.waiting.append((asked, log_probability, is_best))
 
-    def settle(self) -> None:
-        """Fetch what is waiting and hand finished requests over."""
-        if not self.waiting:
-            return
-        asked = np.concatenate([x[0] for x in self.waiting])
-        values = torch.cat([x[1] for x in self.waiting]).double().cpu().numpy()
-        best = torch.cat([x[2] for x in self.waiting]).cpu().numpy()
-        self.waiting = []
-        owner = self.tree.questions.request[asked]
+    def settle(self, *, wait: bool = False) -> None:
+        """Send for what is waiting; hand over the requests finished by what was sent for before.
+
+        Args:
+            wait: Hand over everything.
+        """
+        if self.waiting:
+            self.coming.append(_fetch(self.waiting))
+            self.waiting = []
+        while len(self.coming) > (0 if wait else 1):
+            self._take(self.coming.pop(0))
+
+    def _take(self, new: _OnTheirWay) -> None:
+        if new.arrived is not None:
+            new.arrived.synchronize()
+        values, best = new.log_probability.double().numpy(), new.is_best.numpy()
+        owner = self.tree.questions.request[new.asked]
         count = len(self.missing)
         self.sums += np.bincount(owner, weights=values, minlength=count)
         self.greedy &= np.bincount(owner[~best], minlength=count) == 0
@@ -370,6 +443,17 @@ class _Answers:
 
     def _answer(self, i: int) -> Answer:
         return Answer(float(self.sums[i]), bool(self.greedy[i]))
+
+
+def _fetch(waiting: list[tuple[Ints, Tensor, Tensor]]) -> _OnTheirWay:
+    """Start to copy predictions to the host."""
+    asked, values, best = zip(*waiting, strict=True)
+    value, is_best = (torch.cat(x) for x in (values, best))
+    arrived = torch.cuda.Event() if value.is_cuda else None
+    value, is_best = (x.to("cpu", non_blocking=True) for x in (value, is_best))
+    if arrived is not None:
+        arrived.record()
+    return _OnTheirWay(np.concatenate(asked), value, is_best, arrived)
 
 
 @contextmanager
@@ -392,17 +476,23 @@ def _only_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
 
 
 def _read(logits: Tensor, row: Ints, target: Ints) -> tuple[Tensor, Tensor]:
-    """Log-probability of targets in float32, and whether each is the best token of its row."""
-    index = to_device(row, logits.device)
-    targets = to_device(target, logits.device)
-    normaliser, best = [], []
+    """Log-probability of targets in float32, and whether each is the best token of its row.
+
+    Args:
+        logits: (N, vocabulary).
+        row: (Q,) row of each question, ascending.
+        target: (Q,) token that is asked for.
+    """
+    index, targets = to_device(row, logits.device), to_device(target, logits.device)
+    values, best = [], []
     # In float32 whatever the model's dtype, a few rows at a time: the vocabulary is wide
-    for part in logits.split(2048):
-        wide = part.float()
-        normaliser.append(wide.logsumexp(-1))
-        best.append(wide.argmax(-1))
-    value = logits[index, targets].float() - torch.cat(normaliser)[index]
-    return value, torch.cat(best)[index] == targets
+    for first in range(0, len(logits), READ_ROWS):
+        part = logits[first : first + READ_ROWS]
+        begin, end = np.searchsorted(row, [first, first + READ_ROWS])
+        log_probability = part.log_softmax(-1, dtype=torch.float32)
+        values.append(log_probability[index[begin:end] - first, targets[begin:end]])
+        best.append(part.argmax(-1))
+    return torch.cat(values), torch.cat(best)[index] == targets
 
 
 def _causal_behind(seen: Tensor, slots: int, length: int) -> Tensor:

@@ -14,6 +14,10 @@ from h3lm.evals.prefix_tree import Ints
 from h3lm.models.cache import CountingRecurrentLayer, Packed, RecurrentLayer, prepare_cache
 from h3lm.models.configuration_h3 import H3Config
 
+# What our models take in place of an attention mask where every row has seen equally many tokens:
+# new tokens attend to all of them and causally to each other, without a mask in memory
+NO_MASK = {"full_attention": None, "linear_attention": None}
+
 
 class _Handed(RecurrentLayer):
     """A layer that keeps the state it is given instead of copying it to a fixed address."""
@@ -32,6 +36,28 @@ class _CountingHanded(_Handed, CountingRecurrentLayer):
     def write(self, state: Packed, length: int) -> None:
         super().write(state, length)
         self.length += length
+
+
+class _Slots(DynamicLayer):
+    """Keys and values that join tensors with room for them, instead of a longer copy."""
+
+    def hand(self, keys: Tensor, values: Tensor, used: int) -> None:
+        self.lazy_initialization(keys, values)
+        self.room = keys, values
+        self._use(used)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        begin = self.keys.shape[2]
+        end = begin + key_states.shape[2]
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, begin:end] = new
+        self._use(end)
+        return self.keys, self.values
+
+    def _use(self, slots: int) -> None:
+        self.keys, self.values = (x[:, :, :slots] for x in self.room)
 
 
 @dataclass(frozen=True)
@@ -178,21 +204,40 @@ class States:
 
     def borrow(self, rows: Ints) -> "States":
         """Some rows to read from only: these tensors themselves where that is all of them."""
-        if not self._are_all(rows):
+        if not self.are_all(rows):
             return self.select(rows)
         used = int(self.lengths.max(initial=0))
         return States(
             self.shape, self.lengths, [self._cut(i, used) for i in range(len(self.layers))]
         )
 
-    def cache(self, model: PreTrainedModel) -> Cache:
-        """A cache of the library that holds these tensors, not copies."""
+    @property
+    def is_aligned(self) -> bool:
+        """Whether all prefixes have the same length."""
+        return bool((self.lengths == self.lengths[:1]).all())
+
+    def cache(self, model: PreTrainedModel, *, in_place: bool = False) -> Cache:
+        """A cache of the library that holds these tensors, not copies.
+
+        Args:
+            model: The model.
+            in_place: Let the cache write new keys and values into these tensors, of which there
+                must be enough. Only where all prefixes have the same length.
+        """
         cache = empty_cache(model)
-        for layer, (first, second) in zip(cache.layers, self.layers, strict=True):
+        used = int(self.lengths.max(initial=0))
+        for i, (first, second) in enumerate(self.layers):
+            layer = cache.layers[i]
             if isinstance(layer, _Handed):
-                layer.hand(first, second)
+                if used:
+                    layer.hand(first, second)
                 if isinstance(layer, _CountingHanded):
-                    layer.length = int(self.lengths.max(initial=0))
+                    layer.length = used
+            elif first is not None and second is not None and in_place:
+                assert self.is_aligned
+                slots = _Slots()
+                slots.hand(first, second, used)
+                cache.layers[i] = slots
             elif first is not None and second is not None and first.shape[2]:
                 layer.lazy_initialization(first, second)
                 layer.keys, layer.values = first, second
@@ -200,13 +245,15 @@ class States:
 
     def take(self, cache: Cache, rows: Ints, new_tokens: int) -> None:
         """Put rows of a cache that has seen exactly so many tokens more in their place."""
-        everything = self._are_all(rows)
+        everything = self.are_all(rows)
         index = to_device(rows, self.shape.device)
         slots = index.new_zeros(0)
         if self.shape.has_attention:
             begin = to_device(self.lengths[rows], self.shape.device)
             slots = begin[:, None] + torch.arange(new_tokens, device=begin.device)
         for i, (layer, grows) in enumerate(zip(cache.layers, self.shape.grows, strict=True)):
+            if isinstance(layer, _Slots):
+                continue  # they are there already
             new, old = _tensors(layer), self.layers[i]
             if grows:
                 for mine, theirs in zip(old, new, strict=True):
@@ -222,7 +269,8 @@ class States:
                         mine.index_copy_(0, index, theirs)
         self.lengths[rows] += new_tokens
 
-    def _are_all(self, rows: Ints) -> bool:
+    def are_all(self, rows: Ints) -> bool:
+        """Whether these are all rows, in order."""
         return len(rows) == len(self) and bool((rows == np.arange(len(self))).all())
 
     def _cut(self, layer: int, slots: int) -> tuple[Tensor | None, Tensor | None]:

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from h3lm.errors import UserError
 from h3lm.evals.harness import load_tasks, quiet, require_harness, run_tasks
-from h3lm.evals.journal import Journal
-from h3lm.evals.report import JOURNAL, TaskReport, command_line, fingerprint, write_report
+from h3lm.evals.report import TaskReport, write_report
+from h3lm.evals.run_folder import command_line, identity_of, open_run
 from h3lm.evals.scorer import Limits, Work
 from h3lm.models import H3ForCausalLM
 from h3lm.models.folders import load_model
@@ -64,11 +64,20 @@ def evaluate_tasks(
     loaded = load_model(model, device=where, dtype=PRECISIONS[precision])
     tokenizer = load_tokenizer_of(model)
     check_fits(loaded, tokenizer, model)
-    identity = {"model": fingerprint(model), "precision": precision}
+    identity = identity_of(
+        model,
+        precision,
+        tasks=list(loaded_tasks.tasks),
+        num_fewshot=num_fewshot,
+        fixed_fewshot=fixed_fewshot,
+        limit=limit,
+        max_length=max_length,
+        data=loaded_tasks.files or "hub",
+    )
     with ExitStack() as stack:
         journal = None
         if output is not None:
-            journal = stack.enter_context(Journal(output / JOURNAL, identity))
+            journal = stack.enter_context(open_run(output, identity))
         from h3lm.evals.tree_lm import TreeLM
 
         with quiet():

@@ -17,6 +17,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
+from transformers.cache_utils import StaticLayer
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -82,8 +83,8 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
             q, k, v = self.mixer.project(u, where.rotation)
             if cache is not None:
                 k, v = cache.update(k, v, self.layer_idx)
-                if where.bias is None and q.shape[2] > 1 and not isinstance(cache, DecodingCache):
-                    # nothing seen before: a static cache has room behind the prompt, no keys
+                if where.bias is None and q.shape[2] > 1 and _has_room(cache, self.layer_idx):
+                    # nothing seen before: there is room behind the prompt, no keys
                     k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
             mixed = self.mixer.attend(q, k, v, where.bias)
         elif where.cu_seqlens is not None:
@@ -476,6 +477,11 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
 @functools.cache
 def _announce_slow_loop(reason: str) -> None:
     logger.info("generate: the library's loop, since %s", reason)
+
+
+def _has_room(cache: Cache, layer: int) -> bool:
+    """Whether a layer's keys come back with slots of a fixed memory that are still empty."""
+    return not isinstance(cache, DecodingCache) and isinstance(cache.layers[layer], StaticLayer)
 
 
 def _padding(attention_mask: Tensor, length: int) -> Tensor | None:
