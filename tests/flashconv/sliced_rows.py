@@ -1,19 +1,18 @@
 """Rows in slices over several processes, against the same rows in one.
 
-python sliced_rows.py prints, as a line of JSON, how far outputs, states and gradients are off in
-each case: the largest difference over all processes, relative to the largest value.
+python -m tests.flashconv.sliced_rows prints, as a line of JSON, how far outputs, states and
+gradients are off in each case: the largest difference over all processes, relative to the
+largest value.
 """
 
 # ruff: noqa: T201 (what it prints is its result)
 
 import itertools
 import json
-import os
-import socket
-import sys
 
 import torch
-from torch import distributed, multiprocessing
+from tests.processes import in_processes
+from torch import distributed
 
 from h3lm.flashconv import H3State, h3_core, ssm_conv, zero_state
 from h3lm.flashconv.sequence_parallel import slice_boundaries
@@ -99,11 +98,7 @@ def run_case(name: str, op: str, head_dim: int, dtype: torch.dtype, group) -> di
     return off
 
 
-def process(rank: int, port: int, queue) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=4
-    )
+def process(rank: int) -> dict[str, dict[str, float]]:
     pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
     report = {}
     dtypes = (torch.float64, torch.float32)
@@ -115,31 +110,16 @@ def process(rank: int, port: int, queue) -> None:
         group = pairs[rank // 2] if len(CASES[name][0]) == 2 else distributed.group.WORLD
         off = run_case(name, op, head_dim, dtype, group)
         report[f"{name} {op} {head_dim} {str(dtype)[6:]}"] = off
-    gathered = [None] * 4
-    distributed.all_gather_object(gathered, report)
-    distributed.barrier()
-    if rank == 0:
-        worst = {
-            case: {
-                key: max(mine[case].get(key, 0.0) for mine in gathered)
-                for key in ("output", "state", "parameters", "inputs", "start")
-            }
-            for case in report
-        }
-        queue.put(json.dumps(worst))
-    distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    return report
 
 
 if __name__ == "__main__":
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    queue = multiprocessing.get_context("fork").SimpleQueue()
-    # torch is loaded once, not by each of them
-    multiprocessing.start_processes(process, (free_port(), queue), nprocs=4, start_method="fork")
-    print(queue.get())
-    sys.stdout.flush()
+    reports = in_processes(4, process)
+    worst = {
+        case: {
+            key: max(report[case].get(key, 0.0) for report in reports)
+            for key in ("output", "state", "parameters", "inputs", "start")
+        }
+        for case in reports[0]
+    }
+    print(json.dumps(worst))

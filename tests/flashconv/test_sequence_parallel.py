@@ -17,8 +17,9 @@ from h3lm.ssm import DiagonalSSM, ShiftSSM
 @pytest.fixture(scope="module")
 def differences() -> dict[str, dict[str, float]]:
     """Of rows over 2 and 4 processes, relative; see `sliced_rows.py`."""
-    script = Path(__file__).parent / "sliced_rows.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-m", "tests.flashconv.sliced_rows"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=root)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from h3lm import flashconv
 from h3lm.flashconv import H3State, RingState, StepOperators
@@ -102,6 +103,7 @@ class H3(PreparingModule):
         mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
         lengths: Integer[Tensor, " B"] | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> tuple[Float[Tensor, "B L D"], H3State | None]:
         """Mix positions.
 
@@ -113,6 +115,8 @@ class H3(PreparingModule):
             cu_seqlens: Boundaries of sequences packed in one row (B = 1).
             lengths: Positions of each row that count, from its beginning; what stands behind
                 them is padding. For bidirectional layers; it never reaches back in a causal one.
+            process_group: Processes that hold a slice of each row each, see `flashconv.h3_core`;
+                for causal layers without a mask.
 
         Returns:
             The output, (B, L, D), and the state after the last position; None if bidirectional.
@@ -126,10 +130,12 @@ class H3(PreparingModule):
             refuse_state(state)
             o = self._both_ways(q, k, v, mask, cu_seqlens, lengths)
             return project_channel_last(self.output_proj, o), None
-        if u.shape[1] == 1 and cu_seqlens is None:
+        if u.shape[1] == 1 and cu_seqlens is None and process_group is None:
             o, state = self.step(q, k, v, state, mask=mask)
         else:
-            o, state = self.core(q, k, v, state, mask=mask, cu_seqlens=cu_seqlens)
+            o, state = self.core(
+                q, k, v, state, mask=mask, cu_seqlens=cu_seqlens, process_group=process_group
+            )
         return project_channel_last(self.output_proj, o), state
 
     def core(
@@ -141,16 +147,19 @@ class H3(PreparingModule):
         *,
         mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> tuple[Float[Tensor, "B D L"], H3State]:
         """Everything between the projections, channel first; arguments as in `forward`.
 
         Raises:
-            ValueError: if both `mask` and `cu_seqlens` are given.
+            ValueError: if `mask` is given beside `cu_seqlens` or `process_group`.
         """
         taps, operators = self.operators()
         if mask is not None:
             if cu_seqlens is not None:
                 raise ValueError("give mask or cu_seqlens, not both")
+            if process_group is not None:
+                raise ValueError("slices of a process group take no mask: pack the rows")
             rows = Unpadded(mask)
             if state is None:
                 state = flashconv.zero_state(q.shape[0], k, taps, operators, self.head_dim)
@@ -161,7 +170,7 @@ class H3(PreparingModule):
                 state,
                 (q, k, v),
             )
-        return self._h3_core(q, k, v, taps, operators, state, cu_seqlens)
+        return self._h3_core(q, k, v, taps, operators, state, cu_seqlens, process_group)
 
     def _h3_core(
         self,
@@ -172,11 +181,12 @@ class H3(PreparingModule):
         operators: ChunkOperators,
         state: H3State | None,
         cu_seqlens: Tensor | None,
+        process_group: ProcessGroup | None = None,
     ) -> tuple[Tensor, H3State]:
         o, final = flashconv.h3_core(
             q, k, v, taps, operators,
             head_dim=self.head_dim, initial_state=state, return_final_state=True,
-            cu_seqlens=cu_seqlens, backend=self.backend,
+            cu_seqlens=cu_seqlens, backend=self.backend, process_group=process_group,
         )  # fmt: skip
         assert final is not None
         return o, final

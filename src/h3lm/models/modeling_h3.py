@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -28,6 +29,7 @@ from h3lm.layers.attention import Rotation
 from h3lm.models import decoding
 from h3lm.models.cache import DecodingCache, RingLayer, prepare_cache
 from h3lm.models.configuration_h3 import NOT_CAUSAL, H3Config
+from h3lm.models.slices import RowSlice
 from h3lm.ssm import SSMModule
 
 logger = logging.getLogger("h3lm.models")
@@ -43,6 +45,7 @@ class Where:
         bias: Attention mask (B, 1, L, S), or None for plain causal attention.
         rotation: Rotary embedding of the positions.
         step: The cache whose rows each advance by one position in place, or None.
+        slice: Which part of the rows this process holds, or None for all.
     """
 
     padding: Tensor | None
@@ -50,6 +53,7 @@ class Where:
     bias: Tensor | None
     rotation: Rotation | None
     step: DecodingCache | None = None
+    slice: RowSlice | None = None
 
 
 class H3DecoderLayer(GradientCheckpointingLayer, Block):
@@ -86,7 +90,12 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
                 if where.bias is None and q.shape[2] > 1 and _has_room(cache, self.layer_idx):
                     # nothing seen before: there is room behind the prompt, no keys
                     k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+            if where.slice is not None:
+                k, v = (where.slice.up_to_here(x) for x in (k, v))
             mixed = self.mixer.attend(q, k, v, where.bias)
+        elif where.slice is not None:
+            group = where.slice.group
+            mixed, _ = self.mixer(u, cu_seqlens=where.cu_seqlens, process_group=group)
         elif where.cu_seqlens is not None:
             mixed, _ = self.mixer(u.reshape(1, -1, u.shape[2]), cu_seqlens=where.cu_seqlens)
             mixed = mixed.view_as(u)
@@ -187,6 +196,7 @@ class H3Model(H3PreTrainedModel):
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
+        self.process_group: ProcessGroup | None = None  # see `slices.share_rows`
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -277,6 +287,8 @@ class H3Model(H3PreTrainedModel):
         if isinstance(cache, DecodingCache) and cache.stepping:
             position_ids = cache.lengths[:, None]
             return Where(None, None, None, self._rotation(position_ids), cache), position_ids
+        if self.process_group is not None:
+            return self._where_in_rows(embeds, attention_mask, position_ids, cache, cu_seqlens)
         seen = 0 if cache is None else cache.get_seq_length()
         if cu_seqlens is not None:
             position_ids = _positions_in(cu_seqlens, L)
@@ -297,6 +309,30 @@ class H3Model(H3PreTrainedModel):
             plain = isinstance(cache, DecodingCache)
             bias = None if plain else self._bias(embeds, mask, position_ids, cache, cu_seqlens)
         return Where(padding, cu_seqlens, bias, self._rotation(position_ids)), position_ids
+
+    def _where_in_rows(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | dict[str, Tensor] | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Where, Tensor]:
+        """`_where` for a slice of the rows, by positions that count over all slices."""
+        if attention_mask is not None or cache is not None or cu_seqlens is not None:
+            raise ValueError(
+                "rows over several processes take no attention_mask, no cache and no "
+                "cu_seq_lens_q: position_ids that restart mark packed documents"
+            )
+        assert self.process_group is not None
+        part = RowSlice.of(embeds, self.process_group)
+        if position_ids is None:
+            position_ids = part.positions(embeds.device)
+        boundaries = part.boundaries(position_ids, len(embeds))
+        attends = "full_attention" in self.config.layer_types
+        bias = part.attention_mask(position_ids) if attends else None
+        rotation = self._rotation(position_ids)
+        return Where(None, boundaries, bias, rotation, slice=part), position_ids
 
     def _bias(
         self,

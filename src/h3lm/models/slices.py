@@ -1,0 +1,141 @@
+"""Rows over several processes: each runs the model on one contiguous slice of every row.
+
+H3 layers pass states between the slices (`flashconv.sequence_parallel`); attention layers gather
+keys and values. All else works position by position.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+
+from h3lm.flashconv.sequence_parallel import gather_lengths, gather_positions
+from h3lm.layers import H3, CausalAttention
+
+if TYPE_CHECKING:
+    from h3lm.models.modeling_h3 import H3ForCausalLM
+
+
+@dataclass(frozen=True)
+class RowSlice:
+    """Which part of the rows this process holds.
+
+    Attributes:
+        group: The processes that share the rows, in the order of their slices.
+        lengths: Positions of each slice.
+        start: Position of this slice's first.
+    """
+
+    group: ProcessGroup
+    lengths: tuple[int, ...]
+    start: int
+
+    @classmethod
+    def of(cls, x: Tensor, group: ProcessGroup) -> "RowSlice":
+        """The slice that (B, L, ...) is; all processes must ask."""
+        lengths = tuple(gather_lengths(x.shape[1], group, x.device))
+        return cls(group, lengths, sum(lengths[: distributed.get_rank(group)]))
+
+    @property
+    def stop(self) -> int:
+        """One past the position of this slice's last."""
+        return self.start + self.lengths[distributed.get_rank(self.group)]
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Positions in the row, (1, L)."""
+        return torch.arange(self.start, self.stop, device=device)[None]
+
+    def up_to_here(self, x: Tensor) -> Tensor:
+        """Keys or values (B, heads, L, d) of all slices up to this one's end."""
+        return gather_positions(x, list(self.lengths), self.group)[:, :, : self.stop]
+
+    def boundaries(self, position_ids: Tensor, rows: int) -> Tensor | None:
+        """Boundaries of packed documents, as `sequence_parallel.slice_boundaries` has them.
+
+        Args:
+            position_ids: (1 or B, L), counted from each document's beginning in whatever slice.
+            rows: B.
+
+        Returns:
+            None where a single document fills the slice and comes from the one before.
+
+        Raises:
+            ValueError: if several rows hold several documents.
+        """
+        first = position_ids[:, :1] == 0 if self.start else torch.zeros_like(position_ids[:, :1])
+        begins = torch.cat([first.bool(), position_ids.diff(dim=1) != 1], 1)
+        several = bool((position_ids != self.positions(position_ids.device)).any())
+        if several and rows != 1:
+            raise ValueError(
+                f"documents packed in {rows} rows over several processes: give one row at a time"
+            )
+        if not bool(begins.any()):
+            return None
+        edge = begins.new_zeros(1, dtype=torch.long)
+        starts = begins[0].nonzero()[:, 0]
+        return torch.cat([edge, starts, edge + position_ids.shape[1]])
+
+    def attention_mask(self, position_ids: Tensor) -> Tensor | None:
+        """Which of the keys up to this slice's end each position sees, (1, 1, L, S).
+
+        Args:
+            position_ids: (1 or B, L), counted from each document's beginning.
+
+        Returns:
+            None where each sees all before it: its document began with the row.
+        """
+        if bool((position_ids == self.positions(position_ids.device)).all()):
+            return None
+        here = self.positions(position_ids.device)[0][:, None]
+        key = torch.arange(self.stop, device=position_ids.device)
+        seen = (key <= here) & (key >= here - position_ids[0][:, None])
+        return seen[None, None]
+
+
+def slice_bounds(length: int, index: int, count: int) -> tuple[int, int]:
+    """First position of slice `index` of `count`, and one past its last.
+
+    The first slices are longer by one where the length does not divide.
+    """
+    size, more = divmod(length, count)
+    start = index * size + min(index, more)
+    return start, start + size + (index < more)
+
+
+def share_rows(model: "H3ForCausalLM", group: ProcessGroup | None) -> None:
+    """Have a model take its inputs as slices of rows that a group of processes shares.
+
+    Each process then gives `input_ids` and `shift_labels` of its own slice, and `position_ids`
+    where documents are packed; all call, and all call backward. The loss of a process is its
+    slice's part: the sum over the processes is the rows', if each is given the number of all
+    labels as `num_items_in_batch`.
+
+    Args:
+        model: The model.
+        group: The processes, in the order of their slices; None for whole rows again.
+
+    Raises:
+        ValueError: if a layer can pass nothing on between slices.
+    """
+    others = {
+        layer.mixer_name
+        for layer in model.model.layers
+        if not isinstance(layer.mixer, H3 | CausalAttention)
+    }
+    if group is not None and others:
+        raise ValueError(f"rows over several processes: {', '.join(sorted(others))} cannot do it")
+    model.model.process_group = group
+
+
+@contextmanager
+def whole_rows(model: "H3ForCausalLM") -> Iterator[None]:
+    """Let a model take whole rows in each process for a while."""
+    group, model.model.process_group = model.model.process_group, None
+    try:
+        yield
+    finally:
+        model.model.process_group = group

@@ -1,0 +1,94 @@
+"""A model on rows in slices over several processes, against the same model on whole rows.
+
+python -m tests.models.sliced_model prints, as a line of JSON, how far loss and gradients are off
+in each case, relative to the largest value.
+"""
+
+# ruff: noqa: T201 (what it prints is its result)
+
+import json
+
+import torch
+from torch import distributed
+
+from h3lm.models import H3Config, H3ForCausalLM
+from h3lm.models.slices import share_rows, slice_bounds, whole_rows
+from tests.processes import in_processes
+
+L = 75  # divides neither by 2 nor by 4
+DOCUMENTS = [0, 11, 19, 60, 63]  # one begins with a slice, one goes over two edges
+
+
+def make(mixers: str, recomputed: bool) -> H3ForCausalLM:
+    torch.manual_seed(0)
+    config = H3Config(
+        vocab_size=32, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, d_state=8,
+        mixers=["h3", "attention", "h3"] if mixers == "hybrid" else mixers, rotary_dim=4,
+        h3_head_dim=2 if mixers == "hybrid" else 1,
+    )  # fmt: skip
+    model = H3ForCausalLM(config).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if recomputed:
+        new = "activation_checkpointing_enable"  # in transformers 5.23
+        getattr(model, new, model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model
+
+
+def run(model: H3ForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
+    model.zero_grad()
+    count = torch.tensor(batch.pop("count"))
+    loss = model(**batch, num_items_in_batch=count).loss
+    loss.backward()
+    return loss.item(), [p.grad.clone().contiguous() for p in model.parameters()]
+
+
+def run_case(mixers: str, packed: bool, recomputed: bool, group) -> dict[str, float]:
+    model = make(mixers, recomputed)
+    rows = 1 if packed else 2
+    tokens = torch.randint(0, 32, (rows, L + 1))
+    labels = tokens[:, 1:].clone()
+    labels[:, 30:37] = -100
+    whole = {"input_ids": tokens[:, :-1], "labels": labels, "shift_labels": labels}
+    if packed:
+        positions = torch.arange(L)
+        starts = torch.zeros(L, dtype=torch.long)
+        starts[DOCUMENTS] = torch.tensor(DOCUMENTS)
+        whole["position_ids"] = (positions - starts.cummax(0)[0])[None]
+    count = int((labels != -100).sum())
+    share_rows(model, group)
+    with whole_rows(model):
+        loss, grads = run(model, whole | {"count": count})
+    start, stop = slice_bounds(L, distributed.get_rank(group), distributed.get_world_size(group))
+    mine = {name: x[:, start:stop].contiguous() for name, x in whole.items()}
+    part, parts = run(model, mine | {"count": count})
+    together = torch.tensor(part, dtype=torch.float64)
+    distributed.all_reduce(together, group=group)
+    off = {"loss": abs(float(together) - loss) / loss}
+    for grad in parts:
+        distributed.all_reduce(grad, group=group)
+    off["gradients"] = max(
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(parts, grads, strict=True)
+    )
+    return off
+
+
+def process(rank: int) -> dict[str, dict[str, float]]:
+    pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
+    report = {}
+    for mixers in ("h3", "hybrid"):
+        for world, group in ((2, pairs[rank // 2]), (4, distributed.group.WORLD)):
+            for packed in (False, True):
+                case = f"{mixers} {world} {'packed' if packed else 'plain'}"
+                report[case] = run_case(mixers, packed, recomputed=packed, group=group)
+    return report
+
+
+if __name__ == "__main__":
+    reports = in_processes(4, process)
+    worst = {
+        case: {key: max(report[case][key] for report in reports) for key in ("loss", "gradients")}
+        for case in reports[0]
+    }
+    print(json.dumps(worst))

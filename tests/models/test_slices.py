@@ -1,0 +1,51 @@
+"""A model on rows over several processes equals the model on whole rows."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from h3lm.models import H3Config, H3ForCausalLM
+from h3lm.models.slices import share_rows, slice_bounds
+
+
+@pytest.fixture(scope="module")
+def differences() -> dict[str, dict[str, float]]:
+    """Of loss and gradients over 2 and 4 processes, relative; see `sliced_model.py`."""
+    command = [sys.executable, "-m", "tests.models.sliced_model"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=root)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixers", ["h3", "hybrid"])
+@pytest.mark.parametrize("rows", ["2 plain", "2 packed", "4 plain", "4 packed"])
+def test_loss_and_gradients_equal_those_of_whole_rows(differences, mixers, rows):
+    off = differences[f"{mixers} {rows}"]
+    assert off["loss"] < 1e-6
+    assert 0 < off["gradients"] < 5e-6
+
+
+@pytest.mark.parametrize(("length", "count"), [(75, 4), (8, 2), (3, 2)])
+def test_slices_cover_the_row(length, count):
+    bounds = [slice_bounds(length, i, count) for i in range(count)]
+    assert bounds[0][0] == 0
+    assert bounds[-1][1] == length
+    assert all(a[1] == b[0] for a, b in pairwise(bounds))
+    assert max(b - a for a, b in bounds) - min(b - a for a, b in bounds) <= 1
+
+
+def test_a_mixer_that_passes_nothing_on_is_refused():
+    model = H3ForCausalLM(
+        H3Config(
+            vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+            mixers="linear_attention",
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="several processes: linear_attention cannot do it"):
+        share_rows(model, object())
