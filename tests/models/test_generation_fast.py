@@ -1,5 +1,7 @@
 """Our decoding loop against the library's: on the CPU without graphs, on a GPU with them."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from transformers.generation import LogitsProcessor, StoppingCriteria
@@ -272,6 +274,44 @@ def test_bytes_of_a_row_are_those_of_the_tensors(mixers):
     assert cache_bytes(cache) == 3 * decoding.bytes_of_row(model, 128)
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests run the kernels")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # the interpreter
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_by_interpreted_kernels_give_the_same_tokens(family, monkeypatch, loops):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model, ids = small_model(**FAMILIES[family]), torch.randint(0, 72, (2, 37))
+    advanced = []
+    inner = type(model.model)._advance
+    monkeypatch.setattr("h3lm.layers.step.has_kernels", lambda x: True)
+    monkeypatch.setattr(type(model.model), "_advance", lambda *a: advanced.append(1) or inner(*a))
+    fast, slow = both(model, ids, loops, max_new_tokens=6)
+    assert len(advanced) == 5
+    assert torch.equal(fast, slow)
+
+
+def test_a_row_is_the_same_to_the_last_bit_whenever_it_joins():
+    """Sums over a ring are rounded in the order of its slots: every row starts at the first."""
+    model, ids = small_model(), torch.randint(0, 72, (1, 9))
+    states = []
+    for steps_before in (0, 3):
+        cache = DecodingCache(model.config, 2, 64)
+        decoder = decoding.Decoder(model, cache, Chooser([], False, 2, 72, ids.device))
+        decoder.allocate()
+        cache.start_empty()
+        for _ in range(steps_before):
+            decoder.step()
+        own = DecodingCache(model.config, 1, 9)
+        decoding.read_prompt(model, own, ids)
+        cache.insert(torch.tensor([1]), own, 9)
+        decoder.token.fill_(7)
+        for _ in range(5):
+            decoder.step()
+        states.append([x.recurrent_states[0][1] for x in cache.layers if hasattr(x, "ring")])
+    for one, other in zip(*states, strict=True):
+        assert torch.equal(one, other)
+
+
 # On a GPU alone
 
 
@@ -356,19 +396,3 @@ def test_attention_kernel_equals_plain_attention(rotary, rows):
             results.append((y, *slots))
     for found, expected in zip(*reversed(results), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_fused_block_equals_the_plain_one(dtype):
-    from h3lm.layers import step
-
-    block = small_model(hidden_size=96).model.layers[0].cuda().to(dtype)
-    r, mixed = torch.randn(2, 5, 1, 96, device="cuda", dtype=dtype).unbind()
-    with torch.no_grad():
-        fused = step.finish_step(r, mixed, block.norm2, block.mlp)
-        total = r + mixed
-        plain = total + block.mlp(block.norm2(total))
-    assert fused is not None
-    size = 4e-2 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(fused, plain, rtol=size, atol=size)

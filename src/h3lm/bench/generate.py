@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from h3lm.bench import measure, report
 from h3lm.flashconv import h3_step_in_place
 from h3lm.layers import H3
-from h3lm.layers.step import attend_step, finish_step
+from h3lm.layers.step import Stream, add_norm, attend_step, product, product_in_parts
 from h3lm.models import H3Config, H3ForCausalLM, decoding
 from h3lm.models.cache import DecodingCache, SlotLayer
 from h3lm.models.sampling import Chooser
@@ -460,34 +460,39 @@ def _product_parts(pure: H3ForCausalLM, rows: int) -> Iterator[_Part]:
     D = pure.config.hidden_size
     blocks, count = pure.model.layers, len(pure.model.layers)
     u, r, hidden = _random(rows, D), _random(rows, D), _random(rows, 4 * D)
-    up, down = blocks[0].mlp.up_proj.weight.nbytes, blocks[0].mlp.down_proj.weight.nbytes
+    mixer, mlp = blocks[0].mixer, blocks[0].mlp
 
-    def widen(i: int) -> Tensor:
-        product = blocks[i].mlp.up_proj
-        return torch._addmm_activation(product.bias, u, product.weight.T, use_gelu=True)
+    def behind(i: int) -> Stream:
+        """A block but for its core: as `Block.advance` has it."""
+        return blocks[i].advance(Stream(r), lambda qkv: u)
 
-    def narrow(i: int) -> Tensor:
-        return r.addmm_(hidden, blocks[i].mlp.down_proj.weight.T)
+    kinds: list[tuple[str, Callable[[int], object], int]] = [
+        ("q, k, v product", lambda i: product(blocks[i].mixer.qkv_proj, u), _bytes(mixer.qkv_proj)),
+        (
+            "output product", lambda i: product_in_parts(blocks[i].mixer.output_proj, u),
+            _bytes(mixer.output_proj),
+        ),
+        (
+            "up product with GELU", lambda i: product(blocks[i].mlp.up_proj, u, gelu=True),
+            _bytes(mlp.up_proj),
+        ),
+        (
+            "down product", lambda i: product_in_parts(blocks[i].mlp.down_proj, hidden),
+            _bytes(mlp.down_proj),
+        ),
+        ("sum and norm", lambda i: add_norm(Stream(r, u[None]), blocks[i].norm1), 8 * rows * D),
+        (
+            "block without its core", behind,
+            sum(map(_bytes, (mixer.qkv_proj, mixer.output_proj, mlp.up_proj, mlp.down_proj))),
+        ),
+    ]  # fmt: skip
+    for name, call, size in kinds:
+        yield _Part(name, call, count, size)
+    yield _Part("head and choice", lambda i: pure.lm_head(u).argmax(-1), 1, _bytes(pure.lm_head))
 
-    def finish(i: int) -> Tensor | None:
-        return finish_step(r[:, None], u[:, None], blocks[i].norm2, blocks[i].mlp)
 
-    mixer = blocks[0].mixer
-    yield _Part(
-        "q, k, v product", lambda i: blocks[i].mixer.qkv_proj(u), count,
-        mixer.qkv_proj.weight.nbytes,
-    )  # fmt: skip
-    yield _Part(
-        "output product", lambda i: blocks[i].mixer.output_proj(u), count,
-        mixer.output_proj.weight.nbytes,
-    )  # fmt: skip
-    yield _Part("up product with GELU", widen, count, up)
-    yield _Part("down product, added", narrow, count, down)
-    yield _Part("everything behind the mixer", finish, count, up + down)
-    yield _Part("first norm", lambda i: blocks[i].norm1(u), count, 4 * rows * D)
-    yield _Part(
-        "head and choice", lambda i: pure.lm_head(u).argmax(-1), 1, pure.lm_head.weight.nbytes
-    )
+def _bytes(linear: Any) -> int:
+    return int(linear.weight.nbytes)
 
 
 def _random(*shape: int) -> Tensor:

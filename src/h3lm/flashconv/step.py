@@ -63,6 +63,7 @@ def h3_step_in_place(
     *,
     head_dim: int = 1,
     backend: str = "auto",
+    early: bool = False,
 ) -> Tensor:
     """`h3_step` that writes the new state over the old one; no gradients.
 
@@ -73,6 +74,8 @@ def h3_step_in_place(
         state: Changed in place but for its `position`.
         head_dim: Channels of a head.
         backend: "auto", "torch" or "triton".
+        early: Promises that the kernel launched before this call writes neither the state nor the
+            operators: then the state may be read while that one still runs.
 
     Returns:
         `o`, (B, D) in the dtype of q.
@@ -91,7 +94,7 @@ def h3_step_in_place(
     choice = choose("h3_step", q.device, q.dtype, backend, problem)
     announce("h3_step", choice)
     if choice.backend in KERNELS:
-        return library.h3_step(q, k, v, *operators, *state, head_dim)
+        return library.h3_step(q, k, v, *operators, *state, head_dim, early)
     old = H3State(unrolled(state.ring, state.position), from_real_pairs(state.diagonal))
     a, b, c = (from_real_pairs(z) for z in (operators.a, operators.b, operators.c))
     system = DiagonalSystem(a, b, c, operators.skip)

@@ -215,34 +215,6 @@ class BidirectionalAttention(CausalAttention):
         q, k, v = self.project(u, self.rotation(positions))
         return self.attend(q, k, v, bias), None
 
-    def step(
-        self,
-        u: Float[Tensor, "B 1 D"],
-        keys: Tensor,
-        values: Tensor,
-        lengths: Integer[Tensor, " B"],
-        longest: int,
-        rotation: Rotation | None,
-    ) -> Float[Tensor, "B 1 D"]:
-        """One position of each row against slots of keys and values, which it joins.
-
-        Args:
-            u: Input.
-            keys, values: (B, heads, capacity, head_dim); changed in place.
-            lengths: Positions that each row has seen.
-            longest: A bound on `lengths`.
-            rotation: Of the position, as `rotation` makes it.
-        """
-        if has_kernels(u):
-            y = attend_step(self.qkv_proj(u)[:, 0], keys, values, lengths, rotation)
-            return self.output_proj(y[:, None])
-        q, k, v = self.project(u, rotation)
-        row = torch.arange(len(u), device=u.device)
-        keys[row, :, lengths], values[row, :, lengths] = k[:, :, 0], v[:, :, 0]
-        seen = torch.arange(longest + 1, device=u.device) <= lengths[:, None]
-        known = keys[:, :, : longest + 1], values[:, :, : longest + 1]
-        return self.attend(q, *known, seen[:, None, None])
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention and output projection; `bias` broadcasts to (B, heads, L, L)."""
         dropout = self.dropout if self.training else 0.0

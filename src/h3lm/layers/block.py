@@ -1,12 +1,13 @@
 """The pre-norm residual block."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from h3lm.layers.mixers import MixerSizes, mixer
 from h3lm.layers.mlp import MLP
-from h3lm.layers.step import finish_step
+from h3lm.layers.step import Stream, add_norm, product, product_in_parts
 
 
 class Block(nn.Module):
@@ -62,9 +63,21 @@ class Block(nn.Module):
         """Everything behind the mixer."""
         if self.mlp is None:
             return r + self.dropout(mixed)
-        if r.shape[-2] == 1 and r.dim() == 3:
-            advanced = finish_step(r, mixed, self.norm2, self.mlp)
-            if advanced is not None:
-                return advanced
         r = r + self.dropout(mixed)
         return r + self.dropout(self.mlp(self.norm2(r)))
+
+    def advance(self, stream: Stream, core: Callable[[Tensor], Tensor]) -> Stream:
+        """`forward` for one position of each row, by kernels; only where `step.can_advance`.
+
+        Args:
+            stream: Residual stream.
+            core: What the mixer does between its projections, (rows, 3 D) to (rows, D).
+        """
+        r, u = add_norm(stream, self.norm1)
+        mixed = core(product(self.mixer.qkv_proj, u))
+        stream = Stream(r, *product_in_parts(self.mixer.output_proj, mixed))
+        if self.mlp is None:
+            return stream
+        r, u = add_norm(stream, self.norm2)
+        hidden = product(self.mlp.up_proj, u, gelu=True)
+        return Stream(r, *product_in_parts(self.mlp.down_proj, hidden))

@@ -263,12 +263,23 @@ class H3(PreparingModule):
             state: Changed in place but for its position. Without gradients.
             operators: What `step_operators` made earlier, for a graph that needs its addresses.
         """
-        q, k, v = self.qkv_proj(u)[:, 0].chunk(3, dim=-1)
-        o = flashconv.h3_step_in_place(
-            q, k, v, operators or self.step_operators(), state,
-            head_dim=self.head_dim, backend="torch" if self.backend == "torch" else "auto",
-        )  # fmt: skip
+        o = self.step_core(self.qkv_proj(u)[:, 0], state, operators)
         return self.output_proj(o[:, None])
+
+    def step_core(
+        self,
+        qkv: Float[Tensor, "B D_times_3"],
+        state: RingState,
+        operators: StepOperators | None = None,
+        *,
+        early: bool = False,
+    ) -> Float[Tensor, "B D"]:
+        """What `step_in_place` does between the projections; `early` as in `h3_step_in_place`."""
+        q, k, v = qkv.chunk(3, dim=-1)
+        return flashconv.h3_step_in_place(
+            q, k, v, operators or self.step_operators(), state, head_dim=self.head_dim,
+            backend="torch" if self.backend == "torch" else "auto", early=early,
+        )  # fmt: skip
 
     def step_operators(self) -> StepOperators:
         """The parameters as `step_in_place` takes them."""

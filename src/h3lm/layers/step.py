@@ -1,14 +1,34 @@
-"""One position of a whole batch: attention against slots, and the block around any mixer.
+"""One position of each row of a batch through whole layers, by kernels and without gradients.
 
-By kernels, without gradients; `has_kernels` says whether they are here.
+A block is seven launches: norm, q k v, core, output, norm, up with GELU, down. Where several
+programs share an output of a product, their sums are added by the norm that follows, together
+with bias and residual stream.
 """
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from h3lm.flashconv.dispatch import TRITON_DTYPES, Problem, capability
 from h3lm.layers.mlp import MLP
 from h3lm.layers.projection import is_plain
+
+
+class Stream(NamedTuple):
+    """A residual stream whose last summand has not been added yet.
+
+    Attributes:
+        r: (rows, D).
+        parts: (n, rows, D), the summand but for its bias; None if there is none.
+        bias: (D,), or None.
+    """
+
+    r: Tensor
+    parts: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -16,6 +36,83 @@ def has_kernels(x: Tensor) -> bool:
     found = capability(x.device)
     able = found is not None and found >= (8, 0) and Problem(1).has_triton
     return able and x.dtype in TRITON_DTYPES and not torch.is_autocast_enabled("cuda")
+
+
+def can_advance(block: Any, r: Tensor) -> bool:
+    """Whether `Block.advance` may take the place of the modules of a block.
+
+    Not with gradients, nor with modules that are not plain (LoRA, quantised, with hooks).
+    """
+    if torch.is_grad_enabled() or block.training or not has_kernels(r):
+        return False
+    mixer, norms, linears = block.mixer, [block.norm1], []
+    if not all(hasattr(mixer, name) for name in ("qkv_proj", "output_proj")):
+        return False
+    linears += [mixer.qkv_proj, mixer.output_proj]
+    if block.mlp is not None:
+        if not isinstance(block.mlp, MLP) or not _has_tanh_gelu(block.mlp):
+            return False
+        norms.append(block.norm2)
+        linears += [block.mlp.up_proj, block.mlp.down_proj]
+    plain = all(is_plain(linear) and linear.weight.is_contiguous() for linear in linears)
+    return plain and all(map(_is_affine, norms)) and _have_dtype(r.dtype, (*norms, *linears))
+
+
+def _have_dtype(dtype: torch.dtype, modules: Iterable[nn.Module]) -> bool:
+    return all(p.dtype == dtype for module in modules for p in module.parameters())
+
+
+def _is_affine(norm: Any) -> bool:
+    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
+
+
+def _has_tanh_gelu(mlp: MLP) -> bool:
+    activation = mlp.activation
+    return isinstance(activation, nn.GELU) and activation.approximate == "tanh"
+
+
+def add_norm(stream: Stream, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """The residual stream with its last summand, and its norm, (rows, D) each."""
+    from h3lm.flashconv.kernels.overlap import can_overlap
+    from h3lm.layers import step_triton
+
+    r, parts, bias = stream
+    return step_triton.add_norm(
+        r, parts, bias, norm.weight, norm.bias, norm.eps, can_overlap(r.device)
+    )
+
+
+def product(linear: nn.Linear, x: Tensor, *, gelu: bool = False) -> Tensor:
+    """A linear map of (rows, d_in), perhaps with GELU behind it."""
+    if _is_small(x):
+        return _small_product(linear, x, gelu=gelu, in_parts=False)
+    if gelu and linear.bias is not None and x.is_cuda:  # elsewhere it is the exact GELU
+        return torch._addmm_activation(linear.bias, x, linear.weight.T, use_gelu=True)
+    y = linear(x)
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def product_in_parts(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A linear map of (rows, d_in) in parts that are still to be added, and its bias."""
+    if _is_small(x):
+        return _small_product(linear, x, gelu=False, in_parts=True), linear.bias
+    return F.linear(x, linear.weight)[None], linear.bias
+
+
+def _is_small(x: Tensor) -> bool:
+    """Whether reading the weights is all that a product costs."""
+    from h3lm.layers.step_triton import MAX_ROWS
+
+    return len(x) <= MAX_ROWS and x.dtype != torch.float32
+
+
+def _small_product(linear: nn.Linear, x: Tensor, *, gelu: bool, in_parts: bool) -> Tensor:
+    from h3lm.flashconv.kernels.overlap import can_overlap
+    from h3lm.layers import step_triton
+
+    size = step_triton.product_size(len(x), linear.weight, in_parts)
+    bias = None if in_parts else linear.bias
+    return step_triton.product(x, linear.weight, bias, gelu, in_parts, can_overlap(x.device), size)
 
 
 def attend_step(
@@ -37,39 +134,10 @@ def attend_step(
         (B, heads head_dim).
     """
     from h3lm.flashconv.kernels.launch import multiprocessors
+    from h3lm.flashconv.kernels.overlap import can_overlap
     from h3lm.layers import step_triton
 
-    programs = step_triton.PROGRAMS_PER_SM * multiprocessors(qkv.device)
-    return step_triton.attend_step(qkv, keys, values, lengths, rotation, programs)
-
-
-def finish_step(r: Tensor, mixed: Tensor, norm: nn.LayerNorm, mlp: nn.Module) -> Tensor | None:
-    """What follows the mixer of a block, for one position (B, 1, D), in three launches and one.
-
-    The sum of the residual stream and the norm are one kernel, which also adds the last bias of
-    the MLP, so that its product can be added in place; the first product has GELU in its epilogue.
-
-    Returns:
-        The residual stream, or None where this is not the thing to do: with gradients, with
-        modules that are not plain (LoRA, hooks), or without kernels.
-    """
-    if torch.is_grad_enabled() or norm.training or not isinstance(mlp, MLP):
-        return None
-    up, down = mlp.up_proj, mlp.down_proj
-    dtypes = {r.dtype, mixed.dtype, up.weight.dtype, down.weight.dtype, norm.weight.dtype}
-    if not (has_kernels(r) and len(dtypes) == 1 and is_plain(up) and is_plain(down)):
-        return None
-    if up.bias is None or norm.weight is None or norm.bias is None or not tanh_gelu(mlp):
-        return None
-    from h3lm.layers.step_triton import add_norm
-
-    rows = r.flatten(0, 1).contiguous(), mixed.flatten(0, 1).contiguous()
-    summed, normed = add_norm(*rows, norm.weight, norm.bias, norm.eps, down.bias)
-    hidden = torch._addmm_activation(up.bias, normed, up.weight.T, use_gelu=True)
-    return summed.addmm_(hidden, down.weight.T).view_as(r)
-
-
-def tanh_gelu(mlp: MLP) -> bool:
-    """Whether the activation is the one that cuBLAS has."""
-    activation = mlp.activation
-    return isinstance(activation, nn.GELU) and activation.approximate == "tanh"
+    device = qkv.device
+    return step_triton.attend_step(
+        qkv, keys, values, lengths, rotation, multiprocessors(device), can_overlap(device)
+    )

@@ -1,18 +1,78 @@
-"""What a decoding step of a whole layer needs beside matrix products, in Triton.
+"""What a decoding step of a whole layer needs around its mixer's core, in Triton.
 
 Attention of one new position against slots of keys and values, each row with a length of its own
-that is read on the device, so that one captured graph serves every length; and the residual sum
-with the norm behind it.
+that is read on the device, so that one captured graph serves every length; products of few rows,
+which are a matter of reading weights; and the residual sum with the norm behind it.
+
+All of them may start while the kernel before them still runs (EARLY, see `flashconv.kernels
+.overlap`): weights are on their way when the inputs come.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-KEYS = 32  # keys in flight in a program
-PROGRAMS_PER_SM = 8
+from h3lm.flashconv.kernels.overlap import fetch, launch_options, wait_for_inputs
+
 LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class AttendSize:
+    """Sizes of attention; `h3lm.bench.generate_tune` times them.
+
+    Attributes:
+        keys: Keys that a program takes at a time.
+        stages: How many of these are on their way.
+        warps: Warps of a program.
+        programs_per_sm: The keys of the batch are spread over at least so many.
+    """
+
+    keys: int = 32
+    stages: int = 3
+    warps: int = 4
+    programs_per_sm: int = 8
+
+
+@dataclass(frozen=True)
+class ProductSize:
+    """Sizes of a product of few rows; `h3lm.bench.generate_tune` times them.
+
+    Attributes:
+        columns: Outputs of a program.
+        depth: Inputs that it takes at a time.
+        parts: Programs that share the inputs of an output.
+        stages: How many tiles of weights are on their way.
+        warps: Warps of a program.
+    """
+
+    columns: int
+    depth: int = 128
+    parts: int = 1
+    stages: int = 4
+    warps: int = 4
+
+
+ATTEND = AttendSize()
+MAX_ROWS = 64  # of products; with more, the libraries' kernels are as good
+FEW_ROWS = 16
+SIZES = {
+    (True, "whole"): ProductSize(32),
+    (True, "square"): ProductSize(32, parts=4),
+    (True, "deep"): ProductSize(32, parts=8),
+    (False, "whole"): ProductSize(64),
+    (False, "square"): ProductSize(64, parts=4),
+    (False, "deep"): ProductSize(64, parts=8),
+}
+
+
+def product_size(rows: int, weight: Tensor, in_parts: bool) -> ProductSize:
+    """The size that measured best for products like this one."""
+    kind = "whole" if not in_parts else "deep" if weight.shape[1] > weight.shape[0] else "square"
+    return SIZES[rows <= FEW_ROWS, kind]
 
 
 @triton.jit
@@ -58,11 +118,14 @@ def attend_step_kernel(
     HALF: tl.constexpr,
     KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One head of one row against its part of the keys; the first part also stores the new one.
 
     Every lane of KEYS has a running maximum of its own: nothing crosses lanes before the end.
     """
+    wait_for_inputs(EARLY)
     number = tl.program_id(0)
     part = tl.program_id(1)
     row = (number // HEADS).to(tl.int64)
@@ -82,7 +145,7 @@ def attend_step_kernel(
     peak = tl.full((KEYS,), -1e30, tl.float32)
     total = tl.zeros((KEYS,), tl.float32)
     summed = tl.zeros((KEYS, WIDTH), tl.float32)
-    for start in range(begin, end, KEYS):
+    for start in tl.range(begin, end, KEYS, num_stages=STAGES):
         key = start + lane
         here = key < end
         at = slots + key.to(tl.int64)[:, None] * HEAD_DIM + feature[None, :]
@@ -137,8 +200,10 @@ def combine_kernel(
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Put the parts of one head of one row together."""
+    wait_for_inputs(EARLY)
     number = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
     feature = tl.arange(0, WIDTH)
@@ -159,7 +224,9 @@ def attend_step(
     values: Tensor,
     lengths: Tensor,
     rotation: tuple[Tensor, Tensor] | None,
-    programs: int,
+    multiprocessors: int,
+    early: bool = False,
+    size: AttendSize = ATTEND,
 ) -> Tensor:
     """Attend from one new position of each row and store its key and value.
 
@@ -168,13 +235,16 @@ def attend_step(
         keys, values: (B, heads, capacity, head_dim), contiguous; changed in place.
         lengths: Positions seen, (B,), below the capacity.
         rotation: Cosine and sine, (B, 1, 1, half) each, float32.
-        programs: How many programs the keys of the batch are spread over, at least.
+        multiprocessors: Of the GPU.
+        early: Whether to start while the kernel before still runs.
+        size: Sizes of the kernel.
 
     Returns:
         (B, heads head_dim).
     """
     B, heads, capacity, head_dim = keys.shape
-    splits = min(triton.cdiv(programs, B * heads), triton.cdiv(capacity, 4 * KEYS))
+    programs = size.programs_per_sm * multiprocessors
+    splits = min(triton.cdiv(programs, B * heads), triton.cdiv(capacity, 4 * size.keys))
     o = torch.empty((B, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     parts = B * heads, splits if splits > 1 else 0
     sums = qkv.new_empty((*parts, head_dim), dtype=torch.float32)
@@ -187,57 +257,173 @@ def attend_step(
         qkv.stride(0), 0 if cos is None or cos.shape[0] == 1 else cos.stride(0), capacity,
         LOG2_E / head_dim**0.5,
         HEADS=heads, HEAD_DIM=head_dim, WIDTH=width, HALF=0 if cos is None else cos.shape[1],
-        KEYS=KEYS, SPLITS=splits, num_warps=4,
+        KEYS=size.keys, SPLITS=splits, STAGES=size.stages, EARLY=early,
+        num_warps=size.warps, **launch_options(early),
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(B * heads,)](
             sums, peaks, totals, o, HEAD_DIM=head_dim, WIDTH=width, SPLITS=splits,
-            PARTS=triton.next_power_of_2(splits), num_warps=4,
+            PARTS=triton.next_power_of_2(splits), EARLY=early, num_warps=4,
+            **launch_options(early),
         )  # fmt: skip
     return o
 
 
 @triton.jit
-def add_norm_kernel(
-    r,
+def product_kernel(
     x,
     weight,
     bias,
-    shift,
+    y,
+    M,
+    N,
+    K,
+    depth_of_part,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Product x weight^T, with bias and GELU if WHOLE; else a part of the sum, in float32.
+
+    The program asks for all of its weights before it waits for x.
+    """
+    part = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.arange(0, ROWS)
+    inside = (column < N)[:, None]
+    weight_row = weight + column.to(tl.int64)[:, None] * K
+    begin = part * depth_of_part
+    end = tl.minimum(begin + depth_of_part, K)
+    if EARLY:
+        line = tl.arange(0, DEPTH // 64) * 64  # one in each line of 128 bytes
+        safe = weight + tl.minimum(column, N - 1).to(tl.int64)[:, None] * K
+        for start in range(begin, end, DEPTH):
+            fetch(safe + tl.minimum(start + line, K - 1)[None, :], EARLY)
+        wait_for_inputs(EARLY)
+
+    depth = tl.arange(0, DEPTH)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in tl.range(begin, end, DEPTH, num_stages=STAGES):
+        at = start + depth
+        here = (at < end)[None, :]
+        values = tl.load(
+            x + row[:, None] * K + at[None, :], mask=(row < M)[:, None] & here, other=0.0
+        )
+        weights = tl.load(weight_row + at[None, :], mask=inside & here, other=0.0)
+        total = tl.dot(values, tl.trans(weights), total)
+    mask = (row < M)[:, None] & (column < N)[None, :]
+    y_at = row.to(tl.int64)[:, None] * N + column[None, :]
+    if WHOLE:
+        if BIAS:
+            total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+        if GELU:  # its tanh approximation: tanh z = 2 sigmoid(2 z) - 1
+            inner = 1.5957691216057308 * (total + 0.044715 * total * total * total)
+            total = total * tl.sigmoid(inner)
+        tl.store(y + y_at, total.to(y.dtype.element_ty), mask=mask)
+    else:
+        tl.store(y + part.to(tl.int64) * M * N + y_at, total, mask=mask)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gelu: bool,
+    in_parts: bool,
+    early: bool,
+    size: ProductSize,
+) -> Tensor:
+    """Multiply few rows by weights: x weight^T.
+
+    Args:
+        x: (rows, K), contiguous, a half dtype; up to `MAX_ROWS` rows.
+        weight: (N, K), contiguous.
+        bias: (N,), added where the product is whole.
+        gelu: Whether GELU follows.
+        in_parts: Whether to leave the last sum to somebody else, with bias.
+        early: Whether to start while the kernel before still runs.
+        size: Sizes of the kernel; several parts only if `in_parts`.
+
+    Returns:
+        (rows, N), or (parts, rows, N) in float32.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    depth_of_part = triton.cdiv(triton.cdiv(K, size.parts), size.depth) * size.depth
+    parts = triton.cdiv(K, depth_of_part)
+    assert in_parts or parts == 1
+    shape, dtype = ((parts, M, N), torch.float32) if in_parts else ((M, N), x.dtype)
+    y = torch.empty(shape, dtype=dtype, device=x.device)
+    product_kernel[(triton.cdiv(N, size.columns), parts)](
+        x, weight, weight if bias is None else bias, y, M, N, K, depth_of_part,
+        ROWS=max(16, triton.next_power_of_2(M)), COLUMNS=size.columns, DEPTH=size.depth,
+        WHOLE=not in_parts, BIAS=bias is not None, GELU=gelu, STAGES=size.stages, EARLY=early,
+        num_warps=size.warps, **launch_options(early),
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def add_norm_kernel(
+    r,
+    parts,
+    bias,
+    weight,
+    offset,
     summed,
     normed,
     eps,
+    M,
     D,
-    SHIFTED: tl.constexpr,
+    PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One row: summed = r + x (+ shift behind the norm), normed = layer_norm(r + x)."""
+    """One row: summed = r + parts + bias, normed = layer_norm(summed)."""
     row = tl.program_id(0).to(tl.int64) * D
     i = tl.arange(0, WIDTH)
     inside = i < D
-    first = tl.load(r + row + i, mask=inside, other=0.0).to(tl.float32)
-    total = first + tl.load(x + row + i, mask=inside, other=0.0).to(tl.float32)
-    rounded = total.to(summed.dtype.element_ty).to(tl.float32)
-    mean = tl.sum(rounded, 0) / D
-    centred = tl.where(inside, rounded - mean, 0.0)
-    scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
     gain = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
-    y = centred * scale * gain + offset
+    shift = tl.load(offset + i, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(EARLY)
+    total = tl.load(r + row + i, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(PARTS):
+        at = parts + part * M * D + row + i
+        total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        total += tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
+    rounded = total.to(summed.dtype.element_ty)
+    tl.store(summed + row + i, rounded, mask=inside)
+    total = rounded.to(tl.float32)
+    mean = tl.sum(total, 0) / D
+    centred = tl.where(inside, total - mean, 0.0)
+    scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+    y = centred * scale * gain + shift
     tl.store(normed + row + i, y.to(normed.dtype.element_ty), mask=inside)
-    if SHIFTED:
-        total += tl.load(shift + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(summed + row + i, total.to(summed.dtype.element_ty), mask=inside)
 
 
 def add_norm(
-    r: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None
+    r: Tensor,
+    parts: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor,
+    offset: Tensor,
+    eps: float,
+    early: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sum r + x + shift, and the layer norm of r + x, both (rows, D), contiguous."""
+    """The sum of r (rows, D), parts (n, rows, D) and bias, and its layer norm; all contiguous."""
     rows, D = r.shape
     summed, normed = torch.empty_like(r), torch.empty_like(r)
+    width = triton.next_power_of_2(D)
     add_norm_kernel[(rows,)](
-        r, x, weight, bias, bias if shift is None else shift, summed, normed, eps, D,
-        SHIFTED=shift is not None, WIDTH=triton.next_power_of_2(D), num_warps=4,
+        r, r if parts is None else parts, weight if bias is None else bias, weight, offset,
+        summed, normed, eps, rows, D,
+        PARTS=0 if parts is None else len(parts), BIAS=bias is not None, WIDTH=width, EARLY=early,
+        num_warps=min(8, max(1, width // 256)), **launch_options(early),
     )  # fmt: skip
     return summed, normed

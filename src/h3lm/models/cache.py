@@ -312,8 +312,8 @@ class DecodingCache(Cache):
     def __init__(
         self, config: H3Config, rows: int, capacity: int, device: torch.device | str = "cpu"
     ) -> None:
-        ring = RingPosition()
-        super().__init__(layers=_layers(config, ring, lambda: SlotLayer(capacity)))
+        self.ring = RingPosition()
+        super().__init__(layers=_layers(config, self.ring, lambda: SlotLayer(capacity)))
         self.rows, self.capacity = rows, capacity
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.longest = 0
@@ -342,6 +342,8 @@ class DecodingCache(Cache):
         """Forget everything, keeping the memory, for another prompt."""
         self.reset()
         self.lengths.zero_()
+        if self.ring.steps is not None:
+            self.ring.steps.zero_()
         self.longest = 0
         self.stepping = False
 
@@ -354,6 +356,10 @@ class DecodingCache(Cache):
             length: Positions that it has seen.
         """
         assert length <= self.capacity
+        if self.ring.steps is not None:
+            # sums over a ring are rounded in the order of its slots: a row that starts where all
+            # rows start is the same to the last bit whenever it joins
+            self.ring.steps.index_fill_(0, rows, 0)
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             if isinstance(mine, SlotLayer):
                 assert isinstance(theirs, SlotLayer)

@@ -24,8 +24,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from h3lm.layers import Block, CausalAttention
+from h3lm.layers import H3, Block, CausalAttention
 from h3lm.layers.attention import Rotation
+from h3lm.layers.step import Stream, add_norm, attend_step, can_advance
 from h3lm.models import decoding
 from h3lm.models.cache import DecodingCache, RingLayer, prepare_cache
 from h3lm.models.configuration_h3 import NOT_CAUSAL, H3Config
@@ -111,6 +112,25 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
                 u, stored.keys, stored.values, cache.lengths, cache.longest, where.rotation
             )
         return self._mix_with_state(u, where, cache)
+
+    def can_advance(self, r: Tensor, cache: DecodingCache) -> bool:
+        """Whether a step may go through `advance`."""
+        if isinstance(self.mixer, H3):
+            stored = cache.layers[self.layer_idx]
+            fits = isinstance(stored, RingLayer) and stored.ring() is not None
+        else:
+            fits = isinstance(self.mixer, CausalAttention)
+        return fits and can_advance(self, r)
+
+    def step_core(self, where: Where, cache: DecodingCache, qkv: Tensor) -> Tensor:
+        """What `advance` needs of the mixer: one position of each row, (rows, 3 D) to (rows, D)."""
+        stored = cache.layers[self.layer_idx]
+        if isinstance(self.mixer, CausalAttention):
+            return attend_step(qkv, stored.keys, stored.values, cache.lengths, where.rotation)
+        # before it there is a product, which writes no state
+        mixed = self.mixer.step_core(qkv, stored.ring(), stored.operators, early=True)
+        stored.stepped()
+        return mixed
 
     def _mix_with_state(self, u: Tensor, where: Where, cache: Cache | None) -> Tensor:
         if cache is None:
@@ -259,17 +279,30 @@ class H3Model(H3PreTrainedModel):
             r = r + self.embed_positions(self._check_positions(position_ids))
         r = self.embedding_dropout(r)
         seen = (r,) if output_hidden_states else ()
-        for layer in self.layers:
-            r = layer(r, where, past_key_values)
-            if output_hidden_states:
-                seen = (*seen, r)
-        r = self.norm(r)
+        if where.step is not None and not seen and self._can_advance(r, where.step):
+            r = self._advance(r, where, where.step)
+        else:
+            for layer in self.layers:
+                r = layer(r, where, past_key_values)
+                if output_hidden_states:
+                    seen = (*seen, r)
+            r = self.norm(r)
         output = BaseModelOutputWithPast(
             last_hidden_state=r,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*seen[:-1], r) if output_hidden_states else None,
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def _can_advance(self, r: Tensor, cache: DecodingCache) -> bool:
+        return all(layer.can_advance(r, cache) for layer in self.layers)
+
+    def _advance(self, r: Tensor, where: Where, cache: DecodingCache) -> Tensor:
+        """All layers and the last norm for one position of each row, (B, 1, D)."""
+        stream = Stream(r[:, 0].contiguous())
+        for layer in self.layers:
+            stream = layer.advance(stream, functools.partial(layer.step_core, where, cache))
+        return add_norm(stream, self.norm)[1][:, None]
 
     def _where(
         self,

@@ -3,23 +3,41 @@
     s_i = sum_j taps_j k_i[t-j];   w_ij = s_i v_j;   x_ij = a x_ij + b w_ij
     y_ij = 2 Re(sum_n c_n x_ij,n) + skip w_ij;   o_j = sum_i q_i y_ij
 
-A program owns some heads and walks over rows of the batch, so that operators are loaded once. It
-moves the diagonal states in and out, reads the shift ring and writes one value of it: memory
-traffic is nearly all that a step costs.
+A program owns some heads of some rows. It moves their diagonal states in and out, reads the shift
+ring and writes one value of it: memory traffic is nearly all that a step costs. So everything that
+does not depend on q, k and v is asked for at once, first the states, and programs are small and
+many: a multiprocessor has about 100 KB on the way. Operators come from the L2 cache, once for all
+rows of a program.
 
 Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 1, as a recurrence.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from h3lm.flashconv.kernels.launch import multiprocessors
+from h3lm.flashconv.kernels.overlap import launch_options, wait_for_inputs
 
-COLUMNS = 8  # channels of a program: 2 KB of state for each row with 32 modes
-ROWS = 2  # rows in flight in a program
-PROGRAMS_PER_SM = 8
+
+@dataclass(frozen=True)
+class StepSize:
+    """Sizes of the kernel; `h3lm.bench.generate_tune` times them.
+
+    Attributes:
+        columns: Channels of a program: 256 bytes of state for each row with 32 modes.
+        rows: Rows of a program.
+        warps: Warps of a program.
+    """
+
+    columns: int = 8
+    rows: int = 4
+    warps: int = 4
+
+
+SIZE = StepSize()
 
 
 @triton.jit
@@ -58,7 +76,6 @@ def h3_step_kernel(
     skip,
     B,
     H,
-    rows_of_program,
     q_stride,
     k_stride,
     v_stride,
@@ -69,8 +86,12 @@ def h3_step_kernel(
     HEADS: tl.constexpr,
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Advance HEADS heads of some rows by a token; SLOTS and WIDTH pad taps and modes."""
+    """Advance HEADS heads of ROWS rows by a token; SLOTS and WIDTH pad taps and modes.
+
+    EARLY: the kernel before this one writes nothing but q, k and v (see `overlap`).
+    """
     COLUMNS: tl.constexpr = HEADS * HEAD_DIM
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, COLUMNS)
@@ -79,69 +100,66 @@ def h3_step_kernel(
     slot = tl.arange(0, SLOTS)
     pair = tl.arange(0, 2 * WIDTH)
     D = H * HEAD_DIM
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    live = row < B
+    far_row = row.to(tl.int64)  # states pass 2^31 elements
+    column_mask = live[:, None] & (head_of_column < H)[None, :]
+    head_mask = live[:, None] & (head < H)[None, :]
+    slot_mask = head_mask[:, :, None]
+    if SLOTS != N_TAPS:
+        slot_mask = slot_mask & (slot < N_TAPS)[None, None, :]
+    state_mask = column_mask[:, :, None]
+    operator_mask = (head_of_column < H)[None, :, None]
+    if WIDTH != MODES:
+        state_mask = state_mask & (pair < 2 * MODES)[None, None, :]
+        operator_mask = operator_mask & (pair < 2 * MODES)[None, None, :]
 
-    inside = (head_of_column < H)[None, :, None] & (pair < 2 * MODES)[None, None, :]
-    at = head_of_column[None, :, None] * (2 * MODES) + pair[None, None, :]
-    a_re, a_im = load_operator(a, at, inside, COLUMNS, WIDTH)
-    b_re, b_im = load_operator(b, at, inside, COLUMNS, WIDTH)
-    c_re, c_im = load_operator(c, at, inside, COLUMNS, WIDTH)
-    direct = tl.load(skip + head_of_column, mask=head_of_column < H, other=0.0)
+    write = tl.load(position + row, mask=live, other=0)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for i in tl.static_range(HEAD_DIM):
+        of_pair = (head_of_column * HEAD_DIM + i) * HEAD_DIM + column % HEAD_DIM
+        state_at = (far_row[:, None] * (D * HEAD_DIM) + of_pair[None, :]) * (2 * MODES)
+        state = diagonal + state_at[:, :, None] + pair[None, None, :]
+        old = tl.load(state, mask=state_mask, other=0.0)
+        source = head * HEAD_DIM + i
+        ring_at = (far_row[:, None] * D + source[None, :]) * N_TAPS
+        window = tl.load(
+            ring + ring_at[:, :, None] + slot[None, None, :], mask=slot_mask, other=0.0
+        )
+        if i == 0:
+            write = (write % N_TAPS).to(tl.int32)
+            age = write[:, None] - slot[None, :]
+            age = tl.where(age < 0, age + N_TAPS, age)
+            at = head_of_column[None, :, None] * (2 * MODES) + pair[None, None, :]
+            a_re, a_im = load_operator(a, at, operator_mask, COLUMNS, WIDTH)
+            b_re, b_im = load_operator(b, at, operator_mask, COLUMNS, WIDTH)
+            c_re, c_im = load_operator(c, at, operator_mask, COLUMNS, WIDTH)
+            direct = tl.load(skip + head_of_column, mask=head_of_column < H, other=0.0)
+        weight = tl.load(
+            taps + source[None, :, None] * N_TAPS + age[:, None, :], mask=slot_mask, other=0.0
+        )
+        if i == 0:
+            wait_for_inputs(EARLY)
+            v_at = far_row[:, None] * v_stride + channel[None, :]
+            value = tl.load(v + v_at, mask=column_mask, other=0.0).to(tl.float32)
+        new = tl.load(k + far_row[:, None] * k_stride + source[None, :], mask=head_mask, other=0.0)
+        gate = tl.load(q + far_row[:, None] * q_stride + source[None, :], mask=head_mask, other=0.0)
+        # the oldest value makes room for the new one; other threads may or may not see it yet
+        here = slot[None, None, :] == write[:, None, None]
+        window = tl.where(here, new[:, :, None], window)
+        tl.store(ring + ring_at + write[:, None], new, mask=head_mask)
+        s = tl.sum(window.to(tl.float32) * weight, 2)
 
-    first = tl.program_id(1) * rows_of_program
-    last = tl.minimum(first + rows_of_program, B)
-    for start in range(first, last, ROWS):
-        row = start + tl.arange(0, ROWS)
-        live = row < last
-        far_row = row.to(tl.int64)  # states pass 2^31 elements
-        write = (tl.load(position + row, mask=live, other=0) % N_TAPS).to(tl.int32)
-        age = write[:, None] - slot[None, :]
-        age = tl.where(age < 0, age + N_TAPS, age)
-        column_mask = live[:, None] & (head_of_column < H)[None, :]
-        head_mask = live[:, None] & (head < H)[None, :]
-        slot_mask = head_mask[:, :, None]
-        if SLOTS != N_TAPS:
-            slot_mask = slot_mask & (slot < N_TAPS)[None, None, :]
-        state_mask = column_mask[:, :, None]
-        if WIDTH != MODES:
-            state_mask = state_mask & (pair < 2 * MODES)[None, None, :]
-
-        v_at = far_row[:, None] * v_stride + channel[None, :]
-        value = tl.load(v + v_at, mask=column_mask, other=0.0).to(tl.float32)
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for i in tl.static_range(HEAD_DIM):
-            source = head * HEAD_DIM + i
-            new = tl.load(
-                k + far_row[:, None] * k_stride + source[None, :], mask=head_mask, other=0.0
-            )
-            gate = tl.load(
-                q + far_row[:, None] * q_stride + source[None, :], mask=head_mask, other=0.0
-            )
-            ring_at = (far_row[:, None] * D + source[None, :]) * N_TAPS
-            window = tl.load(
-                ring + ring_at[:, :, None] + slot[None, None, :], mask=slot_mask, other=0.0
-            )
-            # the oldest value makes room for the new one; other threads may or may not see it yet
-            here = slot[None, None, :] == write[:, None, None]
-            window = tl.where(here, new[:, :, None], window)
-            weight = tl.load(
-                taps + source[None, :, None] * N_TAPS + age[:, None, :], mask=slot_mask, other=0.0
-            )
-            tl.store(ring + ring_at + write[:, None], new, mask=head_mask)
-            s = tl.sum(window.to(tl.float32) * weight, 2)
-
-            w = per_column(s, ROWS, HEADS, HEAD_DIM) * value
-            of_pair = (head_of_column * HEAD_DIM + i) * HEAD_DIM + column % HEAD_DIM
-            state_at = (far_row[:, None] * (D * HEAD_DIM) + of_pair[None, :]) * (2 * MODES)
-            state = diagonal + state_at[:, :, None] + pair[None, None, :]
-            re, im = split_pairs(tl.load(state, mask=state_mask, other=0.0), ROWS, COLUMNS, WIDTH)
-            new_re = a_re * re - a_im * im + b_re * w[:, :, None]
-            new_im = a_re * im + a_im * re + b_im * w[:, :, None]
-            joined = tl.reshape(tl.join(new_re, new_im), (ROWS, COLUMNS, 2 * WIDTH))
-            tl.store(state, joined, mask=state_mask)
-            y = 2 * tl.sum(c_re * new_re - c_im * new_im, 2) + direct[None, :] * w
-            total += per_column(gate.to(tl.float32), ROWS, HEADS, HEAD_DIM) * y
-        o_at = far_row[:, None] * D + channel[None, :]
-        tl.store(o + o_at, total.to(o.dtype.element_ty), mask=column_mask)
+        w = per_column(s, ROWS, HEADS, HEAD_DIM) * value
+        re, im = split_pairs(old, ROWS, COLUMNS, WIDTH)
+        new_re = a_re * re - a_im * im + b_re * w[:, :, None]
+        new_im = a_re * im + a_im * re + b_im * w[:, :, None]
+        joined = tl.reshape(tl.join(new_re, new_im), (ROWS, COLUMNS, 2 * WIDTH))
+        tl.store(state, joined, mask=state_mask)
+        y = 2 * tl.sum(c_re * new_re - c_im * new_im, 2) + direct[None, :] * w
+        total += per_column(gate.to(tl.float32), ROWS, HEADS, HEAD_DIM) * y
+    o_at = far_row[:, None] * D + channel[None, :]
+    tl.store(o + o_at, total.to(o.dtype.element_ty), mask=column_mask)
 
 
 def step(
@@ -157,6 +175,8 @@ def step(
     position: Tensor,
     diagonal: Tensor,
     head_dim: int,
+    early: bool = False,
+    size: StepSize = SIZE,
 ) -> Tensor:
     """Launch the kernel; see `flashconv.h3_step_in_place` for shapes.
 
@@ -164,18 +184,14 @@ def step(
     """
     B, D = q.shape
     H, modes, n_taps = D // head_dim, a.shape[1], taps.shape[1]
-    heads = max(1, COLUMNS // head_dim)
-    rows = min(ROWS, triton.next_power_of_2(B))
-    columns = triton.cdiv(H, heads)
-    blocks = triton.cdiv(B, rows)
-    wanted = triton.cdiv(PROGRAMS_PER_SM * multiprocessors(q.device), columns)
-    blocks_of_program = triton.cdiv(blocks, min(blocks, wanted))
+    heads = max(1, size.columns // head_dim)
+    rows = min(size.rows, triton.next_power_of_2(B))
     o = torch.empty((B, D), dtype=q.dtype, device=q.device)
-    h3_step_kernel[(columns, triton.cdiv(blocks, blocks_of_program))](
+    h3_step_kernel[(triton.cdiv(H, heads), triton.cdiv(B, rows))](
         q, k, v, o, ring, position, diagonal, taps, a, b, c, skip,
-        B, H, blocks_of_program * rows, q.stride(0), k.stride(0), v.stride(0),
+        B, H, q.stride(0), k.stride(0), v.stride(0),
         HEAD_DIM=head_dim, N_TAPS=n_taps, MODES=modes, ROWS=rows, HEADS=heads,
         SLOTS=triton.next_power_of_2(n_taps), WIDTH=triton.next_power_of_2(modes),
-        num_warps=4,
+        EARLY=early, num_warps=size.warps, **launch_options(early),
     )  # fmt: skip
     return o

@@ -1,0 +1,47 @@
+"""Kernels of a decoding step that start while the one before them still runs.
+
+A step is a chain of kernels of 3 to 10 microseconds. With programmatic dependent launch (Hopper
+and later) programs of the next kernel start in multiprocessors that are free already, and may
+bring what no earlier kernel writes, weights above all, closer before they wait.
+
+A kernel lets the next one start only behind its own wait. So what runs before a wait sees
+everything but the writes of the one kernel before it.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+
+@cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether the GPU and this Triton have programmatic dependent launch."""
+    if device.type != "cuda" or not hasattr(cuda, "gdc_wait"):
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(early: bool) -> dict[str, bool]:
+    """What a launch takes besides; nothing where kernels do not overlap (the interpreter)."""
+    return {"launch_pdl": True} if early else {}
+
+
+@triton.jit
+def wait_for_inputs(EARLY: tl.constexpr):
+    """Wait for the kernel before this one, then let the next one start."""
+    if EARLY:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def fetch(pointers, EARLY: tl.constexpr):
+    """Ask for the 128 bytes at each pointer to be brought to the L2 cache."""
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
