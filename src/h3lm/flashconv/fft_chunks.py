@@ -9,8 +9,7 @@ Source: Fu et al. 2023 (arXiv 2212.14052v3), section 4.2 and Algorithm 2.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -40,16 +39,23 @@ class FFTOperators:
     system: DiagonalSystem | DPLRSystem
     chunk_length: int
     filter: KeptFilter
+    # not a cached property: the compiler does not look through its lock
+    _kept: dict[str, StateBlocks] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of states as real numbers."""
         return self.system.skip.dtype
 
-    @cached_property
+    @property
     def blocks(self) -> StateBlocks:
         """From inputs of a chunk to a state, and back."""
-        return StateBlocks.of(self.system.dense(), self.chunk_length, self.dtype)
+        if "blocks" not in self._kept:
+            made = StateBlocks.of(self.system.dense(), self.chunk_length, self.dtype)
+            self._kept["blocks"] = made
+        return self._kept["blocks"]
 
     def power(self, length: int) -> Tensor:
         """A to a length, float64."""

@@ -10,8 +10,7 @@ Source: Gu et al. 2022 (S4), sections 3.2 and 3.3 and Appendix C.3.
 """
 
 import math
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -22,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from h3lm.ssm.hints import SSM_HINT, ParameterHint, SSMModule
 from h3lm.ssm.hippo import legs_normal_plus_low_rank
 from h3lm.ssm.operators import DiagonalSystem, _widen
-from h3lm.ssm.state_blocks import StateBlocks, advance, as_complex, as_real
+from h3lm.ssm.state_blocks import Dense, StateBlocks, advance, as_complex, as_real
 
 MAX_CONDITION = 1e6
 _MAX_ENTRIES = 1 << 24  # of the Cauchy table held at once
@@ -53,6 +52,8 @@ class DPLRSystem:
     c: Tensor
     dt: Tensor
     skip: Tensor
+    # not a cached property: the compiler does not look through its lock
+    _kept: dict[str, Dense] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_systems(self) -> int:
@@ -72,10 +73,11 @@ class DPLRSystem:
         Returns:
             Abar (H, N, N), Bbar (H, N) and the read-out row (H, N), float64. y = row x + skip u.
         """
-        return self._dense
+        if "dense" not in self._kept:
+            self._kept["dense"] = self._make_dense()
+        return self._kept["dense"]
 
-    @cached_property
-    def _dense(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _make_dense(self) -> tuple[Tensor, Tensor, Tensor]:
         P, B, c = (_widen(x) for x in (self.P, self.B, self.c))
         wide = replace(
             self,
