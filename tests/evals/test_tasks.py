@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import time
@@ -150,6 +151,8 @@ def test_mistakes_are_one_line(model, data, tmp_path):
     torch.manual_seed(1)
     save_model(H3ForCausalLM(tiny().config), other, byte_tokenizer())
     evaluate_tasks(model, ["copa"], data_dir=data, output=tmp_path / "report")
+    (tmp_path / "orphan").mkdir()
+    (tmp_path / "orphan" / "report.json").write_text("{}")
     cases = [
         ((model, ["bolq"]), {"data_dir": data}, "there is no task 'bolq'.*boolq"),
         ((model, ["copa"]), {"data_dir": tmp_path / "no"}, "no such folder"),
@@ -161,6 +164,12 @@ def test_mistakes_are_one_line(model, data, tmp_path):
         ((str(foreign), ["copa"]), {"data_dir": data}, "another model's tokenizer"),
         ((str(other), ["copa"]), {"data_dir": data, "output": tmp_path / "report"},
          "holds the report of another run"),
+        ((model, ["copa"]), {"data_dir": data, "limit": 2, "output": tmp_path / "report"},
+         r"another run \(its limit differs\)"),
+        ((model, ["cb"]), {"data_dir": data, "output": tmp_path / "report"},
+         r"another run \(its tasks, data differs\)"),
+        ((model, ["copa"]), {"data_dir": data, "output": tmp_path / "orphan"},
+         "whose journal is gone"),
         ((model, ["copa"]), {"data_dir": data, "precision": "fp8"}, "not one of fp32, bf16"),
     ]  # fmt: skip
     for arguments, named, message in cases:
@@ -216,3 +225,46 @@ evaluate_tasks({model!r}, {ALL!r}, data_dir=Path({str(data)!r}), output=Path("ru
     for name, result in report[0].results.items():
         for metric, (value, _) in result.metrics.items():
             assert again.results[name].metrics[metric][0] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_harnesss_own_program_scores_a_folder(model, data, tmp_path):
+    """Nothing but lm-eval, told of a local task; it knows of h3lm by the folder's remote code."""
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"question": f"{n} and", "answer": " two"}) + "\n" for n in range(4))
+    )
+    (tmp_path / "local.yaml").write_text(
+        f"""task: local
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {tmp_path / "texts.jsonl"}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list:
+  - metric: perplexity
+    aggregation: perplexity
+    higher_is_better: false
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "local",
+         "--model_args", f"pretrained={model},trust_remote_code=True,dtype=float32",
+         "--device", "cpu", "--include_path", str(tmp_path), "--output_path", "out"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1",
+                          "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (found,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(found.read_text())["results"]["local"]["perplexity,none"]
+    with torch.no_grad():
+        nats = []
+        for n in range(4):
+            ids = torch.tensor([byte_tokenizer()(f"{n} and two")["input_ids"]])
+            scores = tiny()(ids).logits[0, -5:-1].log_softmax(-1)
+            nats.append(-float(scores[range(4), ids[0, -4:]].sum()))
+    assert theirs == pytest.approx(torch.tensor(nats).mean().exp().item(), rel=1e-3)

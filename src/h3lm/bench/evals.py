@@ -10,13 +10,15 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from torch.profiler import ProfilerActivity, profile
 
 from h3lm.bench.measure import environment
 from h3lm.bench.report import Row, write
@@ -32,13 +34,18 @@ SUPERGLUE = ("boolq", "cb", "copa", "multirc", "sglue_rte", "wic", "wsc")  # tho
 PRESETS = {"hybrid": "hybrid", "Transformer": "attention"}
 LONG_PRESETS = {"H3": "h3", **PRESETS}
 PLAIN_BATCHES = (32, 128, 512)
+MOST_KERNELS = 16
+KERNEL_NOTES = "Kernels that the tree spends most of the GPU's time in."
 SAMPLE = 384  # requests that the plain path's batch size is chosen on
-# float32 on a GPU, against the plain path: sums of up to hundreds of log-probabilities near -11
-GATE_NATS = 1e-3
+GATE_NATS = 1e-4  # float32 without tensor cores, against the plain path
 NOTES = """Random weights: the time does not depend on them. Time is that of answering the requests
 of a set, tokenising included; building prompts and metrics is the same for both and is not in it.
-`plain` is lm-eval's own `hf` model at the best of the batch sizes tried, on the same requests.
-`asked` and `computed` are input tokens of the requests and of the tree."""
+`plain` is lm-eval's own `hf` model at the best of the batch sizes tried, on the same requests;
+before it is timed it has run a quarter of them. `tree` is the second of two runs; what the first
+compiled once and for all is under `first`, what a run compiles anew under `compiled`.
+`asked` and `computed` are input tokens of the requests and of the tree, `run` with padding.
+Of the tree's time, tokenising, building the tree and waiting for the GPU are given; the rest is
+the host launching kernels. `kernels s` is the GPU's own time, from a third run under the profiler."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,9 @@ class Set:
 
 
 SETS = (
-    Set("seven SuperGLUE sets, zero-shot", SUPERGLUE, 0, {"boolq": 1000, "multirc": 1200}),
-    Set("MultiRC, zero-shot", ("multirc",), 0, {"multirc": 1200}),
-    Set("HellaSwag, fixed 3-shot", ("hellaswag",), 3, {"hellaswag": 400}),
+    Set("MultiRC, zero-shot", ("multirc",), 0, {}),
+    Set("HellaSwag, fixed 3-shot", ("hellaswag",), 3, {"hellaswag": 2000}),
+    Set("seven SuperGLUE sets, zero-shot", SUPERGLUE, 0, {}),
 )
 
 
@@ -90,6 +97,9 @@ def main() -> None:
 def _run(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     torch.set_grad_enabled(False)
+    # the gate below is of float32, not of the ten bits of TF32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     device = torch.device(arguments.device)
     tokenizer = gpt2_tokenizer(arguments.gpt2)
 
@@ -102,32 +112,37 @@ def _run(arguments: argparse.Namespace) -> None:
     sample = [x for every in instances.values() for x in every[:: max(1, len(every) // 100)]]
     _say(f"prompts built after {time.monotonic() - began:.0f} s")
     agreement = [_check(name, make, mixers, tokenizer, sample) for name, mixers in PRESETS.items()]
+    where = environment(" ".join(sys.argv)) if device.type == "cuda" else {"device": "cpu"}
+    notes = f"{NOTES}\n\nBefore anything was timed: {'; '.join(agreement)}."
     races: list[Row] = []
+    kernels: list[Row] = []
     for name, mixers in PRESETS.items():
         model = make(mixers, torch.bfloat16)
-        _answer(TreeLM(model, tokenizer), sample)  # kernels are compiled here, not below
         for s in SETS:
             if time.monotonic() - began > arguments.seconds:
                 _say(f"no time left for {name} on {s.name}")
                 continue
-            title = f"{name}, {s.name}"
+            title, requests = f"{name}, {s.name}", instances[s.name]
+            races.append(_race(title, model, tokenizer, requests, arguments.state_cost))
             tree = TreeLM(model, tokenizer, state_cost_tokens=arguments.state_cost)
-            races.append(_race(title, tree, instances[s.name]))
+            kernels += _kernels(title, tree, requests, races[-1])
             _say(races[-1])
+            # as they come: a kill loses nothing
+            write("prefix_tree", arguments.output, where, notes, races)
+            write("prefix_tree_kernels", arguments.output, where, KERNEL_NOTES, kernels)
         del model
         _forget()
     long: list[Row] = []
+    about_long = f"One document of {arguments.long:,} tokens, all of them scored, in bfloat16."
     for name, mixers in LONG_PRESETS.items():
         model = make(mixers, torch.bfloat16)
         long.append(_long_document(name, model, arguments.long))
         _say(long[-1])
+        write("long_document", arguments.output, where, about_long, long)
         del model
         _forget()
-    where = environment(" ".join(sys.argv)) if device.type == "cuda" else {"device": "cpu"}
-    notes = f"{NOTES}\n\nBefore anything was timed: {'; '.join(agreement)}."
-    about_long = f"One document of {arguments.long:,} tokens, all of them scored, in bfloat16."
-    for title, text, rows in (("prefix_tree", notes, races), ("long_document", about_long, long)):
-        _say(write(title, arguments.output, where, text, rows).read_text())
+    for path in sorted(arguments.output.glob("*.md")):
+        _say(path.read_text())
 
 
 def _instances(s: Set, data_dir: Path, scale: float) -> list[Any]:
@@ -173,10 +188,15 @@ def _check(
     return said
 
 
-def _race(name: str, tree: TreeLM, requests: list[Any]) -> Row:
-    """Time of both paths on the same requests."""
+def _race(
+    name: str, model: H3ForCausalLM, tokenizer: Any, requests: list[Any], state_cost: int
+) -> Row:
+    """Time of both paths on the same requests.
+
+    The tree runs twice: the first time shapes are new to kernels that are compiled for them and
+    to the libraries' choices, as the plain path's are while its batch size is tried.
+    """
     part = requests[:: max(1, len(requests) // SAMPLE)]
-    model, tokenizer = tree.model, tree.tokenizer
     speeds = {}
     for batch in PLAIN_BATCHES:
         lm = _plain(model, tokenizer, batch)
@@ -186,8 +206,14 @@ def _race(name: str, tree: TreeLM, requests: list[Any]) -> Row:
         except torch.OutOfMemoryError:
             _forget()
     best = min(speeds, key=lambda batch: speeds[batch])
-    plain_s, plain_gb = _timed(_plain(model, tokenizer, best), requests)
-    tree_s, tree_gb = _timed(tree, requests)
+    plain = _plain(model, tokenizer, best)
+    _answer(plain, requests[::4])
+    plain_s, plain_gb = _timed(plain, requests)
+    with _compilations() as once:
+        first_s, _ = _timed(TreeLM(model, tokenizer, state_cost_tokens=state_cost), requests)
+    tree = TreeLM(model, tokenizer, state_cost_tokens=state_cost)
+    with _compilations() as anew:
+        tree_s, tree_gb = _timed(tree, requests)
     work = tree.scorer.work
     return {
         "model and set": name,
@@ -196,15 +222,60 @@ def _race(name: str, tree: TreeLM, requests: list[Any]) -> Row:
         "plain batch": best,
         "tree s": tree_s,
         "times faster": plain_s / tree_s,
+        "first s": first_s,
+        "first compiled": len(once),
+        "first compiling s": sum(once),
+        "compiled": len(anew),
         "asked": work.asked,
         "computed": work.computed,
         "asked / computed": work.asked / work.computed,
         "run": work.run,
         "calls": work.calls,
-        "tree without tokenising s": work.seconds,
+        "tokenising s": tree_s - work.seconds,
+        "building s": work.building,
+        "launching s": work.seconds - work.building - work.waiting,
+        "waiting s": work.waiting,
         "plain peak GB": plain_gb,
         "tree peak GB": tree_gb,
     }
+
+
+def _kernels(name: str, tree: TreeLM, requests: list[Any], race: Row) -> list[Row]:
+    """The kernels that the GPU spends most time in; their sum goes into the row of the race."""
+    if not torch.cuda.is_available():
+        return []
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        _answer(tree, requests)
+        _synchronise()
+    events = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
+    race["kernels s"] = sum(event.self_device_time_total for event in events) / 1e6
+    race["launched"] = sum(event.count for event in events)
+    return [
+        {
+            "model and set": name,
+            "kernel": event.key[:80].replace("|", " "),
+            "count": event.count,
+            "ms": event.self_device_time_total / 1e3,
+        }
+        for event in events[:MOST_KERNELS]
+    ]
+
+
+@contextmanager
+def _compilations() -> Iterator[list[float]]:
+    """Seconds of each kernel that Triton makes meanwhile, or takes from its cache on disk."""
+    seconds: list[float] = []
+    if not torch.cuda.is_available():
+        yield seconds
+        return
+    from triton import knobs
+
+    def heard(*, times: Any, **_: Any) -> None:
+        seconds.append(times.total / 1e6)
+
+    with knobs.compilation.scope():
+        knobs.compilation.listener = heard
+        yield seconds
 
 
 def _long_document(name: str, model: H3ForCausalLM, length: int) -> Row:

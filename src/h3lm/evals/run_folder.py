@@ -60,7 +60,9 @@ def versions() -> dict[str, str]:
 
 def command_line() -> str:
     """What was typed."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    name = "python -m h3lm" if program.name == "__main__.py" else program.name
+    return " ".join([name, *sys.argv[1:]])
 
 
 def _commit() -> str:
