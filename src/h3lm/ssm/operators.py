@@ -7,6 +7,8 @@ from jaxtyping import Complex, Float, Inexact, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
+from h3lm.ssm.fused_operators import can_fuse, fused_operators
+
 DEFAULT_CHUNK_LENGTH = 64
 
 
@@ -136,6 +138,8 @@ class DiagonalSystem:
     ) -> "ChunkOperators":
         """Build the matrices that carry this system over chunks of `chunk_length` inputs.
 
+        On an NVIDIA GPU with Triton one operator makes all of them (`ssm.fused_operators`).
+
         Args:
             taps: Taps of a short filter in front of the system (`ShiftSSM.taps()`), (D, n_taps);
                 D is a multiple of H.
@@ -147,6 +151,9 @@ class DiagonalSystem:
         if chunk_length < 1:
             raise ValueError(f"chunk_length={chunk_length} must be positive")
         T = chunk_length
+        if can_fuse(self.a, taps, T):
+            M, K, P, filters, decay = fused_operators(self.a, self.b, self.c, self.skip, taps, T)
+            return ChunkOperators(M, K, P, filters, decay, system=self, taps=taps)
         response = self.filter(T)
         response = torch.cat([response[:, :1] + self.skip[:, None], response[:, 1:]], 1)
         into, out = self._power_tables(T)
