@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from h3lm import H3Config, H3ForCausalLM
-from h3lm.data.tokenizers import byte_tokenizer
+from h3lm.data.tokenizers import byte_tokenizer, train_bpe
 from h3lm.errors import UserError
 from h3lm.evals.harness import load_tasks, run_tasks
 from h3lm.evals.journal import Journal
@@ -268,3 +269,37 @@ metric_list:
             scores = tiny()(ids).logits[0, -5:-1].log_softmax(-1)
             nats.append(-float(scores[range(4), ids[0, -4:]].sum()))
     assert theirs == pytest.approx(torch.tensor(nats).mean().exp().item(), rel=1e-3)
+
+
+def test_texts_are_tokenised_as_the_harness_does():
+    """Against the harness's own way, on texts that mix all kinds of white space and marks."""
+    from h3lm.evals.tree_lm import TreeLM
+
+    draw = random.Random(0)
+    pieces = [
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        " \n",
+        "\t",
+        "a",
+        "the",
+        "cat's",
+        "7",
+        "é",
+        "...",
+        "-",
+        "\x1c",
+    ]
+    texts = ["".join(draw.choices(pieces, k=30)) for _ in range(60)]
+    tokenizer = train_bpe(texts, 340)
+    torch.manual_seed(0)
+    config = H3Config(vocab_size=344, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                      d_state=8, mixers="h3")  # fmt: skip
+    lm = TreeLM(H3ForCausalLM(config).eval(), tokenizer)
+    pairs = [(a, b) for a, b in zip(texts, reversed(texts), strict=True) if a.strip() and b.strip()]
+    pairs += [(a, draw.choice([" ", "\n", ""]) + "yes") for a, _ in pairs]
+    for pair, request in zip(pairs, lm.encode(pairs), strict=True):
+        found = [*map(int, request.context)], [*map(int, request.continuation)]
+        assert found == lm._encode_pair(*pair)
