@@ -177,3 +177,22 @@ def test_what_is_not_plain_does_not_advance(monkeypatch):
         block.mixer = torch.nn.Identity()
         assert not steps.can_advance(block, r)
     assert not steps.can_advance(block, r)
+
+
+def test_the_self_test_passes_and_finds_a_wrong_kernel(monkeypatch, triton_step):
+    from h3lm.layers import self_test
+
+    if not GPU:  # without bfloat16 in the interpreter
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.half)
+        monkeypatch.setattr(torch.nn.Module, "bfloat16", torch.nn.Module.half)
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: torch.no_grad())
+    self_test.step_fault.cache_clear()
+    assert self_test.step_fault(DEVICE) == ""
+    right = triton_step.product
+    monkeypatch.setattr(triton_step, "product", lambda *a: 1.2 * right(*a))
+    self_test.step_fault.cache_clear()
+    assert "a step of h3 differs" in self_test.step_fault(DEVICE)
+    monkeypatch.setattr(triton_step, "product", lambda *a: 1 / 0)
+    self_test.step_fault.cache_clear()
+    assert "ZeroDivisionError" in self_test.step_fault(DEVICE)
+    self_test.step_fault.cache_clear()

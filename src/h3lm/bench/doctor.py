@@ -12,6 +12,7 @@ from torch import Tensor
 from h3lm import flashconv
 from h3lm.flashconv.dispatch import BACKENDS, ConvAlgorithm
 from h3lm.flashconv.kernels.conv_plan import fault
+from h3lm.layers.self_test import step_fault
 from h3lm.models.generation import pick_device
 from h3lm.ssm import DiagonalSSM, DiagonalSystem, ShiftSSM
 
@@ -64,6 +65,10 @@ def examine(device: str, say: Callable[[str], None]) -> bool:
             say(f"  FAIL  fft_conv by {algorithm}: {wrong}; torch.fft runs in its place")
         else:
             say(f"  ok    fft_conv by {algorithm}: agrees with torch.fft")
+    if where.type == "cuda":
+        wrong = step_fault(where)
+        good &= not wrong
+        say(f"  FAIL  decoding step: {wrong}" if wrong else "  ok    decoding step: as its modules")
     choice = flashconv.choose("h3_core", where, torch.bfloat16)
     say(f"h3_core in bfloat16 on {where} runs by {choice.backend}: {choice.reason}")
     say("all paths agree with their definition" if good else "a path is wrong: do not use it")

@@ -53,3 +53,15 @@ def lra(out: Folder = DEFAULT_FOLDER) -> None:
     from h3lm.bench.lra import run
 
     print(run(out, print))
+
+
+@bench.command()
+def generate(
+    out: Folder = DEFAULT_FOLDER,
+    preset: Annotated[str, Option(help="125m, 355m, 1.3b or 2.7b.")] = "1.3b",
+    minutes: Annotated[float, Option(help="What is not measured by then is left out.")] = 10.0,
+) -> None:
+    """Tokens per second of `generate`: H3, the hybrid and Transformers at several prompts."""
+    from h3lm.bench.generate import run
+
+    print(run(out, print, preset=preset, minutes=minutes))

@@ -1,0 +1,244 @@
+"""Time every size of the kernels of a decoding step: what their tables of sizes were chosen by.
+
+    python -m h3lm.bench.generate_tune [--minutes 3] [--only core,attend,product]
+
+Kernels are compiled by many processes at once into Triton's cache; then each is checked and timed
+in this one, under a CUDA graph over as many layers as exceed the L2 cache, beside the libraries'.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from h3lm.bench.generate import graph_ms
+from h3lm.bench.roofline import Ceilings
+from h3lm.flashconv import RingState, StepOperators, h3_step_in_place
+from h3lm.flashconv.kernels.launch import multiprocessors
+from h3lm.flashconv.kernels.overlap import can_overlap
+from h3lm.flashconv.kernels.step_triton import StepSize
+from h3lm.flashconv.kernels.step_triton import step as core_step
+from h3lm.layers.step_triton import AttendSize, ProductSize, attend_step, product
+
+D, HEADS, HEAD_DIM, MODES, TAPS = 2048, 16, 128, 32, 64  # of the 1.3B preset
+TOLERANCE = 1e-2
+PRODUCTS = {"qkv": (3 * D, D), "out": (D, D), "up": (4 * D, D), "down": (D, 4 * D)}
+CONTEXTS = ((64, 576), (64, 1088), (16, 8256), (4, 65600))  # rows and keys
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one problem.
+
+    Attributes:
+        name: Of the problem.
+        make: Returns what runs it, given a number of layers and a size (None: the library's).
+        layers: Layers that exceed the L2 cache together.
+        bytes: What one layer has to move.
+        sizes: What is tried.
+    """
+
+    name: str
+    make: Callable[[int, object], Callable[[int], Tensor]]
+    layers: int
+    bytes: int
+    sizes: list[object]
+
+
+def cases(only: set[str]) -> Iterator[Case]:
+    """Everything that is tried, the most telling first."""
+    if "core" in only:
+        for rows in (64, 16, 1):
+            moved = rows * D * (2 * MODES * 8 + TAPS * 2 + 8) + D * (3 * MODES * 8 + TAPS * 4)
+            yield Case(f"core {rows}", partial(_core, rows), 8, moved, list(core_sizes(rows)))
+    if "product" in only:
+        for rows in (64, 1):
+            for name, shape in PRODUCTS.items():
+                yield Case(
+                    f"{name} {rows}", partial(_product, rows, name), 24 if name == "out" else 8,
+                    2 * shape[0] * shape[1], list(product_sizes(rows, name)),
+                )  # fmt: skip
+    if "attend" in only:
+        for rows, keys in CONTEXTS:
+            moved = rows * keys * 4 * D
+            yield Case(
+                f"attend {rows}x{keys}", partial(_attend, rows, keys), 2, moved,
+                list(attend_sizes()),
+            )  # fmt: skip
+
+
+def core_sizes(rows: int) -> Iterator[StepSize]:
+    """Sizes of the H3 core."""
+    for columns, at_once, warps in (
+        (8, 4, 4), (8, 2, 4), (4, 4, 2), (4, 8, 4), (8, 8, 8), (16, 4, 8), (4, 4, 4), (4, 2, 1),
+    ):  # fmt: skip
+        if at_once == 4 or rows > 1:
+            yield StepSize(columns, at_once, warps)
+
+
+def product_sizes(rows: int, name: str) -> Iterator[ProductSize]:
+    """Sizes of products of few rows; parts only where a norm follows."""
+    splits = {"out": (2, 4, 8), "down": (4, 8, 16)}.get(name, (1,))
+    columns = (64, 128, 32) if rows > 16 else (32, 64, 16)
+    for parts in splits:
+        for width in columns:
+            yield ProductSize(width, 128, parts, 4 if width < 128 else 3)
+            yield ProductSize(width, 64, parts, 6)
+        yield ProductSize(columns[0], 128, parts, 3)
+        yield ProductSize(columns[0], 256, parts, 2, 8)
+
+
+def attend_sizes() -> Iterator[AttendSize]:
+    """Sizes of attention."""
+    base = AttendSize()
+    for keys, stages, warps in ((32, 3, 4), (32, 4, 4), (64, 2, 4), (64, 3, 8), (16, 4, 2)):
+        for programs in (4, 8, 16):
+            yield replace(base, keys=keys, stages=stages, warps=warps, programs_per_sm=programs)
+
+
+def _draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def _core(rows: int, layers: int, size: object) -> Callable[[int], Tensor]:
+    q, k, v = _draw(rows, 3 * D).chunk(3, -1)
+    angle = torch.rand(D, MODES, device="cuda")
+    a, b, c = (0.9 * torch.stack([x.cos(), x.sin()], -1) for x in (angle, angle, 2 * angle))
+    operators = StepOperators(_draw(D, TAPS).float() / 8, a, b, c, _draw(D).float())
+    states = [
+        RingState(
+            _draw(rows, D, TAPS), torch.arange(rows, device="cuda"),
+            _draw(rows, D, MODES, 2, dtype=torch.float32),
+        )
+        for _ in range(layers)
+    ]  # fmt: skip
+    if size is None:
+        return lambda i: h3_step_in_place(q, k, v, operators, states[i], backend="torch")
+    assert isinstance(size, StepSize)
+    early = can_overlap(q.device)
+    return lambda i: core_step(q, k, v, *operators, *states[i], head_dim=1, early=early, size=size)
+
+
+def _product(rows: int, name: str, layers: int, size: object) -> Callable[[int], Tensor]:
+    N, K = PRODUCTS[name]
+    x, weights, bias = _draw(rows, K), _draw(layers, N, K) / K**0.5, _draw(N)
+    gelu, in_parts = name == "up", name in ("out", "down")
+    early = can_overlap(x.device)
+    if isinstance(size, ProductSize):
+        if in_parts:
+            return lambda i: product(x, weights[i], None, False, True, early, size)
+        return lambda i: product(x, weights[i], bias, gelu, False, early, size)
+    if gelu:
+        return lambda i: torch._addmm_activation(bias, x, weights[i].T, use_gelu=True)
+    return lambda i: F.linear(x, weights[i], None if in_parts else bias)
+
+
+def _attend(rows: int, keys: int, layers: int, size: object) -> Callable[[int], Tensor]:
+    qkv = _draw(rows, 3 * D)
+    known, values = _draw(2, layers, rows, HEADS, keys, HEAD_DIM).unbind()
+    lengths = torch.full((rows,), keys - 1, device="cuda")
+    if isinstance(size, AttendSize):
+        device, early = qkv.device, can_overlap(qkv.device)
+        sms = multiprocessors(device)
+        return lambda i: attend_step(qkv, known[i], values[i], lengths, None, sms, early, size)
+    q, k, v = qkv.view(rows, 3, HEADS, 1, HEAD_DIM).unbind(1)
+
+    def library(i: int) -> Tensor:
+        known[i][:, :, -1:], values[i][:, :, -1:] = k, v
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, known[i], values[i]).reshape(rows, D)
+
+    return library
+
+
+def main() -> None:
+    """Compile, check and time all sizes; print one line for each, the best of a problem last."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=3.0, help="stop after this long")
+    parser.add_argument("--only", default="core,product,attend", help="some of the kernels")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    todo = list(cases(set(arguments.only.split(","))))
+    jobs = [(case.name, arguments.only, size) for case in todo for size in case.sizes]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
+        faults = dict(zip([job[::2] for job in jobs], pool.map(_compile, jobs), strict=True))
+    _say(f"{len(jobs)} sizes compiled in {time.monotonic() - start:.0f} s")
+    ceilings = Ceilings.measured()
+    _say(f"{torch.cuda.get_device_name()}: {ceilings}")
+    for case in todo:
+        if time.monotonic() - start > 60 * arguments.minutes:
+            _say("out of time")
+            break
+        floor = 1e3 * case.bytes / ceilings.bytes_per_ms
+        _say(f"{case.name}: floor {floor:.2f} us")
+        times: dict[object, float] = {None: _us(case, None)}
+        _say(f"  {times[None]:8.2f} us {100 * floor / times[None]:5.1f} %  plain PyTorch")
+        for size in case.sizes:
+            fault = faults[case.name, size] or _wrong(case, size)
+            if fault:
+                _say(f"  {size}: {fault}")
+                continue
+            times[size] = _us(case, size)
+            _say(f"  {times[size]:8.2f} us {100 * floor / times[size]:5.1f} %  {size}")
+        best = min(times, key=lambda size: times[size])
+        _say(f"  best: {best or 'plain PyTorch'}")
+        torch.cuda.empty_cache()
+    _say(f"all in {time.monotonic() - start:.0f} s")
+
+
+@torch.no_grad()
+def _compile(job: tuple[str, str, object]) -> str:
+    """Compile a size by running it once; what went wrong, or nothing."""
+    name, only, size = job
+    try:
+        case = next(case for case in cases(set(only.split(","))) if case.name == name)
+        case.make(1, size)(0)
+        torch.cuda.synchronize()
+    except Exception as error:  # a size that cannot run is a row of the table
+        return f"{type(error).__name__}: {str(error)[:80]}"
+    return ""
+
+
+@torch.no_grad()
+def _wrong(case: Case, size: object) -> str:
+    """What is wrong with the result beside plain PyTorch's, or nothing."""
+    results = []
+    for which in (size, None):
+        torch.manual_seed(0)
+        y = case.make(1, which)(0).float()
+        results.append(y.sum(0) if y.dim() == 3 else y)
+    error = float((results[0] - results[1]).norm() / results[1].norm())
+    return "" if error < TOLERANCE else f"off by {error:.1e}"
+
+
+@torch.no_grad()
+def _us(case: Case, size: object) -> float:
+    """Microseconds of one layer."""
+    torch.manual_seed(0)
+    call = case.make(case.layers, size)
+
+    def everywhere() -> None:
+        for i in range(case.layers):
+            call(i)
+
+    return 1e3 * graph_ms(everywhere, case.layers)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The check that stands before the first use of the kernels of a decoding step.
+
+They overlap one another and were tuned for few GPUs. So a block of each kind takes one step by
+kernels beside its modules, and where they differ, the modules stay in use and a warning says so.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from h3lm.flashconv.state import as_real_pairs
+from h3lm.flashconv.step import RingState
+from h3lm.layers.block import Block
+from h3lm.layers.h3 import H3
+from h3lm.layers.mixers import MixerSizes
+from h3lm.layers.step import Stream, add_norm, attend_step
+
+logger = logging.getLogger("h3lm.layers")
+SIZES = MixerSizes(d_model=128, num_heads=2, rotary_dim=32)
+ROWS, SEEN = 3, 63  # as many positions as a ring remembers
+TOLERANCE = 8e-2  # of what a block adds; modules in bfloat16 are off by 1.4e-2 themselves
+
+
+@cache
+def step_fault(device: torch.device) -> str:
+    """What is wrong with the kernels of a step on this machine; empty if they work."""
+    try:
+        with torch.random.fork_rng([device]), torch.no_grad():
+            torch.manual_seed(0)
+            found = _compare("h3", device) or _compare("attention", device)
+    except Exception as error:  # whatever a compiler may raise
+        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if found:
+        logger.warning("kernels of decoding steps are off, modules take over: %s", found)
+    return found
+
+
+def _compare(name: str, device: torch.device) -> str:
+    block = Block(name, SIZES, 2 * SIZES.d_model).to(device).eval()
+    for module in block.modules():
+        if isinstance(module, nn.Linear | nn.LayerNorm):
+            module.bfloat16()
+    text = torch.randn(ROWS, SEEN + 1, SIZES.d_model, device=device).bfloat16()
+    _, state = block(text[:, :-1])
+    core = _h3_core(block, state) if isinstance(block.mixer, H3) else _attention_core(block, state)
+    r = text[:, -1].contiguous()
+    found, _ = add_norm(block.advance(Stream(r), core), block.norm1)
+    change = (block(text)[0][:, -1] - r).float()
+    error = float((found.float() - r.float() - change).norm() / change.norm())
+    return "" if error < TOLERANCE else f"a step of {name} differs by {error:.1e} from its modules"
+
+
+def _h3_core(block: Block, state: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
+    shift, diagonal = state
+    ring = torch.cat([shift, torch.zeros_like(shift[..., :1])], 2)  # goes on at its last slot
+    position = torch.full((ROWS,), SEEN, device=shift.device)
+    pairs = as_real_pairs(diagonal).clone()
+    return lambda qkv: block.mixer.step_core(qkv, RingState(ring, position, pairs), early=True)
+
+
+def _attention_core(
+    block: Block, state: tuple[Tensor, Tensor, Tensor]
+) -> Callable[[Tensor], Tensor]:
+    keys, values = (torch.cat([x, torch.zeros_like(x)], 2) for x in state[:2])
+    lengths = torch.full((ROWS,), SEEN, device=keys.device)
+    rotation = block.mixer.rotation(lengths[:, None])
+    return lambda qkv: attend_step(qkv, keys, values, lengths, rotation)
