@@ -29,6 +29,10 @@ def in_processes(count: int, function: Callable[[int], Any]) -> list[Any]:
 
 def _run(rank: int, count: int, port: int, function: Callable[[int], Any], queue: Any) -> None:
     torch.set_num_threads(1)
+    # as torchrun tells it
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    os.environ["MASTER_ADDR"] = "localhost"
     distributed.init_process_group(
         "gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=count
     )

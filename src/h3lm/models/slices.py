@@ -106,6 +106,17 @@ def slice_bounds(length: int, index: int, count: int) -> tuple[int, int]:
     return start, start + size + (index < more)
 
 
+def check_mixers(model: "H3ForCausalLM") -> None:
+    """Raise ValueError if a layer can pass nothing on between slices."""
+    others = {
+        layer.mixer_name
+        for layer in model.model.layers
+        if not isinstance(layer.mixer, H3 | CausalAttention)
+    }
+    if others:
+        raise ValueError(f"rows over several processes: {', '.join(sorted(others))} cannot do it")
+
+
 def share_rows(model: "H3ForCausalLM", group: ProcessGroup | None) -> None:
     """Have a model take its inputs as slices of rows that a group of processes shares.
 
@@ -121,13 +132,8 @@ def share_rows(model: "H3ForCausalLM", group: ProcessGroup | None) -> None:
     Raises:
         ValueError: if a layer can pass nothing on between slices.
     """
-    others = {
-        layer.mixer_name
-        for layer in model.model.layers
-        if not isinstance(layer.mixer, H3 | CausalAttention)
-    }
-    if group is not None and others:
-        raise ValueError(f"rows over several processes: {', '.join(sorted(others))} cannot do it")
+    if group is not None:
+        check_mixers(model)
     model.model.process_group = group
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import TrainingArguments
 
 from h3lm.errors import UserError
+from h3lm.train.mesh import Mesh
 from h3lm.train.processes import world_size
 from h3lm.train.recipe import Recipe
 
@@ -19,9 +20,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     Several processes find each other here.
 
     Raises:
-        UserError: if a batch cannot be divided among the processes.
+        UserError: if a batch cannot be divided among the processes, or they do not fit the mesh.
     """
-    processes = world_size()
+    processes = Mesh.of(recipe).readers
     if recipe.batch_size % processes:
         raise UserError(
             f"batch_size={recipe.batch_size} cannot be divided among {processes} processes"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from h3lm.data.prepare import prepare
 from h3lm.data.tokenizers import encode
 from h3lm.errors import UserError
 from h3lm.evals.perplexity import Tokens
+from h3lm.models.slices import slice_bounds
 from h3lm.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -100,15 +102,28 @@ class BlockOrder(Sampler[int]):
         num_blocks: Blocks there are.
         total: Blocks that the run takes.
         seed: Seed of the permutations.
+        batch: Blocks that a process takes at once.
+        readers: How many processes take the same ones, one after the other.
     """
 
-    def __init__(self, num_blocks: int, total: int, seed: int) -> None:
+    def __init__(
+        self, num_blocks: int, total: int, seed: int, *, batch: int = 1, readers: int = 1
+    ) -> None:
         self.num_blocks, self.total, self.seed = num_blocks, total, seed
+        self.batch, self.readers = batch, readers
 
     def __len__(self) -> int:
-        return self.total
+        return self.total * self.readers
 
     def __iter__(self) -> Iterator[int]:
+        if self.readers == 1:
+            yield from self._blocks()
+            return
+        blocks = self._blocks()
+        while taken := list(islice(blocks, self.batch)):
+            yield from taken * self.readers
+
+    def _blocks(self) -> Iterator[int]:
         for number in range(-(-self.total // self.num_blocks)):
             left = self.total - number * self.num_blocks
             order = np.random.default_rng([self.seed, number]).permutation(self.num_blocks)
@@ -134,10 +149,14 @@ class BlockCollator:
     Args:
         reset_state_at_documents: Whether documents in a block are kept apart, by positions that
             start anew.
+        row_slice: Which slice of its rows a process takes, from 0, and of how many.
     """
 
-    def __init__(self, reset_state_at_documents: bool = False) -> None:
+    def __init__(
+        self, reset_state_at_documents: bool = False, row_slice: tuple[int, int] = (0, 1)
+    ) -> None:
         self.reset_state_at_documents = reset_state_at_documents
+        self.row_slice = row_slice
 
     def __call__(self, blocks: list[Block]) -> dict[str, Any]:
         """Inputs and already shifted labels, (B, L) each."""
@@ -151,4 +170,6 @@ class BlockCollator:
         if self.reset_state_at_documents:
             positions = [torch.from_numpy(block.position_ids()) for block in blocks]
             batch["position_ids"] = torch.stack(positions)
-        return batch
+        # behind the shift: a slice's last label is the next one's first token
+        start, stop = slice_bounds(targets.shape[1], *self.row_slice)
+        return {name: x[:, start:stop].contiguous() for name, x in batch.items()}

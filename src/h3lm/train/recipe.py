@@ -20,7 +20,8 @@ TASKS = ("language", "classification")
 PRECISIONS = ("auto", "bf16", "fp32")
 PARALLEL = ("ddp", "fsdp")
 COMPILE = ("blocks", "model")
-NESTED = ("model", "classification")  # keys with fields of their own
+NESTED = ("model", "classification", "mesh")  # keys with fields of their own
+MESH = ("replicate", "seq")
 DURATIONS = ("steps", "epochs", "time_limit_s")
 POSITIVE = (
     "block_length", "batch_size", "learning_rate", "ssm_max_learning_rate", "log_every",
@@ -105,6 +106,12 @@ class Recipe:
         "each holds a part of weights, gradients and optimiser",
         free=True,
     )
+    mesh: dict[str, int] = key(
+        {},
+        "how torchrun's processes are arranged: seq, so many share each row, a slice for each, "
+        "and pass states on; replicate, so many copies of a model sharded by fsdp",
+        free=True,
+    )
     deterministic: bool = key(
         False, "the same bits in every run, also on a GPU; attention is then slower", free=True
     )
@@ -159,6 +166,7 @@ class Recipe:
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise UserError(f"micro_batch_size={micro} must divide batch_size={self.batch_size}")
+        self._check_mesh()
         for name, allowed in (
             ("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL),
             ("compile", COMPILE), ("task", TASKS),
@@ -166,6 +174,17 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise UserError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+
+    def _check_mesh(self) -> None:
+        for name, size in self.mesh.items():
+            if name not in MESH:
+                raise UserError(f"the mesh has no {name!r}, only {', '.join(MESH)}")
+            if not isinstance(size, int) or size < 1:
+                raise UserError(f"mesh.{name}={size!r} must be a number of processes")
+        if self.task == "classification" and self.mesh.get("seq", 1) > 1:
+            raise UserError("mesh.seq shares the rows of language models, not of classifiers")
+        if self.mesh.get("replicate", 1) > 1 and self.parallel != "fsdp":
+            raise UserError("mesh.replicate copies a sharded model: it needs parallel=fsdp")
 
     @property
     def folder(self) -> Path:

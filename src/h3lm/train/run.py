@@ -30,6 +30,7 @@ from h3lm.train.corpus import (
     tokenizer_of,
 )
 from h3lm.train.interrupt import RunStopped, StopOnSignal
+from h3lm.train.mesh import Mesh, check_same_recipe
 from h3lm.train.outcome import Result, finish
 from h3lm.train.param_groups import describe_groups, parameter_groups
 from h3lm.train.processes import is_first, rank, wait_for_all, world_size
@@ -71,6 +72,8 @@ def _train(recipe: Recipe, console: Console) -> Result:
     if recipe.deterministic:
         compute_the_same_bits()
     arguments = training_arguments(recipe)  # several processes find each other here
+    check_same_recipe(recipe)
+    mesh = Mesh.of(recipe)
     library_logging.disable_progress_bar()
     checkpoint = find_checkpoint(recipe, console)
     blocks = _open_blocks(recipe)
@@ -79,6 +82,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
     model = _make_model(recipe, len(tokenizer))
     blocks.stream.check_vocabulary(model.config.vocab_size)
     fit_tokenizer(model, tokenizer)
+    mesh.check(model, recipe)
     if world_size() > 1:
         set_seed(recipe.seed + rank())  # or all would drop out the same of different texts
 
@@ -103,7 +107,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
         args=arguments,
         train_dataset=BlockDataset(blocks),
         eval_dataset=[],  # `evaluate` has the text, but the library insists
-        data_collator=BlockCollator(recipe.reset_state_at_documents),
+        data_collator=BlockCollator(recipe.reset_state_at_documents, mesh.row_slice),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
@@ -253,6 +257,7 @@ def _describe(trainer: H3Trainer, num_blocks: int, console: Console) -> None:
     recipe, model = trainer.recipe, trainer.model
     precision = "bfloat16 autocast" if trainer.args.bf16 else "float32"
     several = f", {world_size()} processes, {recipe.parallel}" if world_size() > 1 else ""
+    several += "".join(f", {name}={size}" for name, size in recipe.mesh.items())
     console.print(
         f"{recipe.name}: {model.num_parameters():,} parameters in {precision} on "
         f"{trainer.args.device}{several}, {num_blocks:,} blocks of {recipe.block_length} tokens",

@@ -20,11 +20,13 @@ from transformers.utils import logging as library_logging
 from h3lm.errors import UserError
 from h3lm.evals.perplexity import TextScore, score_tokens
 from h3lm.models import H3Config, H3ForCausalLM
+from h3lm.models.slices import share_rows, whole_rows
 from h3lm.train import checkpoints
 from h3lm.train.checkpoints import RunPoint
 from h3lm.train.compiling import compile_model, eagerly
 from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut
 from h3lm.train.finite import FiniteWatch
+from h3lm.train.mesh import Mesh
 from h3lm.train.optimizer_state import load_optimizer, save_optimizer
 from h3lm.train.parallel import is_sharded, reshard, shard_model, whole_weights
 from h3lm.train.param_groups import parameter_groups
@@ -65,6 +67,7 @@ class H3Trainer(Trainer):
     ) -> None:
         self.recipe, self.valid, self.data = recipe, valid, data
         self.clock, self.speed = clock, speed
+        self.mesh = Mesh.of(recipe)
         self.aside: Path | None = None  # where a checkpoint is being written
         self.trained_s = 0.0  # when it is done
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})
@@ -82,6 +85,8 @@ class H3Trainer(Trainer):
         """As the library's, noting in `trained_s` how long all starts together have trained."""
         output = super().train(*args, **kwargs)
         self.trained_s = self.clock.elapsed_s
+        if self.mesh.seq > 1:
+            share_rows(self.model, None)
         return output
 
     # What is trained, how, and on what
@@ -90,11 +95,16 @@ class H3Trainer(Trainer):
         # Here the model is on its device with a checkpoint's weights, and has no optimiser yet
         recipe = self.recipe
         if recipe.parallel == "fsdp" and world_size() > 1:
-            shard_model(self.model, compute_dtype=torch.bfloat16 if self.args.bf16 else None)
+            shard_model(
+                self.model,
+                self.mesh.sharding(self.args.device),
+                compute_dtype=torch.bfloat16 if self.args.bf16 else None,
+            )
             # Autocast only: what is prepared once is not wrapped in DDP afterwards
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         if recipe.compile is not None:
             compile_model(self.model, recipe.compile)
+        self.mesh.share_rows(self.model, self.args.device)
         return super()._prepare_for_training(*args, **kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -135,7 +145,10 @@ class H3Trainer(Trainer):
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         total = self.args.max_steps * self.recipe.batch_size
-        return BlockOrder(len(self.train_dataset), total, self.recipe.seed)
+        return BlockOrder(
+            len(self.train_dataset), total, self.recipe.seed,
+            batch=self.args.per_device_train_batch_size, readers=self.mesh.seq,
+        )  # fmt: skip
 
     # What a person sees
 
@@ -154,7 +167,8 @@ class H3Trainer(Trainer):
 
     def _score(self, valid: HeldOut) -> TextScore:
         """The score of all processes together, each on its share."""
-        with eagerly() if self.recipe.compile is not None else nullcontext():
+        eager = eagerly() if self.recipe.compile is not None else nullcontext()
+        with eager, whole_rows(self.model):
             part = score_tokens(
                 self.model,
                 valid.tokens,

@@ -1,0 +1,87 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from h3lm.errors import UserError
+from h3lm.models import H3Config, H3ForCausalLM
+from h3lm.train.corpus import BlockOrder
+from h3lm.train.mesh import Mesh
+from h3lm.train.recipe import make_recipe
+
+from .conftest import TINY
+from .test_parallel import log, run
+
+MODEL = TINY["model"] | {"embedding_dropout": 0.0, "d_state": 4}
+
+
+@pytest.fixture(scope="module")
+def arranged(blocks, tmp_path_factory) -> tuple[Path, dict]:
+    """Runs of four processes in all arrangements, beside the run of one, and what they said."""
+    folder = tmp_path_factory.mktemp("arranged")
+    changes = {"model": MODEL, "steps": 3, "eval_every": 3}
+    places = {"data": str(blocks), "output_dir": str(folder / "one")}
+    recipe = make_recipe(TINY | changes | places)
+    (folder / "tiny.yaml").write_text(recipe.to_yaml())
+    command = [sys.executable, "-m", "tests.train.train_mesh", folder / "tiny.yaml", folder]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=root)
+    assert done.returncode == 0, done.stderr
+    run(recipe)
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["seq-4", "seq-2", "hybrid"])
+def test_four_processes_train_as_one_does(arranged, way):
+    folder, said = arranged
+    for key in ("loss", "grad_norm", "eval_loss"):
+        found = log(folder / way, key)
+        assert len(found) == (1 if key == "eval_loss" else 3)
+        assert found == pytest.approx(log(folder / "one", key), abs=1e-5)
+    assert "4 processes" in said[way]
+    assert ("seq=" in said[way]) == way.startswith("seq")
+
+
+@pytest.mark.slow
+def test_processes_of_different_recipes_end_in_one_line(arranged):
+    _, said = arranged
+    assert said["other"] == (
+        "the processes were started with different recipes: seed is 0 in process 0 and 1 in "
+        "process 3"
+    )
+
+
+def test_processes_that_share_rows_take_the_same_blocks():
+    alone = list(BlockOrder(10, 24, seed=1, batch=2))
+    shared = list(BlockOrder(10, 24, seed=1, batch=2, readers=2))
+    assert len(shared) == 48
+    batches = [shared[i : i + 2] for i in range(0, 48, 2)]
+    assert batches[::2] == batches[1::2]
+    assert [i for batch in batches[::2] for i in batch] == alone
+
+
+def test_mistakes_in_a_mesh_are_one_line(tiny, monkeypatch):
+    with pytest.raises(UserError, match="the mesh has no 'sequence', only replicate, seq"):
+        tiny(mesh={"sequence": 2})
+    with pytest.raises(UserError, match=r"mesh.seq=0 must be a number of processes"):
+        tiny(mesh={"seq": 0})
+    with pytest.raises(UserError, match="not of classifiers"):
+        tiny(task="classification", mesh={"seq": 2})
+    with pytest.raises(UserError, match="it needs parallel=fsdp"):
+        tiny(mesh={"replicate": 2})
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(UserError, match=r"replicate=1 times seq=4 does not divide 6 processes"):
+        Mesh.of(tiny(mesh={"seq": 4}))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    mesh = Mesh.of(tiny(mesh={"seq": 4}))
+    model = H3ForCausalLM(H3Config(**TINY["model"], vocab_size=8, mixers="h3"))
+    with pytest.raises(UserError, match="leaves 4 tokens to each, and the short filter takes 7"):
+        mesh.check(model, tiny(mesh={"seq": 4}))
+    with pytest.raises(UserError, match="one block at a time: micro_batch_size=1, not 4"):
+        mesh.check(model, tiny(block_length=64, reset_state_at_documents=True))
+    other = H3ForCausalLM(H3Config(**TINY["model"], vocab_size=8, mixers="linear_attention"))
+    with pytest.raises(UserError, match=r"seq=4: .* linear_attention cannot do it"):
+        mesh.check(other, tiny())
