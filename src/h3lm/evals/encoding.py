@@ -3,8 +3,10 @@
 import json
 from collections.abc import Iterable
 from itertools import chain
+from typing import Any
 
 import numpy as np
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from h3lm.evals.prefix_tree import Ints
@@ -39,24 +41,28 @@ def splits_at_newlines(tokenizer: PreTrainedTokenizerFast) -> bool:
     stands before it but white space, and neither looks back nor ahead across that border. Others
     do: Llama's joins newlines to punctuation, and SentencePiece marks where a text begins.
     """
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    before = spec["pre_tokenizer"] or {}
-    behind = spec["post_processor"] or {}
+    backend = tokenizer.backend_tokenizer
+    before, behind = _described(backend.pre_tokenizer), _described(backend.post_processor)
     return (
-        spec["model"]["type"] == "BPE"
-        and not spec["model"].get("dropout")
-        and spec["normalizer"] is None
+        isinstance(backend.model, BPE)
+        and not backend.model.dropout
+        and backend.normalizer is None
         and before.get("type") == "ByteLevel"
-        and before.get("use_regex", True)
-        and not before.get("add_prefix_space", True)
+        and before["use_regex"]
+        and not before["add_prefix_space"]
         and (behind.get("type", "ByteLevel") == "ByteLevel" or behind.get("special_tokens") == {})
-        and spec["truncation"] is None
-        and spec["padding"] is None
+        and backend.truncation is None
+        and backend.padding is None
         and not any(
-            token["lstrip"] or token["rstrip"] or "\n" in token["content"]
-            for token in spec["added_tokens"]
+            token.lstrip or token.rstrip or "\n" in token.content
+            for token in tokenizer.added_tokens_decoder.values()
         )
     )
+
+
+def _described(part: Any) -> dict[str, Any]:
+    """A part of a tokenizer as its file has it; all of the file has the vocabulary, and is slow."""
+    return {} if part is None else dict(json.loads(part.__getstate__()))
 
 
 def _encode(
