@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.generation.streamers import BaseStreamer
 
 from h3lm.bench import measure, report
+from h3lm.errors import UserError
 from h3lm.flashconv import h3_step_in_place
 from h3lm.layers import H3
 from h3lm.layers.step import Stream, add_norm, attend_step, product, product_in_parts
@@ -67,10 +68,11 @@ def run(
         parts: Whether to time the parts of a step at the first shape, too.
 
     Raises:
-        RuntimeError: without a CUDA device, or if our loop is wrong: then nothing is timed.
+        UserError: without a CUDA device.
+        RuntimeError: if our loop is wrong: then nothing is timed.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("bench generate needs a CUDA device")
+        raise UserError("bench generate times a GPU, and there is no CUDA device here")
     deadline = time.monotonic() + 60 * minutes
     check(say)
     bandwidth = copy_bandwidth()

@@ -52,13 +52,15 @@ class ProductSize:
     columns: int
     depth: int = 128
     parts: int = 1
-    stages: int = 4
+    stages: int = 3
     warps: int = 4
 
 
 ATTEND = AttendSize()
 MAX_ROWS = 64  # of products; with more, the libraries' kernels are as good
 FEW_ROWS = 16
+# Chosen by hand, not yet measured: 96 KB of shared memory at most, so that the programs of the next
+# product fit beside those of this one and have their weights fetched
 SIZES = {
     (True, "whole"): ProductSize(32),
     (True, "square"): ProductSize(32, parts=4),
