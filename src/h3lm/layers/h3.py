@@ -104,6 +104,7 @@ class H3(PreparingModule):
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
         lengths: Integer[Tensor, " B"] | None = None,
         process_group: ProcessGroup | None = None,
+        with_state: bool = True,
     ) -> tuple[Float[Tensor, "B L D"], H3State | None]:
         """Mix positions.
 
@@ -117,9 +118,12 @@ class H3(PreparingModule):
                 them is padding. For bidirectional layers; it never reaches back in a causal one.
             process_group: Processes that hold a slice of each row each, see `flashconv.h3_core`;
                 for causal layers without a mask.
+            with_state: Whether the state after the last position is wanted; training does without
+                and saves a pass over the end of each row.
 
         Returns:
-            The output, (B, L, D), and the state after the last position; None if bidirectional.
+            The output, (B, L, D), and the state after the last position; None if bidirectional or
+            not wanted.
 
         Raises:
             ValueError: if both `mask` and `cu_seqlens` are given, or a bidirectional layer is
@@ -134,9 +138,11 @@ class H3(PreparingModule):
             o, state = self.step(q, k, v, state, mask=mask)
         else:
             o, state = self.core(
-                q, k, v, state, mask=mask, cu_seqlens=cu_seqlens, process_group=process_group
-            )
-        return project_channel_last(self.output_proj, o), state
+                q, k, v, state,
+                mask=mask, cu_seqlens=cu_seqlens, process_group=process_group,
+                with_state=with_state,
+            )  # fmt: skip
+        return project_channel_last(self.output_proj, o), state if with_state else None
 
     def core(
         self,
@@ -148,7 +154,8 @@ class H3(PreparingModule):
         mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
         process_group: ProcessGroup | None = None,
-    ) -> tuple[Float[Tensor, "B D L"], H3State]:
+        with_state: bool = True,
+    ) -> tuple[Float[Tensor, "B D L"], H3State | None]:
         """Everything between the projections, channel first; arguments as in `forward`.
 
         Raises:
@@ -163,14 +170,16 @@ class H3(PreparingModule):
             rows = Unpadded(mask)
             if state is None:
                 state = flashconv.zero_state(q.shape[0], k, taps, operators, self.head_dim)
-            return rows.run(
-                lambda state, cu_seqlens, q, k, v: self._h3_core(
-                    q, k, v, taps, operators, state, cu_seqlens
-                ),
-                state,
-                (q, k, v),
-            )
-        return self._h3_core(q, k, v, taps, operators, state, cu_seqlens, process_group)
+
+            def run(
+                state: H3State, cu_seqlens: Tensor, q: Tensor, k: Tensor, v: Tensor
+            ) -> tuple[Tensor, H3State]:
+                o, new = self._h3_core(q, k, v, taps, operators, state, cu_seqlens)
+                assert new is not None
+                return o, new
+
+            return rows.run(run, state, (q, k, v))
+        return self._h3_core(q, k, v, taps, operators, state, cu_seqlens, process_group, with_state)
 
     def _h3_core(
         self,
@@ -182,14 +191,13 @@ class H3(PreparingModule):
         state: H3State | None,
         cu_seqlens: Tensor | None,
         process_group: ProcessGroup | None = None,
-    ) -> tuple[Tensor, H3State]:
-        o, final = flashconv.h3_core(
+        with_state: bool = True,
+    ) -> tuple[Tensor, H3State | None]:
+        return flashconv.h3_core(
             q, k, v, taps, operators,
-            head_dim=self.head_dim, initial_state=state, return_final_state=True,
+            head_dim=self.head_dim, initial_state=state, return_final_state=with_state,
             cu_seqlens=cu_seqlens, backend=self.backend, process_group=process_group,
         )  # fmt: skip
-        assert final is not None
-        return o, final
 
     def _both_ways(
         self,

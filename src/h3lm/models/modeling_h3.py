@@ -30,6 +30,7 @@ from h3lm.layers.step import Stream, add_norm, attend_step, can_advance
 from h3lm.models import decoding
 from h3lm.models.cache import DecodingCache, RingLayer, prepare_cache
 from h3lm.models.configuration_h3 import NOT_CAUSAL, H3Config
+from h3lm.models.loss import IGNORED, head_loss
 from h3lm.models.slices import RowSlice
 from h3lm.ssm import SSMModule
 
@@ -134,7 +135,8 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
 
     def _mix_with_state(self, u: Tensor, where: Where, cache: Cache | None) -> Tensor:
         if cache is None:
-            return self.mixer(u, mask=where.padding)[0]
+            unneeded = {"with_state": False} if isinstance(self.mixer, H3) else {}
+            return self.mixer(u, mask=where.padding, **unneeded)[0]
         stored = cache.layers[self.layer_idx]
         if isinstance(stored, RingLayer) and u.shape[1] == 1 and where.padding is None:
             ring = None if torch.is_grad_enabled() else stored.ring()
@@ -443,6 +445,7 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of the next token at every position; arguments as in `H3Model.forward`.
@@ -458,7 +461,9 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
             output_hidden_states: Whether to return what each layer saw.
             logits_to_keep: Compute the last so many logits only (0: all), or those at positions.
             return_dict: False for a plain tuple.
-            kwargs: `cu_seq_lens_q` for packed rows, `num_items_in_batch` for the loss.
+            skip_logits: Return the loss of `labels` alone, for which the logits are never whole.
+            kwargs: `cu_seq_lens_q` for packed rows; `shift_labels`, already shifted, and
+                `num_items_in_batch` for the loss.
         """
         hidden = self.model(
             input_ids=input_ids,
@@ -470,6 +475,16 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
+        if skip_logits and labels is not None and type(self.lm_head) is nn.Linear:
+            targets = kwargs.get("shift_labels")
+            if targets is None:
+                targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            loss = head_loss(
+                hidden.last_hidden_state, self.lm_head.weight, targets,
+                kwargs.get("num_items_in_batch"),
+            )  # fmt: skip
+            lean = CausalLMOutputWithPast(loss=loss, hidden_states=hidden.hidden_states)
+            return lean if return_dict is not False else lean.to_tuple()
         # 0 keeps all: a slice from minus zero is a slice from the start
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden.last_hidden_state[:, keep])
