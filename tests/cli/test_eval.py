@@ -38,11 +38,16 @@ def test_eval_states_context_and_stride_and_writes_json(folder):
     options = ["--data", "text.txt", "--context", "32", "--stride", "8", "--output", "out"]
     done = h3lm("eval", "model", *options, cwd=folder)
     assert done.returncode == 0, done.stderr
-    report = json.loads((folder / "out" / "report.json").read_text())
+    report = json.loads((folder / "out" / "report.json").read_text())["tasks"]["text.txt"]
     assert report["context"] == 32
     assert report["stride"] == 8
     assert report["tokens"] == report["bytes"] == 260
-    for words in ("per word", "bits per byte", "32, 8 tokens", f"{report['perplexity']:.4f}"):
+    for words in (
+        "per word",
+        "bits per byte",
+        "stride 8 tokens",
+        f"{report['metrics']['perplexity']['value']:.4f}",
+    ):
         assert words in done.stdout
     assert done.stderr == ""
 
@@ -51,7 +56,7 @@ def test_eval_states_context_and_stride_and_writes_json(folder):
 def test_mistakes_are_one_line_and_a_non_zero_status(folder):
     for options, message in (
         (["--data", "missing.txt"], "missing.txt: no such text file"),
-        (["--data", "text.txt", "--output", "text.txt/out.json"], "cannot be written"),
+        (["--data", "text.txt", "--output", "text.txt/out"], "cannot be used"),
     ):
         done = h3lm("eval", "model", *options, cwd=folder)
         assert done.returncode == 1

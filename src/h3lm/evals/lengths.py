@@ -77,7 +77,8 @@ def score_lengths(
 
     Args:
         model: One of ours.
-        tokens: The text. What is left behind its last whole window is left out.
+        tokens: The text. What is left behind the last whole window of
+            the longest length is left out, for all lengths.
         lengths: Lengths of windows in tokens.
         limits: Memory; what suits the device if None.
         progress: Called with a name of the length, tokens done and their total.
@@ -94,10 +95,12 @@ def score_lengths(
             f"{lengths[-1]:,}: give a longer text or shorter --lengths"
         )
     limits = limits or Limits.of(next(model.parameters()).device)
+    # the same text at every length
+    usable = (len(tokens) - 1) // lengths[-1] * lengths[-1]
     nats = np.zeros(0)
     by_length = []
     for length in lengths:
-        nats, counts = _windows(model, tokens, length, limits, progress)
+        nats, counts = _windows(model, tokens, usable, length, limits, progress)
         by_length.append(_point(nats.sum(1), counts.sum(1), 0, length))
     edges = _edges(lengths[-1])
     by_position = [
@@ -122,6 +125,7 @@ def _point(nats: NDArray[np.float64], tokens: NDArray[np.float64], begin: int, e
 def _windows(
     model: Any,
     tokens: Tokens,
+    usable: int,
     length: int,
     limits: Limits,
     progress: Callable[[str, int, int], None] | None,
@@ -130,7 +134,7 @@ def _windows(
     model.eval()
     edges = np.array(_edges(length))
     bucket = np.searchsorted(edges, np.arange(length), side="right") - 1
-    count = (len(tokens) - 1) // length
+    count = usable // length
     chunk = min(length, limits.segment)
     rows = max(1, min(limits.batch_tokens, limits.batch_logits) // chunk)
     nats = np.zeros((count, len(edges) - 1))
@@ -193,8 +197,8 @@ def draw(scores: LengthScores, title: str, path: Path) -> None:
             capsize=3,
         )
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_ylabel("perplexity per token, ± 2 standard errors")
+        axes.set_ylabel("perplexity per token ± 2 SE")
+    left.set_yscale("log")
     left.set_xlabel(f"position in windows of {scores.by_length[-1].end:,} tokens")
     right.set_xlabel("test length, tokens")
     figure.suptitle(title, fontsize="medium")
