@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from h3lm import H3Config, H3ForCausalLM
+from h3lm import H3Config, H3ForCausalLM, flashconv
 from h3lm.evals.prefix_tree import Request
 from h3lm.evals.scorer import Limits, TreeScorer
+from h3lm.flashconv import dispatch, op
 
 VOCABULARY = 24
 ROOMY = Limits(2048, 1024, 512, 2**30, 2**27, 1)
@@ -182,3 +185,42 @@ def test_a_long_document_is_read_without_a_mask_and_with_its_keys_in_one_place()
     # torch makes masks on the CPU: stretches get shorter, so that those stay within the limit
     assert max(sizes[-5:]) <= 2 * 2**13
     assert max(sizes) > 2 * 2**13
+
+
+def test_every_call_of_the_walk_suits_the_hopper_kernel(monkeypatch):
+    """With a GPU's limits no stretch, leaf or state falls to a slower path or many variants."""
+    asked = []
+
+    def spy(op_name, device, dtype, backend="auto", problem=None):
+        hopper = replace(problem, capability=(9, 0), has_triton=True)
+        choice = dispatch.choose(op_name, torch.device("cuda"), torch.bfloat16, backend, hopper)
+        asked.append((choice.backend, problem.length))
+        return dispatch.choose(op_name, device, dtype, backend, problem)
+
+    def no_steps(*_, **__):
+        raise AssertionError("a single step has no chunk kernel")
+
+    torch.manual_seed(0)
+    model = H3ForCausalLM(
+        H3Config(
+            vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            mixers="hybrid",
+        )
+    ).eval()  # fmt: skip
+    gpu = replace(Limits.of(torch.device("cpu")), align=16, call_tokens=4096)
+    scorer = TreeScorer(model, limits=gpu)
+    monkeypatch.setattr(op, "choose", spy)
+    monkeypatch.setattr(flashconv, "h3_step", no_steps)
+    draw = np.random.default_rng(0)
+    document = draw.integers(0, VOCABULARY, 117).tolist()
+    many = []
+    for _ in range(12):
+        question = [*document, *draw.integers(0, VOCABULARY, draw.integers(5, 40)).tolist()]
+        for _ in range(4):
+            answer = draw.integers(0, VOCABULARY, draw.integers(1, 30)).tolist()
+            many.append(Request(question, answer))
+    scorer.score(many)
+    assert scorer.work.asked > 3 * scorer.work.computed
+    assert {backend for backend, _ in asked} == {"gluon"}
+    assert not any(length % 16 for _, length in asked)
+    assert len({length for _, length in asked}) <= 6

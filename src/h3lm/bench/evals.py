@@ -45,7 +45,7 @@ before it is timed it has run a quarter of them. `tree` is the second of two run
 compiled once and for all is under `first`, what a run compiles anew under `compiled`.
 `asked` and `computed` are input tokens of the requests and of the tree, `run` with padding.
 Of the tree's time, tokenising, building the tree and waiting for the GPU are given; the rest is
-the host launching kernels. `kernels s` is the GPU's own time, from a third run under the profiler."""
+the host launching kernels. `kernels s` is the GPU's own time, in a third run under a profiler."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _race(
 def _kernels(name: str, tree: TreeLM, requests: list[Any], race: Row) -> list[Row]:
     """The kernels that the GPU spends most time in; their sum goes into the row of the race."""
     if not torch.cuda.is_available():
-        return []
+        return [{"model and set": name}]
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         _answer(tree, requests)
         _synchronise()

@@ -79,6 +79,8 @@ class Work:
         run: Tokens that went through the model, padding included.
         calls: Calls of the model.
         seconds: Time of it.
+        building: Seconds of it that trees took to build.
+        waiting: Seconds of it that the host waited for the device's answers.
         peak_state_bytes: Most memory that kept states took at once.
     """
 
@@ -88,6 +90,8 @@ class Work:
     run: int = 0
     calls: int = 0
     seconds: float = 0.0
+    building: float = 0.0
+    waiting: float = 0.0
     peak_state_bytes: int = 0
 
 
@@ -160,12 +164,14 @@ class TreeScorer:
         tree = PrefixTree(
             requests, state_cost_tokens=self.state_cost_tokens, align=self.limits.align
         )
+        self.work.building += time.monotonic() - began
         self.work.asked += tree.asked
         self.work.computed += tree.computed
         answers = _Answers(tree, len(requests), finished)
         for _ in self._walk(tree, answers):
             answers.settle()
         answers.settle(wait=True)
+        self.work.waiting += answers.waited
         self.work.requests += len(requests)
         self.work.seconds += time.monotonic() - began
         return answers.all()
@@ -405,6 +411,7 @@ class _Answers:
         self.greedy = np.ones(count, dtype=bool)
         self.waiting: list[tuple[Ints, Tensor, Tensor]] = []
         self.coming: list[_OnTheirWay] = []
+        self.waited = 0.0
 
     def add(self, asked: Ints, log_probability: Tensor, is_best: Tensor) -> None:
         """Remember predictions."""
@@ -424,7 +431,9 @@ class _Answers:
 
     def _take(self, new: _OnTheirWay) -> None:
         if new.arrived is not None:
+            began = time.monotonic()
             new.arrived.synchronize()
+            self.waited += time.monotonic() - began
         values, best = new.log_probability.double().numpy(), new.is_best.numpy()
         owner = self.tree.questions.request[new.asked]
         count = len(self.missing)
