@@ -33,6 +33,7 @@ from h3lm.layers.step_triton import AttendSize, ProductSize, attend_step, produc
 
 D, HEADS, HEAD_DIM, MODES, TAPS = 2048, 16, 128, 32, 64  # of the 1.3B preset
 TOLERANCE = 1e-2
+WORKERS = 8  # each takes up to 7 GB of the GPU while it compiles
 PRODUCTS = {"qkv": (3 * D, D), "out": (D, D), "up": (4 * D, D), "down": (D, 4 * D)}
 CONTEXTS = ((64, 576), (64, 1088), (16, 8256), (4, 65600))  # rows and keys
 
@@ -172,7 +173,8 @@ def main() -> None:
     todo = list(cases(set(arguments.only.split(","))))
     jobs = [(case.name, arguments.only, size) for case in todo for size in case.sizes]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
+    workers = max(1, min(WORKERS, (os.cpu_count() or 2) - 2))
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         faults = dict(zip([job[::2] for job in jobs], pool.map(_compile, jobs), strict=True))
     _say(f"{len(jobs)} sizes compiled in {time.monotonic() - start:.0f} s")
     ceilings = Ceilings.measured()
