@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from h3lm.layers.h3 import H3
@@ -84,3 +86,40 @@ def test_compiles_in_one_graph_with_every_gradient(dynamic: bool, pytestconfig) 
             results.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
         for found, expected in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def _alone(tmp_path):
+    """A process group of one process."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.filterwarnings("ignore")  # sharding on a CPU warns
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_data_parallel_engines_train_the_layer(engine: str) -> None:
+    u = torch.randn(2, 70, 8)
+    plain, layer = _layer(), _layer()
+    wrapped: torch.nn.Module = layer
+    if engine == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(layer)
+    else:
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(layer, mesh=mesh)
+    for module in (plain, wrapped):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        for _ in range(2):
+            module.train()
+            module(u)[0].square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            module.eval()
+            with torch.no_grad():
+                y = module(u)[0]
+        if module is plain:
+            expected = y
+    torch.testing.assert_close(y, expected)
