@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 import h3lm.train.outcome
 from h3lm.errors import UserError
+from h3lm.models import modeling_h3
 from h3lm.ssm import DiagonalSSM
 from h3lm.train.interrupt import RunStopped
 from h3lm.train.processes import is_first, one_voice, rank
@@ -85,6 +86,7 @@ def watched(recipe: Recipe) -> dict[str, list[str]]:
         kind: set() for kind in ("diagonal", "norm", "block", "head", "stored")
     }
     system, linear, norm = DiagonalSSM.system, torch.nn.Linear.forward, torch.nn.LayerNorm.forward
+    head_loss = modeling_h3.head_loss
     step = torch.optim.AdamW.step
 
     def noting_system(self, *arguments):
@@ -92,11 +94,15 @@ def watched(recipe: Recipe) -> dict[str, list[str]]:
         return system(self, *arguments)
 
     def noting_linear(self, x):
-        sizes = sorted(self.weight.shape)  # a block has the width and its multiples
-        kind = "head" if sizes[1] % sizes[0] else "block"
-        assert not isinstance(self.weight, DTensor)
-        seen[kind].add(str(self.weight.dtype))
+        if x.requires_grad:  # in training, where the head is not called but read by its loss
+            assert not isinstance(self.weight, DTensor)
+            seen["block"].add(str(self.weight.dtype))
         return linear(self, x)
+
+    def noting_head(hidden, weight, *arguments):
+        assert not isinstance(weight, DTensor)
+        seen["head"].add(str(weight.dtype))
+        return head_loss(hidden, weight, *arguments)
 
     def noting_norm(self, x):
         seen["norm"].add(str(self.weight.dtype))
@@ -109,11 +115,13 @@ def watched(recipe: Recipe) -> dict[str, list[str]]:
         return step(self, *arguments)
 
     DiagonalSSM.system, torch.nn.Linear.forward = noting_system, noting_linear
+    modeling_h3.head_loss = noting_head
     torch.nn.LayerNorm.forward, torch.optim.AdamW.step = noting_norm, noting_step
     try:
         run(recipe)
     finally:
         DiagonalSSM.system, torch.nn.Linear.forward = system, linear
+        modeling_h3.head_loss = head_loss
         torch.nn.LayerNorm.forward, torch.optim.AdamW.step = norm, step
     return {kind: sorted(found) for kind, found in seen.items()}
 

@@ -475,15 +475,19 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
+        if labels is not None and self.model.process_group and "shift_labels" not in kwargs:
+            raise ValueError("rows over several processes take shift_labels: shift before slicing")
         if skip_logits and labels is not None and type(self.lm_head) is nn.Linear:
             targets = kwargs.get("shift_labels")
             if targets is None:
                 targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-            loss = head_loss(
-                hidden.last_hidden_state, self.lm_head.weight, targets,
-                kwargs.get("num_items_in_batch"),
+            lean = CausalLMOutputWithPast(
+                loss=head_loss(
+                    hidden.last_hidden_state, self.lm_head.weight, targets,
+                    kwargs.get("num_items_in_batch"),
+                ),
+                hidden_states=hidden.hidden_states,
             )  # fmt: skip
-            lean = CausalLMOutputWithPast(loss=loss, hidden_states=hidden.hidden_states)
             return lean if return_dict is not False else lean.to_tuple()
         # 0 keeps all: a slice from minus zero is a slice from the start
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
