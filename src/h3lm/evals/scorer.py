@@ -345,7 +345,7 @@ class TreeScorer:
             self._call(ids, None, None, place, asked, answers)
         else:
             past = front.states.borrow(front.rows[part])
-            self._call(ids, past, past.cache(self.model), place, asked, answers)
+            self._call(ids, past, past.cache(self.model, last=True), place, asked, answers)
 
     def _call(
         self,

@@ -216,19 +216,21 @@ class States:
         """Whether all prefixes have the same length."""
         return bool((self.lengths == self.lengths[:1]).all())
 
-    def cache(self, model: PreTrainedModel, *, in_place: bool = False) -> Cache:
+    def cache(self, model: PreTrainedModel, *, in_place: bool = False, last: bool = False) -> Cache:
         """A cache of the library that holds these tensors, not copies.
 
         Args:
             model: The model.
             in_place: Let the cache write new keys and values into these tensors, of which there
                 must be enough. Only where all prefixes have the same length.
+            last: Nothing follows the next call: the constant states behind it are not made.
         """
         cache = empty_cache(model)
         used = int(self.lengths.max(initial=0))
         for i, (first, second) in enumerate(self.layers):
             layer = cache.layers[i]
             if isinstance(layer, _Handed):
+                layer.keeps = not last
                 if used:
                     layer.hand(first, second)
                 if isinstance(layer, _CountingHanded):

@@ -27,7 +27,12 @@ class RecurrentLayer(LinearAttentionLayer):
 
     Both are written in place from the second call on, so that a captured graph keeps its
     addresses. Complex states are stored as float32 pairs (..., N/2, 2).
+
+    Attributes:
+        keeps: Whether the state behind a call is wanted; without it the call is cheaper.
     """
+
+    keeps = True
 
     def read(self) -> Packed | None:
         """The state, or None before anything was seen."""

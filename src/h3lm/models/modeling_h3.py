@@ -135,8 +135,7 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
 
     def _mix_with_state(self, u: Tensor, where: Where, cache: Cache | None) -> Tensor:
         if cache is None:
-            unneeded = {"with_state": False} if isinstance(self.mixer, H3) else {}
-            return self.mixer(u, mask=where.padding, **unneeded)[0]
+            return self._mix_and_forget(u, None, where)
         stored = cache.layers[self.layer_idx]
         if isinstance(stored, RingLayer) and u.shape[1] == 1 and where.padding is None:
             ring = None if torch.is_grad_enabled() else stored.ring()
@@ -146,9 +145,15 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
                 return mixed
         packed = stored.read()
         state = None if packed is None else self.mixer.unpack_state(*packed)
+        if not stored.keeps:
+            return self._mix_and_forget(u, state, where)
         mixed, state = self.mixer(u, state, mask=where.padding)
         stored.write(self.mixer.pack_state(state), u.shape[1])
         return mixed
+
+    def _mix_and_forget(self, u: Tensor, state: Any, where: Where) -> Tensor:
+        unneeded = {"with_state": False} if isinstance(self.mixer, H3) else {}
+        return self.mixer(u, state, mask=where.padding, **unneeded)[0]
 
 
 class H3PreTrainedModel(PreTrainedModel):
