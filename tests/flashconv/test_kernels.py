@@ -306,6 +306,19 @@ def test_reversed_run_equals_plain_pytorch() -> None:
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
 
 
+@needs_triton
+@pytest.mark.filterwarnings("ignore")  # of the interpreter and the checker
+@pytest.mark.parametrize("cut", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_opcheck_in_the_interpreter(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "segments", lambda *problem: cut)
+    leaves = _leaves(1, 1, 70 if cut == 1 else 4160, 8, 3, torch.float32, False)
+    system = DiagonalSystem(*(leaves[name] for name in ("a", "b", "c", "skip")))
+    matrices = library.kernel_operators(system.chunk_operators(leaves["taps"]))
+    given = [x.detach().requires_grad_() for x in (*(leaves[n] for n in "qkv"), *matrices)]
+    inputs = (*given, None, None, 1, True, True, True, "triton")
+    torch.library.opcheck(torch.ops.h3lm.h3_core_fwd.default, inputs)
+
+
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("backend", ["triton", pytest.param("gluon", marks=needs_hopper)])

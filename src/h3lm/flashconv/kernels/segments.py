@@ -49,7 +49,7 @@ def forward(
         q, k, v, operators, carry, starts.flatten(0, 1), head_dim=head_dim,
         with_output=with_output, with_end=with_end, save_states=save_states, segments=segments,
     )  # fmt: skip
-    return o, ends[segments - 1 :: segments].contiguous() if with_end else ends, states
+    return o, ends[segments - 1 :: segments].clone() if with_end else ends, states
 
 
 def backward(
@@ -78,8 +78,8 @@ def backward(
     return replace(
         grads,
         k=dk,
-        carry=None if carry is None else grads.carry[::segments].contiguous(),
-        start=None if start is None else grads.start[::segments].contiguous(),
+        carry=None if carry is None else grads.carry[::segments].clone(),
+        start=None if start is None else grads.start[::segments].clone(),
     )
 
 
