@@ -427,6 +427,19 @@ def test_segments_side_by_side_equal_float64(case: tuple, monkeypatch: pytest.Mo
 
 
 @needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_end_state_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "segments", lambda *problem: 2)
+    leaves = _leaves(1, 1, 4096 + 150, 8, 64, torch.float32, True)
+    system = DiagonalSystem(*(leaves[name] for name in ("a", "b", "c", "skip")))
+    operators = system.chunk_operators(leaves["taps"])
+    k, v, state = leaves["k"], leaves["v"], H3State(leaves["shift"], leaves["x"])
+    end = library.h3_end_state(k, v, operators, backend="triton", initial_state=state)
+    expected = chunked.h3_end_state(k, v, operators, initial_state=state)
+    torch.testing.assert_close(end, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 def test_segments_of_heads_with_several_channels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,9 @@ def forward(
     first = torch.zeros_like(added[:, :1]) if start is None else start[:, None]
     chunks = segment_length(k.shape[-1], segments) // CHUNK_LENGTH
     starts = _scan(torch.cat([first, added[:, :-1]], 1), operators.decay, chunks)
+    if not with_output and not save_states:  # what is wanted is there
+        end = added[:, -1] + _through_last(starts[:, -1], operators.decay, k.shape[-1], segments)
+        return k.new_empty(0), end, ends.new_empty(0)
     o, ends, states = kernels.forward(
         q, k, v, operators, carry, starts.flatten(0, 1), head_dim=head_dim,
         with_output=with_output, with_end=with_end, save_states=save_states, segments=segments,
@@ -102,11 +105,17 @@ def _gradients_behind(
     added = added.unflatten(0, (-1, segments))
     length = segment_length(do.shape[-1], segments)
     last = torch.zeros_like(added[:, -1]) if dend is None else dend
-    in_last = (do.shape[-1] - (segments - 1) * length) // CHUNK_LENGTH
-    through = _scan(torch.stack([last, torch.zeros_like(last)], 1), conjugate, in_last)[:, 1]
+    through = _through_last(last, conjugate, do.shape[-1], segments)
     from_right = torch.cat([(added[:, -1] + through)[:, None], added[:, 1:-1].flip(1)], 1)
     behind = _scan(from_right, conjugate, length // CHUNK_LENGTH).flip(1)
     return torch.cat([behind, last[:, None]], 1).flatten(0, 1)
+
+
+def _through_last(state: Tensor, decay: Tensor, total: int, segments: int) -> Tensor:
+    """A state decayed over the full chunks of the last segment."""
+    length = total - (segments - 1) * segment_length(total, segments)
+    both = torch.stack([state, torch.zeros_like(state)], 1)
+    return _scan(both, decay, length // CHUNK_LENGTH)[:, 1]
 
 
 def _scan(added: Tensor, decay: Tensor, chunks: int) -> Tensor:
