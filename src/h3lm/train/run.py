@@ -30,6 +30,7 @@ from h3lm.train.corpus import (
     tokenizer_of,
 )
 from h3lm.train.interrupt import RunStopped, StopOnSignal
+from h3lm.train.memory import Held, device_memory
 from h3lm.train.mesh import Mesh, check_same_recipe
 from h3lm.train.outcome import Result, finish
 from h3lm.train.param_groups import describe_groups, parameter_groups
@@ -78,6 +79,10 @@ def _train(recipe: Recipe, console: Console) -> Result:
     checkpoint = find_checkpoint(recipe, console)
     blocks = _open_blocks(recipe)
     tokenizer = tokenizer_of(blocks)
+    if recipe.init_from is None:  # such a model's size is known when it is loaded
+        held = Held.of(build_config(recipe, len(tokenizer)), recipe, mesh, device_memory())
+        console.print(str(held), highlight=False)
+        held.check()
     set_seed(recipe.seed)
     model = _make_model(recipe, len(tokenizer))
     blocks.stream.check_vocabulary(model.config.vocab_size)
