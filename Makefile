@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# one process a core, each with one thread: threads of several processes get in each other's way
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test lint types check test-gpu synthetics clean
@@ -41,9 +43,9 @@ types: env
 
 check: env
 	@echo "== pytest"
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 	@echo "== pytest, shapes and dtypes of every call checked"
-	@$(BIN)/python -m pytest tests/ssm tests/layers tests/flashconv -k "not mistake" \
+	@$(PYTEST) tests/ssm tests/layers tests/flashconv -k "not mistake" \
 	  --jaxtyping-packages=h3lm.ssm,h3lm.flashconv,h3lm.layers,beartype.beartype
 	@echo "== examples in docstrings"
 	@$(BIN)/python -m pytest --doctest-modules src/h3lm/flashconv/op.py src/h3lm/data/tokenizers.py
