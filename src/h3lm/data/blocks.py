@@ -17,9 +17,10 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, Self, cast, overload
+from typing import Any, NamedTuple, Self, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,40 @@ TOKENIZER_FOLDER = "tokenizer"
 
 # A memory map keeps a file descriptor, of which a process commonly has 1,024.
 _MAPS_KEPT_OPEN = 256
+
+
+@contextmanager
+def reading_index(path: Path, version: int, missing: str) -> Iterator[dict[str, Any]]:
+    """The fields of an index file of prepared data, for the block that makes something of them.
+
+    Args:
+        path: The file.
+        version: The format version that is read.
+        missing: What to say of its folder if there is no such file.
+
+    Raises:
+        UserError: if it is missing, unreadable or of another version, or if what it says or the
+            block makes of it does not fit together.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        found = fields.pop("format_version")
+        if found != version:
+            raise UserError(
+                f"{path}: prepared in format version {found}, and this h3lm reads version "
+                f"{version}: prepare the data again"
+            )
+        yield fields
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path.parent}: {missing}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: damaged ({type(error).__name__}: {error}): prepare the data again"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -123,36 +158,16 @@ class Index:
                 format version, or a damaged index.
         """
         path = Path(folder) / INDEX_FILE
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            version = fields.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise UserError(
-                    f"{path}: prepared in format version {version}, and this h3lm reads version "
-                    f"{FORMAT_VERSION}: prepare the data again"
-                )
+        missing = f"no prepared data here (no {INDEX_FILE}): make it with h3lm prepare"
+        if (Path(folder) / UNFINISHED_FILE).exists():
+            missing = "this preparation was not finished: run the same h3lm prepare again"
+        with reading_index(path, FORMAT_VERSION, missing) as fields:
             fields["tokenizer_files"] = tuple(File(**file) for file in fields["tokenizer_files"])
             fields["splits"] = {
                 split: tuple(map(Shard.from_json, shards))
                 for split, shards in fields["splits"].items()
             }
             return cls(**fields)
-        except (FileNotFoundError, NotADirectoryError):
-            if (Path(folder) / UNFINISHED_FILE).exists():
-                raise UserError(
-                    f"{folder}: this preparation was not finished: run the same h3lm prepare again"
-                ) from None
-            raise UserError(
-                f"{folder}: no prepared data here (no {INDEX_FILE}): make it with h3lm prepare"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: damaged ({type(error).__name__}: {error}): prepare the data again"
-            ) from None
 
     def to_json(self) -> str:
         """Return the text of `index.json`, the same for the same contents."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from h3lm.data.blocks import TOKENIZER_FOLDER, File
+from h3lm.data.blocks import TOKENIZER_FOLDER, File, reading_index
 from h3lm.data.shards import write_array, write_text
 from h3lm.errors import UserError
 
@@ -129,15 +129,11 @@ class LabelledIndex:
         Raises:
             UserError: if there is none, or it is damaged or of another version.
         """
-        path = Path(folder) / INDEX_FILE
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            version = found.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise UserError(
-                    f"{path}: prepared in format version {version}, and this h3lm reads version "
-                    f"{FORMAT_VERSION}: prepare the data again"
-                )
+        missing = (
+            f"no labelled data here (no {INDEX_FILE}): make it with "
+            "h3lm prepare SOURCE FOLDER --labelled FORM"
+        )
+        with reading_index(Path(folder) / INDEX_FILE, FORMAT_VERSION, missing) as found:
             splits = {}
             for name, split in found["splits"].items():
                 files = {key: File(**split[key]) for key in ("rows", "starts", "labels")}
@@ -146,19 +142,6 @@ class LabelledIndex:
                 found["settings"], RowKind(**found["kind"]), tuple(found["classes"]), splits,
                 tuple(File(**file) for file in found["tokenizer_files"]),
             )  # fmt: skip
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"{folder}: no labelled data here (no {INDEX_FILE}): make it with "
-                "h3lm prepare SOURCE FOLDER --labelled FORM"
-            ) from None
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: damaged ({type(error).__name__}: {error}): prepare the data again"
-            ) from None
 
     def to_json(self) -> str:
         """The text of `labelled.json`."""

@@ -124,10 +124,10 @@ class TextReport:
         )
 
 
-def evaluate_text(model: str, data: str | Path, **options) -> TextReport:
+def evaluate_text(model: str, data: str | Path, **options: Any) -> TextReport:
     """Score a model on one text: a file, a folder of text or a prepared folder.
 
-    Options are those of `evaluate_texts`.
+    Options and errors are those of `evaluate_texts`.
     """
     return evaluate_texts(model, data=data, **options)[0]
 
