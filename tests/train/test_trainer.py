@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from h3lm import H3ForCausalLM
 from h3lm.cli import main
 from h3lm.data.blocks import Blocks, TokenStream
+from h3lm.data.order import Order
 from h3lm.errors import UserError
 from h3lm.models.folders import load_model
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
@@ -73,7 +75,7 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(tiny):
     groups = [{"params": rest, "weight_decay": 0.1}, {"params": own, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     blocks = Blocks(recipe.data, "train", 16)
-    order = list(BlockOrder(len(blocks), 12, recipe.seed))
+    order = list(BlockOrder(Order([len(blocks)], recipe.seed), 12))
     expected = []
     for step in range(3):
         ids = torch.stack(
@@ -101,7 +103,7 @@ def _own_rate(name):
 def _tokenizer(recipe):
     from h3lm.train.corpus import tokenizer_of
 
-    return tokenizer_of(Blocks(recipe.data, "train", recipe.block_length))
+    return tokenizer_of(Path(recipe.data) / "tokenizer")
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, tmp_path):

@@ -54,6 +54,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         data_seed=recipe.seed,
         **_checkpointing(recipe.gradient_checkpointing),
         ddp_find_unused_parameters=False,
+        dataloader_num_workers=recipe.data_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,

@@ -65,7 +65,7 @@ class ClassificationTrainer(H3Trainer):
         **arguments: Any,
     ) -> None:
         self.watched, self.settings = watched, settings
-        super().__init__(recipe, None, **arguments)
+        super().__init__(recipe, [], **arguments)
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         total = self.args.max_steps * self.recipe.batch_size

@@ -50,10 +50,10 @@ def finish(trainer: H3Trainer, tokenizer: Any, console: Console) -> Result:
         return Result(folder, summary)
     save_model(model, folder / "model", tokenizer, weights)
     write_log(trainer.state.log_history, folder / "log.jsonl")
-    if trainer.valid is not None:
+    if trainer.valid:
         loss = metrics["eval_loss"]
-        summary |= _validation_summary(recipe, trainer.valid, loss)
-        unit = "character" if trainer.valid.characters else "token"
+        summary |= _validation_summary(recipe, trainer.valid, metrics)
+        unit = "character" if trainer.valid[0].characters else "token"
         console.print(
             f"validation loss {loss:.4f} nats, {bits(loss):.4f} bits per {unit}", highlight=False
         )
@@ -80,15 +80,21 @@ def _sample(recipe: Recipe, folder: Path, tokenizer: Any, device: torch.device) 
     return "".join(pieces)
 
 
-def _validation_summary(recipe: Recipe, valid: HeldOut, loss: float) -> dict[str, Any]:
-    unit = "char" if valid.characters else "token"
-    return {
-        "val_loss": loss,
-        f"val_bits_per_{unit}": bits(loss),
-        "val_tokens": len(valid.tokens) - valid.first,
+def _validation_summary(
+    recipe: Recipe, valid: list[HeldOut], metrics: dict[str, float]
+) -> dict[str, Any]:
+    unit = "char" if valid[0].characters else "token"
+    summary: dict[str, Any] = {
+        "val_loss": metrics["eval_loss"],
+        f"val_bits_per_{unit}": bits(metrics["eval_loss"]),
+        "val_tokens": sum(one.predicted for one in valid),
         "val_context": recipe.block_length,
         "val_stride": recipe.eval_stride or recipe.block_length,
     }
+    if len(valid) > 1:
+        by_source = {one.source: metrics[f"eval_loss_{one.source}"] for one in valid}
+        summary["val_loss_by_source"] = by_source
+    return summary
 
 
 def bits(nats: float) -> float:

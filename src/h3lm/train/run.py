@@ -1,10 +1,10 @@
 """A recipe run from data to a trained model folder, or from where it was interrupted."""
 
 import errno
-import hashlib
 import math
 import os
 import signal
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as library_logging
 
-from h3lm.data.blocks import INDEX_FILE, Blocks
+from h3lm.data.joined import JoinedBlocks
 from h3lm.data.lock import only_writer
 from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
@@ -24,7 +24,8 @@ from h3lm.train.checkpoints import Checkpoint
 from h3lm.train.corpus import (
     BlockCollator,
     BlockDataset,
-    blocks_folder,
+    fingerprint,
+    folders,
     held_out,
     prepare_shipped_text,
     tokenizer_of,
@@ -78,14 +79,14 @@ def _train(recipe: Recipe, console: Console) -> Result:
     library_logging.disable_progress_bar()
     checkpoint = find_checkpoint(recipe, console)
     blocks = _open_blocks(recipe)
-    tokenizer = tokenizer_of(blocks)
+    tokenizer = tokenizer_of(blocks.tokenizer_folder)
     if recipe.init_from is None:  # such a model's size is known when it is loaded
         held = Held.of(build_config(recipe, len(tokenizer)), recipe, mesh, device_memory())
         console.print(str(held), highlight=False)
         held.check()
     set_seed(recipe.seed)
     model = _make_model(recipe, len(tokenizer))
-    blocks.stream.check_vocabulary(model.config.vocab_size)
+    blocks.check_vocabulary(model.config.vocab_size)
     fit_tokenizer(model, tokenizer)
     mesh.check(model, recipe)
     if world_size() > 1:
@@ -107,7 +108,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
         held_out(recipe, blocks, tokenizer),
         clock=clock,
         speed=speed,
-        data=_fingerprint(blocks),
+        data=fingerprint(blocks),
         model=model,
         args=arguments,
         train_dataset=BlockDataset(blocks),
@@ -120,7 +121,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
         checkpoint.point.check_same_run(trainer.point(checkpoint.point.step), checkpoint.folder)
         say_resumed(checkpoint, console)
     write_recipe(recipe)
-    _describe(trainer, len(blocks), console)
+    _describe(trainer, blocks, console)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
     finally:
@@ -186,20 +187,15 @@ def find_checkpoint(recipe: Recipe, console: Console) -> Checkpoint | None:
     return checkpoint
 
 
-def _open_blocks(recipe: Recipe) -> Blocks:
+def _open_blocks(recipe: Recipe) -> JoinedBlocks:
     """The training blocks; the first process prepares and verifies what is not."""
-    folder = blocks_folder(recipe)
     if is_first():
         prepare_shipped_text(recipe)
-        blocks = Blocks(folder, "train", recipe.block_length)
+        blocks = JoinedBlocks(folders(recipe), "train", recipe.block_length)
         if recipe.verify_data:
-            blocks.stream.index.verify(folder)
+            blocks.verify()
     wait_for_all()
-    return Blocks(folder, "train", recipe.block_length)
-
-
-def _fingerprint(blocks: Blocks) -> str:
-    return hashlib.sha256((blocks.stream.folder / INDEX_FILE).read_bytes()).hexdigest()
+    return JoinedBlocks(folders(recipe), "train", recipe.block_length)
 
 
 def _make_model(recipe: Recipe, vocab_size: int) -> H3ForCausalLM:
@@ -258,16 +254,18 @@ def write_recipe(recipe: Recipe) -> None:
         (recipe.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
 
-def _describe(trainer: H3Trainer, num_blocks: int, console: Console) -> None:
+def _describe(trainer: H3Trainer, blocks: JoinedBlocks, console: Console) -> None:
     recipe, model = trainer.recipe, trainer.model
     precision = "bfloat16 autocast" if trainer.args.bf16 else "float32"
     several = f", {world_size()} processes, {recipe.parallel}" if world_size() > 1 else ""
     several += "".join(f", {name}={size}" for name, size in recipe.mesh.items())
     console.print(
         f"{recipe.name}: {model.num_parameters():,} parameters in {precision} on "
-        f"{trainer.args.device}{several}, {num_blocks:,} blocks of {recipe.block_length} tokens",
+        f"{trainer.args.device}{several}, {len(blocks):,} blocks of {recipe.block_length} tokens",
         highlight=False,
     )
+    for words in _mixture(recipe, blocks, trainer.args.max_steps):
+        console.print(words, highlight=False)
     groups = parameter_groups(
         model,
         learning_rate=recipe.learning_rate,
@@ -277,3 +275,15 @@ def _describe(trainer: H3Trainer, num_blocks: int, console: Console) -> None:
     console.print(describe_groups(groups), highlight=False)
     if trainer.speed.peak_tokens_per_s is not None:
         console.print(FORMULA, highlight=False)
+
+
+def _mixture(recipe: Recipe, blocks: JoinedBlocks, steps: int) -> Iterator[str]:
+    """A line for each source of several: what part of the run it is, and how often it is read."""
+    if len(blocks.parts) == 1:
+        return
+    weights = recipe.mixing or {name: float(size) for name, size in blocks.sizes.items()}
+    for name, size in blocks.sizes.items():
+        share = weights[name] / sum(weights.values())
+        passes = share * steps * recipe.batch_size / size
+        often = "" if steps == NO_LIMIT else f", {passes:.2f} passes"
+        yield f"{name}: {size:,} blocks, {share:.1%} of what is read{often}"

@@ -24,7 +24,7 @@ from h3lm.models.slices import share_rows, whole_rows
 from h3lm.train import checkpoints
 from h3lm.train.checkpoints import RunPoint
 from h3lm.train.compiling import compile_model, eagerly
-from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut
+from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut, order_of
 from h3lm.train.finite import FiniteWatch
 from h3lm.train.mesh import Mesh
 from h3lm.train.optimizer_state import load_optimizer, save_optimizer
@@ -43,7 +43,7 @@ class H3Trainer(Trainer):
 
     Args:
         recipe: The run.
-        valid: Validation text, if there is any.
+        valid: Validation texts, of which there may be none.
         clock: The run's clock.
         speed: Its figures.
         data: What tells the prepared data apart; see `RunPoint`.
@@ -58,7 +58,7 @@ class H3Trainer(Trainer):
     def __init__(
         self,
         recipe: Recipe,
-        valid: HeldOut | None,
+        valid: list[HeldOut],
         *,
         clock: Clock,
         speed: Speed,
@@ -146,7 +146,7 @@ class H3Trainer(Trainer):
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         total = self.args.max_steps * self.recipe.batch_size
         return BlockOrder(
-            len(self.train_dataset), total, self.recipe.seed,
+            order_of(self.recipe, self.train_dataset.blocks), total,
             batch=self.args.per_device_train_batch_size, readers=self.mesh.seq,
         )  # fmt: skip
 
@@ -155,12 +155,18 @@ class H3Trainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean validation loss of a token, by the code of `h3lm eval`."""
         self.control.should_evaluate = False  # or the library asks again when the run ends
-        if self.valid is None:
+        if not self.valid:
             return {}
         if self.evaluated[0] == self.state.global_step:
             return self.evaluated[1]
-        score = self._score(self.valid)
+        parts = {valid.source: self._score(valid) for valid in self.valid}
+        nats, tokens = (
+            sum(getattr(part, name) for part in parts.values()) for name in ("nats", "tokens")
+        )
+        score = replace(parts[self.valid[0].source], nats=nats, tokens=tokens)
         metrics = {"eval_loss": score.loss, "eval_perplexity": score.perplexity}
+        if len(parts) > 1:
+            metrics |= {f"eval_loss_{source}": part.loss for source, part in parts.items()}
         self.evaluated = self.state.global_step, metrics
         self.log(metrics)
         return metrics
