@@ -104,7 +104,11 @@ class Recipe:
     floor_fraction: float = key(0.1, "the floor, as a part of the peak")
 
     precision: str = key("auto", "bf16 (autocast, fp32 weights), fp32, or auto: what is fast here")
-    gradient_checkpointing: bool = key(False, "recompute blocks in the backward pass", free=True)
+    gradient_checkpointing: bool | None = key(
+        None,
+        "recompute blocks in the backward pass; null: where the estimate of the memory asks for it",
+        free=True,
+    )
     compile: str | None = key(
         None,
         "torch.compile each block (blocks: quick to start) or the whole model (model)",

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as library_logging
 
 from h3lm.data.joined import JoinedBlocks
 from h3lm.data.lock import only_writer
 from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
-from h3lm.models.folders import fit_tokenizer, load_model
+from h3lm.models.folders import fit_tokenizer, load_config, load_model
 from h3lm.train import checkpoints
-from h3lm.train.arguments import NO_LIMIT, training_arguments
+from h3lm.train.arguments import NO_LIMIT, set_checkpointing, training_arguments
 from h3lm.train.checkpoints import Checkpoint
 from h3lm.train.corpus import (
     BlockCollator,
@@ -31,11 +31,11 @@ from h3lm.train.corpus import (
     tokenizer_of,
 )
 from h3lm.train.interrupt import RunStopped, StopOnSignal
-from h3lm.train.memory import Held, device_memory
+from h3lm.train.memory import Estimate
 from h3lm.train.mesh import Mesh, check_same_recipe
 from h3lm.train.outcome import Result, finish
 from h3lm.train.param_groups import describe_groups, parameter_groups
-from h3lm.train.processes import is_first, rank, wait_for_all, world_size
+from h3lm.train.processes import is_first, largest, rank, wait_for_all, world_size
 from h3lm.train.profiling import Profiler
 from h3lm.train.progress import Clock, ProgressLine, Speed, write_log
 from h3lm.train.recipe import Recipe
@@ -80,10 +80,8 @@ def _train(recipe: Recipe, console: Console) -> Result:
     checkpoint = find_checkpoint(recipe, console)
     blocks = _open_blocks(recipe)
     tokenizer = tokenizer_of(blocks.tokenizer_folder)
-    if recipe.init_from is None:  # such a model's size is known when it is loaded
-        held = Held.of(build_config(recipe, len(tokenizer)), recipe, mesh, device_memory())
-        console.print(str(held), highlight=False)
-        held.check()
+    config = _config(recipe, len(tokenizer))
+    set_checkpointing(arguments, _choose_checkpointing(recipe, config, mesh, arguments, console))
     set_seed(recipe.seed)
     model = _make_model(recipe, len(tokenizer))
     blocks.check_vocabulary(model.config.vocab_size)
@@ -196,6 +194,31 @@ def _open_blocks(recipe: Recipe) -> JoinedBlocks:
             blocks.verify()
     wait_for_all()
     return JoinedBlocks(folders(recipe), "train", recipe.block_length)
+
+
+def _config(recipe: Recipe, vocab_size: int) -> H3Config:
+    """The configuration of the model that is trained."""
+    if recipe.init_from is None:
+        return build_config(recipe, vocab_size)
+    return load_config(recipe.init_from)
+
+
+def _choose_checkpointing(
+    recipe: Recipe, config: H3Config, mesh: Mesh, arguments: TrainingArguments, console: Console
+) -> bool:
+    """Whether to recompute blocks, by an estimate of the memory that is told.
+
+    Raises:
+        UserError: if the model cannot fit, with the nearest setting that does.
+    """
+    estimate = Estimate.of(config, recipe, mesh, arguments.device, arguments.bf16)
+    estimate.check(recipe)
+    chosen, why = estimate.choose(recipe.gradient_checkpointing)
+    chosen = bool(largest(int(chosen)))  # all processes alike
+    console.print(estimate.words(chosen), highlight=False)
+    how = "recomputed in the backward pass" if chosen else "kept, not recomputed"
+    console.print(f"activations of blocks are {how}: {why}", highlight=False)
+    return chosen
 
 
 def _make_model(recipe: Recipe, vocab_size: int) -> H3ForCausalLM:
