@@ -80,7 +80,7 @@ def together(blocks, tmp_path_factory) -> tuple[Path, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "fsdp", "recomputed"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "recomputed", "compiled"])
 def test_two_processes_train_as_one_does(together, way):
     folder, _ = together
     one, two = folder / "one", folder / way
