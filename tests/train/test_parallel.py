@@ -99,6 +99,16 @@ def test_two_processes_train_as_one_does(together, way):
 
 
 @pytest.mark.slow
+def test_two_processes_start_sharded_from_a_folder_as_one_does(together, tiny):
+    folder, _ = together
+    start = str(folder / "ddp" / "model")
+    recipe = tiny(**RECIPE | {"init_from": start, "model": {}, "save_every": None})
+    run(recipe)
+    assert log(folder / "warm") == pytest.approx(log(recipe.folder), abs=1e-5)
+    assert log(folder / "warm")[0] < log(folder / "ddp")[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes_resume_exactly(together, way):
     folder, said = together

@@ -20,6 +20,7 @@ from h3lm.data.blocks import Blocks, TokenStream
 from h3lm.data.order import Order
 from h3lm.errors import UserError
 from h3lm.models.folders import load_model
+from h3lm.train.building import build_model
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
 from h3lm.train.interrupt import RunStopped
 from h3lm.train.profiling import BACKWARD, summarise
@@ -69,7 +70,7 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(tiny):
     recipe.model["embedding_dropout"] = 0.0
     result, _ = run(recipe)
     torch.manual_seed(recipe.seed)
-    model = H3ForCausalLM(build_config(recipe, len(_tokenizer(recipe))))
+    model = build_model(build_config(recipe, len(_tokenizer(recipe))))
     own = [p for n, p in model.named_parameters() if _own_rate(n)]
     rest = [p for n, p in model.named_parameters() if not _own_rate(n)]
     groups = [{"params": rest, "weight_decay": 0.1}, {"params": own, "weight_decay": 0.0}]

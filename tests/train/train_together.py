@@ -149,6 +149,8 @@ def main(recipe_file: str, place: str) -> None:
     torch.compile = lambda f: compiler(f, backend="aot_eager")
     run(to("compiled", parallel="fsdp", compile="blocks"))
     torch.compile = compiler
+    start = str(folder / "ddp" / "model")
+    run(to("warm", parallel="fsdp", init_from=start, model={}, save_every=None))
     stopped = to("stopped", parallel="fsdp")
     report["stopped"] = run_with(stopped, 3, terminated)
     run(stopped)

@@ -1,6 +1,7 @@
 """A recipe run from data to a trained model folder, or from where it was interrupted."""
 
 import errno
+import functools
 import math
 import os
 import signal
@@ -20,6 +21,7 @@ from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.folders import fit_tokenizer, load_config, load_model
 from h3lm.train import checkpoints
 from h3lm.train.arguments import NO_LIMIT, set_checkpointing, training_arguments
+from h3lm.train.building import build_model, read_model
 from h3lm.train.checkpoints import Checkpoint
 from h3lm.train.corpus import (
     BlockCollator,
@@ -34,6 +36,7 @@ from h3lm.train.interrupt import RunStopped, StopOnSignal
 from h3lm.train.memory import Estimate
 from h3lm.train.mesh import Mesh, check_same_recipe
 from h3lm.train.outcome import Result, finish
+from h3lm.train.parallel import shard_model
 from h3lm.train.param_groups import describe_groups, parameter_groups
 from h3lm.train.processes import is_first, largest, rank, wait_for_all, world_size
 from h3lm.train.profiling import Profiler
@@ -83,7 +86,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
     config = _config(recipe, len(tokenizer))
     set_checkpointing(arguments, _choose_checkpointing(recipe, config, mesh, arguments, console))
     set_seed(recipe.seed)
-    model = _make_model(recipe, len(tokenizer))
+    model = _make_model(recipe, config, mesh, arguments)
     blocks.check_vocabulary(model.config.vocab_size)
     fit_tokenizer(model, tokenizer)
     mesh.check(model, recipe)
@@ -221,10 +224,23 @@ def _choose_checkpointing(
     return chosen
 
 
-def _make_model(recipe: Recipe, vocab_size: int) -> H3ForCausalLM:
-    if recipe.init_from is not None:
+def _make_model(
+    recipe: Recipe, config: H3Config, mesh: Mesh, arguments: TrainingArguments
+) -> H3ForCausalLM:
+    """The model as it is trained: on the CPU, or sharded on its devices."""
+    shard = None
+    if recipe.parallel == "fsdp" and world_size() > 1:
+        compute_dtype = torch.bfloat16 if arguments.bf16 else None
+        grid = mesh.sharding(arguments.device)
+        shard = functools.partial(shard_model, mesh=grid, compute_dtype=compute_dtype)
+    device = "cpu" if shard is None else str(arguments.device)
+    if recipe.init_from is None:
+        return build_model(config, shard, device)
+    if shard is None:
         return load_model(recipe.init_from)
-    return H3ForCausalLM(build_config(recipe, vocab_size))
+    if any(Path(recipe.init_from).glob("*.safetensors")):
+        return read_model(recipe.init_from, config, shard, device)
+    return shard(load_model(recipe.init_from, device=device))
 
 
 def number_of_steps(

@@ -22,13 +22,14 @@ from h3lm.evals.perplexity import TextScore, score_tokens
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.slices import share_rows, whole_rows
 from h3lm.train import checkpoints
+from h3lm.train.building import read_weights
 from h3lm.train.checkpoints import RunPoint
 from h3lm.train.compiling import compile_model, eagerly
 from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut, order_of
 from h3lm.train.finite import FiniteWatch
 from h3lm.train.mesh import Mesh
 from h3lm.train.optimizer_state import load_optimizer, save_optimizer
-from h3lm.train.parallel import is_sharded, reshard, shard_model, whole_weights
+from h3lm.train.parallel import is_sharded, reshard, whole_weights
 from h3lm.train.param_groups import parameter_groups
 from h3lm.train.processes import first_says, is_first, rank, summed, wait_for_all, world_size
 from h3lm.train.progress import Clock, Speed
@@ -94,12 +95,7 @@ class H3Trainer(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         # Here the model is on its device with a checkpoint's weights, and has no optimiser yet
         recipe = self.recipe
-        if recipe.parallel == "fsdp" and world_size() > 1:
-            shard_model(
-                self.model,
-                self.mesh.sharding(self.args.device),
-                compute_dtype=torch.bfloat16 if self.args.bf16 else None,
-            )
+        if is_sharded(self.model):
             # Autocast only: what is prepared once is not wrapped in DDP afterwards
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         if recipe.compile is not None:
@@ -304,6 +300,12 @@ class H3Trainer(Trainer):
         # A checkpoint's idea of when to log, evaluate and save is not the recipe's
         self.state.compute_steps(self.args, max_steps)
         return started
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_sharded(self.model):
+            read_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = set(self.model.all_tied_weights_keys)
