@@ -16,7 +16,9 @@ from torch.nn.functional import cross_entropy
 from h3lm import H3ForCausalLM
 from h3lm.cli import main
 from h3lm.data.blocks import Blocks, TokenStream
+from h3lm.data.prepare import prepare
 from h3lm.errors import UserError
+from h3lm.evals.perplexity import score_tokens
 from h3lm.models.folders import load_model
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
 from h3lm.train.interrupt import RunStopped
@@ -51,6 +53,29 @@ def test_a_run_leaves_model_tokenizer_curve_log_recipe_and_summary(tiny):
     assert len(evaluations) == 2  # at steps 3 and 6, which are the final weights
     for shown_text in ("all others", "validation loss", str(folder / "model")):
         assert shown_text in shown
+
+
+def test_the_test_text_is_scored_by_the_last_weights_if_the_recipe_says_so(tiny, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i, split in enumerate(("train", "valid", "test")):
+        (texts / f"{split}.txt").write_text("it was the age of wisdom " * (30 + i))
+    prepare(texts, tmp_path / "blocks", block_length=16, progress=False)
+    result, shown = run(tiny(data=str(tmp_path / "blocks"), test=True, eval_stride=4))
+    summary = result.summary
+    stream = TokenStream(tmp_path / "blocks", "test")
+    assert summary["test_tokens"] == len(stream) - 1
+    model = load_model(result.folder / "model")
+    score = score_tokens(model, stream, context=16, stride=4)
+    assert summary["test_loss"] == pytest.approx(score.loss, abs=1e-6)
+    assert summary["test_perplexity"] == pytest.approx(score.perplexity, rel=1e-6)
+    assert summary["test_loss"] != summary["val_loss"]
+    assert f"test loss {summary['test_loss']:.4f} nats" in shown
+
+
+def test_a_recipe_that_wants_a_test_needs_a_test_text(tiny):
+    with pytest.raises(UserError, match="no split 'test' here, only train, valid"):
+        run(tiny(test=True))
 
 
 def test_the_same_recipe_gives_the_same_run(tiny, tmp_path):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from h3lm.errors import UserError
+from h3lm.evals.figures import figure
 
 
 class Tokens(Protocol):
@@ -45,7 +46,7 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         """The exponential of the mean over all tokens; never a mean of perplexities."""
-        return math.exp(self.loss)
+        return figure("perplexity", self.nats, self.tokens)
 
     def bits_per(self, units: int) -> float:
         """Bits for each of so many units that the tokens stand for: bytes, characters, words."""

@@ -79,6 +79,15 @@ def held_out(
     return HeldOut(TokenStream(blocks.stream.folder, "valid"))
 
 
+def test_text(recipe: Recipe, blocks: Blocks) -> HeldOut | None:
+    """What a recipe's last weights are tested on, if it says so.
+
+    Raises:
+        UserError: if it says so and the data have no test split.
+    """
+    return HeldOut(TokenStream(blocks.stream.folder, "test")) if recipe.test else None
+
+
 def _shipped_text() -> Traversable:
     return files("h3lm.data") / "texts" / "tinyshakespeare.txt"
 

@@ -133,6 +133,11 @@ class Recipe:
         "tokens",
         free=True,
     )
+    test: bool = key(
+        False,
+        "score the data's test text too, once, by the weights that a run ends with",
+        free=True,
+    )
     verify_data: bool = key(True, "compare the data's checksums at the start", free=True)
     save_every: int | None = key(None, "how often a checkpoint is written", "steps", free=True)
     keep_checkpoints: int = key(2, "how many of them are kept", "checkpoints", free=True)

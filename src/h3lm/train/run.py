@@ -27,6 +27,7 @@ from h3lm.train.corpus import (
     blocks_folder,
     held_out,
     prepare_shipped_text,
+    test_text,
     tokenizer_of,
 )
 from h3lm.train.interrupt import RunStopped, StopOnSignal
@@ -79,6 +80,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
     checkpoint = find_checkpoint(recipe, console)
     blocks = _open_blocks(recipe)
     tokenizer = tokenizer_of(blocks)
+    valid, test = held_out(recipe, blocks, tokenizer), test_text(recipe, blocks)
     if recipe.init_from is None:  # such a model's size is known when it is loaded
         held = Held.of(build_config(recipe, len(tokenizer)), recipe, mesh, device_memory())
         console.print(str(held), highlight=False)
@@ -104,7 +106,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
             callbacks.append(Profiler(recipe.profile_steps, recipe.folder, label=label))
     trainer = H3Trainer(
         recipe,
-        held_out(recipe, blocks, tokenizer),
+        valid,
         clock=clock,
         speed=speed,
         data=_fingerprint(blocks),
@@ -130,7 +132,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
             write_log(trainer.state.log_history, recipe.folder / "log.jsonl")
     if stop.agreed:
         raise stopped(trainer, stop.agreed)
-    return finish(trainer, tokenizer, console)
+    return finish(trainer, test, tokenizer, console)
 
 
 def build_config(recipe: Recipe, vocab_size: int) -> H3Config:

@@ -159,20 +159,20 @@ class H3Trainer(Trainer):
             return {}
         if self.evaluated[0] == self.state.global_step:
             return self.evaluated[1]
-        score = self._score(self.valid)
+        score = self.score(self.valid)
         metrics = {"eval_loss": score.loss, "eval_perplexity": score.perplexity}
         self.evaluated = self.state.global_step, metrics
         self.log(metrics)
         return metrics
 
-    def _score(self, valid: HeldOut) -> TextScore:
-        """The score of all processes together, each on its share."""
+    def score(self, text: HeldOut) -> TextScore:
+        """The score of all processes together, each on its share; all must come here."""
         eager = eagerly() if self.recipe.compile is not None else nullcontext()
         with eager, whole_rows(self.model):
             part = score_tokens(
                 self.model,
-                valid.tokens,
-                first=valid.first,
+                text.tokens,
+                first=text.first,
                 context=self.recipe.block_length,
                 stride=self.recipe.eval_stride,
                 batch_size=max(1, self.args.per_device_train_batch_size),
