@@ -96,7 +96,8 @@ class ClassificationTrainer(H3Trainer):
             return {}
         if self.evaluated[0] == self.state.global_step:
             return self.evaluated[1]
-        found = self.classify(self.watched)
+        with self.speed.aside():
+            found = self.classify(self.watched)
         metrics = {"eval_loss": found.loss, "eval_accuracy": found.accuracy}
         self.evaluated = self.state.global_step, metrics
         self.log(metrics)

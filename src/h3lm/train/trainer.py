@@ -159,7 +159,8 @@ class H3Trainer(Trainer):
             return {}
         if self.evaluated[0] == self.state.global_step:
             return self.evaluated[1]
-        score = self.score(self.valid)
+        with self.speed.aside():
+            score = self.score(self.valid)
         metrics = {"eval_loss": score.loss, "eval_perplexity": score.perplexity}
         self.evaluated = self.state.global_step, metrics
         self.log(metrics)
@@ -187,6 +188,7 @@ class H3Trainer(Trainer):
         taken = self.state.global_step * self.recipe.batch_size
         self.state.epoch = taken / len(self.train_dataset)
         if "loss" in logs:
+            self.speed.mark(self.state)
             logs = logs | self.speed.figures(self.state)
         super().log(logs)
 
@@ -247,7 +249,7 @@ class H3Trainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         point = self.point(self.state.global_step)
         folder = self.checkpoints_folder
-        with checkpoints.failing_in_one_line(folder):
+        with self.speed.aside(), checkpoints.failing_in_one_line(folder):
             if is_first():
                 checkpoints.begin(folder)
             wait_for_all()
