@@ -217,6 +217,18 @@ def test_a_half_written_newest_folder_is_passed_over(tiny, stopped_at, tmp_path)
     assert losses(recipe.folder) == losses(tmp_path / "straight")
 
 
+def test_what_is_not_whole_takes_no_whole_checkpoints_place(tiny, stopped_at):
+    recipe = tiny(save_every=1, keep_checkpoints=1)
+    stopped_at(recipe, 2)
+    folder = recipe.folder / "checkpoints"
+    for step in (1, 9):  # a removal that was cut short, and what a copy left behind
+        (folder / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}" / "config.json").write_text("{}")
+    stopped_at(recipe, 4)
+    assert names(recipe.folder) == ["checkpoint-4", "checkpoint-9"]
+    assert checkpoints.newest(folder)[0].point.step == 4
+
+
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_there(tiny, stopped_at):
     recipe = tiny(save_every=2)
     recipe.folder.mkdir()

@@ -199,9 +199,21 @@ def finish(folder: Path, point: RunPoint, keep: int) -> Path:
     written.rename(final)
     _flush(folder)
     shutil.rmtree(folder / UNFINISHED)
-    for _, path in sorted(_numbered(folder))[:-keep]:
-        shutil.rmtree(path)
+    _remove_old(folder, point.step, keep)
     return final
+
+
+def _remove_old(folder: Path, step: int, keep: int) -> None:
+    """Remove all but the newest up to a step.
+
+    What is not whole does not count as one of them; beyond the step it is not ours to remove.
+    """
+    old = sorted(pair for pair in _numbered(folder) if pair[0] <= step)
+    whole = [path for _, path in old if (path / MANIFEST).is_file()]
+    for _, path in old:
+        if path not in whole[-keep:]:
+            (path / MANIFEST).unlink(missing_ok=True)  # first, or what is left would seem whole
+            shutil.rmtree(path)
 
 
 @contextlib.contextmanager
