@@ -151,6 +151,21 @@ def test_what_does_not_decide_the_run_may_change(tiny, stopped_at, tmp_path):
     assert len(json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-2])) > 0
 
 
+@pytest.mark.parametrize("first", ["bf16", "fp32"])
+def test_a_run_keeps_the_precision_that_it_began_in(tiny, stopped_at, tmp_path, monkeypatch, first):
+    def machine_is_fast_in(precision):  # as it seems from one start to the next
+        times = {torch.float32: 1.0, torch.bfloat16: 0.5 if precision == "bf16" else 2.0}
+        monkeypatch.setattr("h3lm.train.arguments._time_product", times.__getitem__)
+
+    run(tiny(precision=first, output_dir=str(tmp_path / "straight")))
+    machine_is_fast_in(first)
+    recipe = tiny(precision="auto", save_every=2)
+    stopped_at(recipe, 2)
+    machine_is_fast_in("fp32" if first == "bf16" else "bf16")
+    run(recipe)
+    assert losses(recipe.folder) == losses(tmp_path / "straight")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -55,6 +55,8 @@ class RunPoint:
         recipe: The recipe's keys that decide the run.
         data: What tells prepared data apart.
         model: The model's configuration.
+        precision: What it was trained in, bf16 or fp32, whatever the recipe left open; empty if
+            an older h3lm wrote it.
     """
 
     step: int
@@ -64,6 +66,7 @@ class RunPoint:
     recipe: dict[str, Any]
     data: str
     model: dict[str, Any]
+    precision: str = ""
 
     def check_same_run(self, other: Self, folder: Path) -> None:
         """Refuse to go on with another run's checkpoint.

@@ -24,7 +24,7 @@ from h3lm.evals.classification import Classified, classify
 from h3lm.models import H3ClassificationConfig, H3Config, H3ForSequenceClassification
 from h3lm.models.folders import save_model
 from h3lm.train import run as running
-from h3lm.train.arguments import training_arguments
+from h3lm.train.arguments import precision_of, training_arguments
 from h3lm.train.checkpoints import RunPoint
 from h3lm.train.classification_plots import plot_confusion, plot_curves
 from h3lm.train.examples import (
@@ -226,11 +226,11 @@ def _train_one(
 ) -> Result:
     if recipe.deterministic:
         running.compute_the_same_bits()
-    arguments = training_arguments(recipe)
+    checkpoint = running.find_checkpoint(recipe, console)
+    arguments = training_arguments(recipe, checkpoint.point.precision if checkpoint else "")
     if torch.cuda.is_available():
         arguments.dataloader_num_workers = LOADERS
     library_logging.disable_progress_bar()
-    checkpoint = running.find_checkpoint(recipe, console)
     set_seed(recipe.seed)
     model = _make_model(recipe, index)
     labels = _labels_of(model, index)
@@ -264,7 +264,7 @@ def _train_one(
     )  # fmt: skip
     if checkpoint is not None:
         checkpoint.point.check_same_run(trainer.point(checkpoint.point.step), checkpoint.folder)
-        running.say_resumed(checkpoint, console)
+        running.say_resumed(checkpoint, precision_of(arguments), console)
     running.write_recipe(recipe)
     console.print(
         f"{recipe.name}: {model.num_parameters():,} parameters on {arguments.device}, "
@@ -301,7 +301,7 @@ def _finish(
         "steps": trainer.state.global_step,
         "epochs": trainer.state.global_step * recipe.batch_size / len(trainer.train_dataset),
         "train_seconds": round(trainer.trained_s, 2),
-        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "precision": precision_of(trainer.args),
         "split": split,
         "examples": len(found.labels),
         "accuracy": found.accuracy,

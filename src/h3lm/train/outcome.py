@@ -12,6 +12,7 @@ from rich.console import Console
 from h3lm.evals.figures import figure
 from h3lm.models.folders import load_model, save_model
 from h3lm.models.generation import continue_ids
+from h3lm.train.arguments import precision_of
 from h3lm.train.corpus import HeldOut
 from h3lm.train.parallel import is_sharded, whole_weights
 from h3lm.train.processes import is_first, world_size
@@ -44,7 +45,7 @@ def finish(trainer: H3Trainer, test: HeldOut | None, tokenizer: Any, console: Co
         "steps": trainer.state.global_step,
         "tokens_seen": trainer.state.global_step * recipe.batch_size * recipe.block_length,
         "train_seconds": round(trainer.trained_s, 2),
-        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "precision": precision_of(trainer.args),
         "processes": world_size(),
     }
     weights = whole_weights(model) if is_sharded(model) else None

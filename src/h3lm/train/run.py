@@ -19,7 +19,7 @@ from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.folders import fit_tokenizer, load_model
 from h3lm.train import checkpoints
-from h3lm.train.arguments import NO_LIMIT, training_arguments
+from h3lm.train.arguments import NO_LIMIT, precision_of, training_arguments
 from h3lm.train.checkpoints import Checkpoint
 from h3lm.train.corpus import (
     BlockCollator,
@@ -73,11 +73,12 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
 def _train(recipe: Recipe, console: Console) -> Result:
     if recipe.deterministic:
         compute_the_same_bits()
-    arguments = training_arguments(recipe)  # several processes find each other here
+    checkpoint = find_checkpoint(recipe, console)
+    before = checkpoint.point.precision if checkpoint else ""
+    arguments = training_arguments(recipe, before)  # several processes find each other here
     check_same_recipe(recipe)
     mesh = Mesh.of(recipe)
     library_logging.disable_progress_bar()
-    checkpoint = find_checkpoint(recipe, console)
     blocks = _open_blocks(recipe)
     tokenizer = tokenizer_of(blocks)
     valid, test = held_out(recipe, blocks, tokenizer), test_text(recipe, blocks)
@@ -120,7 +121,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
     )
     if checkpoint is not None:
         checkpoint.point.check_same_run(trainer.point(checkpoint.point.step), checkpoint.folder)
-        say_resumed(checkpoint, console)
+        say_resumed(checkpoint, precision_of(arguments), console)
     write_recipe(recipe)
     _describe(trainer, len(blocks), console)
     try:
@@ -242,7 +243,7 @@ def tensorboard(folder: Path) -> list[TrainerCallback]:
     return [callback]
 
 
-def say_resumed(checkpoint: Checkpoint, console: Console) -> None:
+def say_resumed(checkpoint: Checkpoint, precision: str, console: Console) -> None:
     """Tell where a run goes on from."""
     point = checkpoint.point
     words = f"resuming at step {point.step:,} from {checkpoint.folder}"
@@ -251,6 +252,8 @@ def say_resumed(checkpoint: Checkpoint, console: Console) -> None:
             f", written by {point.processes} processes and read by {world_size()}: "
             "random numbers (dropout) will be others"
         )
+    if point.precision not in ("", precision):
+        words += f", trained in {point.precision} and from here on in {precision}"
     console.print(words, highlight=False)
 
 

@@ -22,6 +22,7 @@ from h3lm.evals.perplexity import TextScore, score_tokens
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.slices import share_rows, whole_rows
 from h3lm.train import checkpoints
+from h3lm.train.arguments import precision_of
 from h3lm.train.checkpoints import RunPoint
 from h3lm.train.compiling import compile_model, eagerly
 from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut
@@ -244,6 +245,7 @@ class H3Trainer(Trainer):
             recipe=json.loads(json.dumps(self.recipe.decisive())),
             data=self.data,
             model=json.loads(json.dumps(model)),
+            precision=precision_of(self.args),
         )
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
