@@ -3,6 +3,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,11 @@ def test_data_prepared_anew_in_another_way_are_refused(tiny, stopped_at, tmp_pat
     )  # fmt: skip
     with pytest.raises(UserError, match="the prepared data are not the same"):
         run(tiny(data=str(tmp_path / "other")))
+    # the recipe has its own block length: that of the folder, and where it lies, decide nothing
+    shutil.copytree(tiny().data, tmp_path / "moved")
+    index = tmp_path / "moved" / "index.json"
+    index.write_text(index.read_text().replace('"block_length": 16', '"block_length": 8'))
+    run(tiny(data=str(tmp_path / "moved")))
 
 
 @pytest.mark.parametrize("kinds", checkpoints.NEEDED, ids=lambda kinds: kinds[0])

@@ -164,6 +164,17 @@ def test_documents_of_a_block_do_not_leak_into_each_other(tiny):
         assert torch.equal(*same) == apart
 
 
+def test_every_pass_takes_every_block_once_in_an_order_of_the_seed_alone():
+    blocks, total = 2**16 + 3, 2**17
+    order = list(BlockOrder(blocks, total, seed=1))
+    assert len(order) == total
+    assert sorted(order[:blocks]) == list(range(blocks))
+    assert len(set(order[blocks:])) == total - blocks
+    assert order[:9] != sorted(order[:9])
+    assert order == list(BlockOrder(blocks, total, seed=1))
+    assert order[:99] != list(BlockOrder(blocks, 99, seed=2))
+
+
 def test_every_token_but_the_first_is_a_target_once(tiny):
     blocks = Blocks(tiny().data, "train", 16)
     dataset, collate = BlockDataset(blocks), BlockCollator()

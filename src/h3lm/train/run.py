@@ -1,7 +1,6 @@
 """A recipe run from data to a trained model folder, or from where it was interrupted."""
 
 import errno
-import hashlib
 import math
 import os
 import signal
@@ -13,7 +12,7 @@ from rich.console import Console
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as library_logging
 
-from h3lm.data.blocks import INDEX_FILE, Blocks
+from h3lm.data.blocks import Blocks
 from h3lm.data.lock import only_writer
 from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
@@ -110,7 +109,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
         valid,
         clock=clock,
         speed=speed,
-        data=_fingerprint(blocks),
+        data=blocks.stream.index.fingerprint("train"),
         model=model,
         args=arguments,
         train_dataset=BlockDataset(blocks),
@@ -199,10 +198,6 @@ def _open_blocks(recipe: Recipe) -> Blocks:
             blocks.stream.index.verify(folder)
     wait_for_all()
     return Blocks(folder, "train", recipe.block_length)
-
-
-def _fingerprint(blocks: Blocks) -> str:
-    return hashlib.sha256((blocks.stream.folder / INDEX_FILE).read_bytes()).hexdigest()
 
 
 def _make_model(recipe: Recipe, vocab_size: int) -> H3ForCausalLM:
