@@ -206,6 +206,22 @@ def test_data_that_cannot_be_used_are_one_line(tiny, changes, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_model_to_start_from_has_the_datas_tokenizer(tiny, tmp_path):
+    first, _ = run(tiny(steps=1, output_dir=str(tmp_path / "first")))
+    model = str(first.folder / "model")
+    start = {"init_from": model, "model": {}, "steps": 1}
+    result, _ = run(tiny(**start))
+    assert result.summary["parameters"] == first.summary["parameters"]
+    (tmp_path / "other.txt").write_text("it was the age of swimwod " * 60)
+    prepare(
+        tmp_path / "other.txt", tmp_path / "other", tokenizer="characters", block_length=16,
+        progress=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="prepared with another tokenizer than that of") as error:
+        run(tiny(**start, data=str(tmp_path / "other"), output_dir=str(tmp_path / "second")))
+    assert f"--tokenizer {model}" in str(error.value)
+
+
 def test_an_output_path_that_cannot_be_written_is_one_line(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write there"):

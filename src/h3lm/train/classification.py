@@ -34,6 +34,7 @@ from h3lm.train.examples import (
     ExampleOrder,
 )
 from h3lm.train.interrupt import StopOnSignal
+from h3lm.train.memory import short_of_memory
 from h3lm.train.outcome import Result
 from h3lm.train.processes import is_first, rank, wait_for_all, world_size
 from h3lm.train.progress import Clock, ProgressLine, Speed, write_log
@@ -272,7 +273,8 @@ def _train_one(
         highlight=False,
     )
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        with short_of_memory(recipe, arguments.per_device_train_batch_size):
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
     finally:
         stop.close()
         line.close()

@@ -17,6 +17,7 @@ from h3lm.data.lock import only_writer
 from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.folders import fit_tokenizer, load_model
+from h3lm.models.generation import load_tokenizer_of
 from h3lm.train import checkpoints
 from h3lm.train.arguments import NO_LIMIT, precision_of, training_arguments
 from h3lm.train.checkpoints import Checkpoint
@@ -30,7 +31,7 @@ from h3lm.train.corpus import (
     tokenizer_of,
 )
 from h3lm.train.interrupt import RunStopped, StopOnSignal
-from h3lm.train.memory import Held, device_memory
+from h3lm.train.memory import Held, device_memory, short_of_memory
 from h3lm.train.mesh import Mesh, check_same_recipe
 from h3lm.train.outcome import Result, finish
 from h3lm.train.param_groups import describe_groups, parameter_groups
@@ -88,6 +89,8 @@ def _train(recipe: Recipe, console: Console) -> Result:
     set_seed(recipe.seed)
     model = _make_model(recipe, len(tokenizer))
     blocks.stream.check_vocabulary(model.config.vocab_size)
+    if recipe.init_from is not None:
+        _check_tokenizer(blocks, recipe.init_from)
     fit_tokenizer(model, tokenizer)
     mesh.check(model, recipe)
     if world_size() > 1:
@@ -124,7 +127,8 @@ def _train(recipe: Recipe, console: Console) -> Result:
     write_recipe(recipe)
     _describe(trainer, len(blocks), console)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        with short_of_memory(recipe, arguments.per_device_train_batch_size):
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
     finally:
         stop.close()
         line.close()
@@ -204,6 +208,17 @@ def _make_model(recipe: Recipe, vocab_size: int) -> H3ForCausalLM:
     if recipe.init_from is not None:
         return load_model(recipe.init_from)
     return H3ForCausalLM(build_config(recipe, vocab_size))
+
+
+def _check_tokenizer(blocks: Blocks, model: str) -> None:
+    """Check that a model to start from knows the data's tokens, if it has a tokenizer."""
+    from h3lm.evals.text import check_same_tokenizer
+
+    try:
+        tokenizer = load_tokenizer_of(model)
+    except UserError:
+        return
+    check_same_tokenizer(blocks.stream, tokenizer, model)
 
 
 def number_of_steps(

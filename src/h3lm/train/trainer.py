@@ -227,9 +227,11 @@ class H3Trainer(Trainer):
             return
         good, _ = checkpoints.newest(self.checkpoints_folder)
         kept = f"the last good checkpoint is {good.folder}" if good else "no checkpoint was written"
+        start = ", and init_from=CHECKPOINT to start from its weights" if good else ""
         raise UserError(
             f"the loss or its gradient is not finite at step {step}; {kept}. A lower "
-            "learning_rate or max_grad_norm, or a longer warm-up, may help"
+            "learning_rate or max_grad_norm, or a longer warm-up, may help: that is another run, "
+            f"so give it another output_dir{start}"
         )
 
     # Checkpoints
