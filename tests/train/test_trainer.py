@@ -2,6 +2,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,6 +25,7 @@ from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
 from h3lm.train.interrupt import RunStopped
 from h3lm.train.profiling import BACKWARD, summarise
 from h3lm.train.run import build_config, train
+from h3lm.train.trainer import H3Trainer
 
 
 def run(recipe):
@@ -268,12 +270,54 @@ def test_speed_time_left_and_passes_are_logged(tiny):
     assert logged[-1]["epoch"] == pytest.approx(24 / len(Blocks(tiny().data, "train", 16)))
 
 
-def test_tensorboard_gets_the_log_where_it_is_installed(tiny):
+def test_the_log_is_there_while_a_run_goes_on_and_is_that_of_its_checkpoint(tiny, monkeypatch):
+    recipe, seen = tiny(save_every=2), []
+    save = H3Trainer._save_checkpoint
+
+    def noting(self, *arguments, **named):
+        seen.append(len(losses(recipe.folder)))
+        save(self, *arguments, **named)
+        if self.state.global_step == 4 and len(seen) == 2:
+            self.log({"loss": 99.0})  # behind the checkpoint
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(H3Trainer, "_save_checkpoint", noting)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
+    assert seen == [2, 4]
+    assert losses(recipe.folder)[-1] == 99.0
+    run(recipe)
+    assert len(losses(recipe.folder)) == 6
+    assert 99.0 not in losses(recipe.folder)
+
+
+def test_the_progress_line_has_losses_speed_share_of_the_peak_and_time_left(tiny, monkeypatch):
+    monkeypatch.setattr("h3lm.train.run._peak_rate", lambda *_: 1e9)
+    monkeypatch.setattr("h3lm.train.progress.PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr("h3lm.train.progress.LIVE_EVERY_S", 0.0)
+    result, shown = run(tiny(eval_every=2))
+    lines = [line for line in shown.splitlines() if line.startswith("step ")]
+    assert [int(line.split()[1]) for line in lines] == [1, 2, 3, 4, 5, 6]
+    number = r"[\d,.]+"
+    assert re.fullmatch(
+        rf"step 6  loss {number}  valid {number}  {number} tokens/s  {number}% of peak  "
+        rf"0:00:\d\d left",
+        lines[-1],
+    )
+    logged = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+    assert 0 < [entry["mfu"] for entry in logged if "mfu" in entry][-1] < 1
+    terminal = Console(file=io.StringIO(), width=200, force_terminal=True)
+    train(tiny(output_dir=str(result.folder / "again")), terminal)
+    assert re.search(r"step 6 .*tokens/s", terminal.file.getvalue())
+
+
+def test_tensorboard_gets_the_log_where_it_is_installed(tiny, monkeypatch):
+    monkeypatch.setattr("h3lm.train.run._peak_rate", lambda *_: 1e9)
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     result, _ = run(tiny())
     events = accumulator.EventAccumulator(str(result.folder / "tensorboard"))
     events.Reload()
-    for name in ("train/loss", "train/tokens_per_s", "train/seconds_left"):
+    for name in ("train/loss", "train/tokens_per_s", "train/seconds_left", "train/mfu"):
         assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4, 5, 6]
     assert "eval/loss" in events.Tags()["scalars"]
 

@@ -37,7 +37,7 @@ from h3lm.train.interrupt import StopOnSignal
 from h3lm.train.memory import short_of_memory
 from h3lm.train.outcome import Result
 from h3lm.train.processes import is_first, rank, wait_for_all, world_size
-from h3lm.train.progress import Clock, ProgressLine, Speed, write_log
+from h3lm.train.progress import Clock, ProgressLine, Speed
 from h3lm.train.recipe import Recipe
 from h3lm.train.trainer import H3Trainer
 
@@ -256,7 +256,7 @@ def _train_one(
     line, stop = ProgressLine(speed, console), StopOnSignal()
     callbacks: list[TrainerCallback] = [clock, speed, stop]
     if is_first():
-        callbacks += [line, *running.tensorboard(recipe.folder)]
+        callbacks += [line, *running.logs(recipe.folder)]
     trainer = ClassificationTrainer(
         recipe, watched, settings,
         clock=clock, speed=speed, data=_fingerprint(recipe), model=model, args=arguments,
@@ -278,8 +278,6 @@ def _train_one(
     finally:
         stop.close()
         line.close()
-        if is_first() and trainer.state.log_history:
-            write_log(trainer.state.log_history, recipe.folder / "log.jsonl")
     if stop.agreed:
         raise running.stopped(trainer, stop.agreed)
     return _finish(trainer, splits, index, console)
@@ -319,7 +317,6 @@ def _finish(
     if not is_first():
         return Result(folder, summary)
     save_model(trainer.model, folder / "model", trainer.processing_class)
-    write_log(trainer.state.log_history, folder / "log.jsonl")
     names = [str(trainer.model.config.id2label[i]) for i in range(found.logits.shape[1])]
     plot_confusion(found.confusion(), names, folder / "confusion.png", f"{recipe.name}, {split}")
     plot_curves([trainer.state.log_history], folder / "curves.png", recipe.name)

@@ -16,7 +16,7 @@ from h3lm.train.arguments import precision_of
 from h3lm.train.corpus import HeldOut
 from h3lm.train.parallel import is_sharded, whole_weights
 from h3lm.train.processes import is_first, world_size
-from h3lm.train.progress import plot_losses, write_log
+from h3lm.train.progress import plot_losses
 from h3lm.train.recipe import Recipe
 from h3lm.train.trainer import H3Trainer
 
@@ -52,7 +52,6 @@ def finish(trainer: H3Trainer, test: HeldOut | None, tokenizer: Any, console: Co
     if not is_first():
         return Result(folder, summary)
     save_model(model, folder / "model", tokenizer, weights)
-    write_log(trainer.state.log_history, folder / "log.jsonl")
     if trainer.valid is not None:
         loss = metrics["eval_loss"]
         summary |= _score_summary(recipe, "val", trainer.valid, loss)

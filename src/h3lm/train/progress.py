@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 from h3lm.train.processes import first_says
 
 MARKS = 11  # ten logs
+LIVE_EVERY_S, PLAIN_EVERY_S = 0.2, 15.0  # a line in a terminal, and in a file
 
 
 class Clock(TrainerCallback):
@@ -183,7 +185,7 @@ class ProgressLine(TrainerCallback):
     ) -> None:
         """Show where the run is."""
         now = time.monotonic()
-        if now - self.shown_at < 0.2:
+        if now - self.shown_at < LIVE_EVERY_S:
             return
         self.shown_at = now
         text = self._text(state)
@@ -191,7 +193,7 @@ class ProgressLine(TrainerCallback):
             done = self.speed.done(state)
             self.progress.update(self.task, completed=done, step=state.global_step, text=text)
             self.progress.refresh()
-        elif now - self.plain_at > 15:
+        elif now - self.plain_at > PLAIN_EVERY_S:
             self.plain_at = now
             self.console.print(f"step {state.global_step}  {text}", highlight=False)
 
@@ -209,7 +211,7 @@ class ProgressLine(TrainerCallback):
         if "mfu" in figures:
             parts.append(f"{figures['mfu']:.1%} of peak")
         if figures:
-            parts.append(f"{figures['seconds_left']:,.0f} s left")
+            parts.append(f"{timedelta(seconds=round(figures['seconds_left']))} left")
         return "  ".join(parts)
 
     def on_train_end(
@@ -224,9 +226,30 @@ class ProgressLine(TrainerCallback):
             self.progress.stop()
 
 
-def write_log(history: list[dict[str, Any]], path: Path) -> None:
-    """The run's log, a JSON object a line."""
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
+class LogFile(TrainerCallback):
+    """The run's log in a file as it grows, a JSON object a line.
+
+    A run that goes on writes it anew, up to the checkpoint that it goes on from.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write what a checkpoint knows."""
+        self._write(state.log_history, "w")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Add the newest entry."""
+        self._write(state.log_history[-1:], "a")
+
+    def _write(self, entries: list[dict[str, Any]], mode: str) -> None:
+        with self.path.open(mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
 def plot_losses(history: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -37,7 +37,7 @@ from h3lm.train.outcome import Result, finish
 from h3lm.train.param_groups import describe_groups, parameter_groups
 from h3lm.train.processes import is_first, rank, wait_for_all, world_size
 from h3lm.train.profiling import Profiler
-from h3lm.train.progress import Clock, ProgressLine, Speed, write_log
+from h3lm.train.progress import Clock, LogFile, ProgressLine, Speed
 from h3lm.train.recipe import Recipe
 from h3lm.train.throughput import FORMULA, flops_per_token, peak_flops
 from h3lm.train.trainer import H3Trainer
@@ -103,7 +103,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
     stop = StopOnSignal()
     callbacks: list[TrainerCallback] = [clock, speed, stop]
     if is_first():
-        callbacks += [line, *tensorboard(recipe.folder)]
+        callbacks += [line, *logs(recipe.folder)]
         if recipe.profile_steps is not None:
             label = recipe.compile is None
             callbacks.append(Profiler(recipe.profile_steps, recipe.folder, label=label))
@@ -132,8 +132,6 @@ def _train(recipe: Recipe, console: Console) -> Result:
     finally:
         stop.close()
         line.close()
-        if is_first() and trainer.state.log_history:
-            write_log(trainer.state.log_history, recipe.folder / "log.jsonl")
     if stop.agreed:
         raise stopped(trainer, stop.agreed)
     return finish(trainer, test, tokenizer, console)
@@ -241,16 +239,16 @@ def _peak_rate(recipe: Recipe, model: H3ForCausalLM) -> float | None:
     return peak * world_size() / flops_per_token(model, recipe.block_length)
 
 
-def tensorboard(folder: Path) -> list[TrainerCallback]:
-    """The callback that writes TensorBoard's files, if it is installed."""
+def logs(folder: Path) -> list[TrainerCallback]:
+    """What writes `log.jsonl`, and TensorBoard's files if it is installed."""
     from transformers.integrations import TensorBoardCallback
 
     try:
         callback = TensorBoardCallback()
     except RuntimeError:  # not installed
-        return []
+        return [LogFile(folder / "log.jsonl")]
     callback.logging_dir = str(folder / "tensorboard")
-    return [callback]
+    return [LogFile(folder / "log.jsonl"), callback]
 
 
 def say_resumed(checkpoint: Checkpoint, precision: str, console: Console) -> None:
