@@ -193,7 +193,7 @@ class ProgressLine(TrainerCallback):
             done = self.speed.done(state)
             self.progress.update(self.task, completed=done, step=state.global_step, text=text)
             self.progress.refresh()
-        elif now - self.plain_at > PLAIN_EVERY_S:
+        elif text and now - self.plain_at > PLAIN_EVERY_S:
             self.plain_at = now
             self.console.print(f"step {state.global_step}  {text}", highlight=False)
 
