@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -164,6 +165,29 @@ def test_documents_of_a_block_do_not_leak_into_each_other(tiny):
             batch = {name: batch[name] for name in batch if "labels" not in name}
             same.append(model(**batch).logits[:, start:])
         assert torch.equal(*same) == apart
+
+
+def test_a_run_that_resets_states_has_the_loss_of_documents_one_by_one(tiny, tmp_path):
+    model = tiny().model | {"embedding_dropout": 0.0}
+    changes = {"model": model, "block_length": 64, "steps": 1, "reset_state_at_documents": True}
+    result, _ = run(tiny(**changes))
+    recipe = tiny(**changes)
+    torch.manual_seed(recipe.seed)
+    alone = H3ForCausalLM(build_config(recipe, len(_tokenizer(recipe)))).train()
+    blocks = Blocks(recipe.data, "train", 64)
+    total = documents = 0
+    for number in list(BlockOrder(len(blocks), 4, recipe.seed)):
+        tokens = torch.from_numpy(blocks[number].tokens)
+        starts = [0, *blocks[number].document_starts.tolist(), 64]
+        for start, stop in pairwise(starts):
+            logits = alone(tokens[None, start:stop]).logits[0]
+            total += cross_entropy(logits, tokens[start + 1 : stop + 1], reduction="sum").item()
+        documents += len(starts) - 1
+    assert documents > 8
+    assert losses(result.folder) == pytest.approx([total / (4 * 64)], abs=1e-5)
+    together, _ = run(tiny(**changes | {"reset_state_at_documents": False,
+                                        "output_dir": str(tmp_path / "together")}))  # fmt: skip
+    assert losses(together.folder) != pytest.approx([total / (4 * 64)], abs=1e-5)
 
 
 def test_every_pass_takes_every_block_once_in_an_order_of_the_seed_alone():
