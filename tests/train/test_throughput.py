@@ -41,6 +41,11 @@ def test_the_peak_of_a_cpu_is_not_known_and_that_of_a_gpu_goes_by_its_name(monke
         "NVIDIA H100 PCIe": 756e12,
         "NVIDIA A100-SXM4-80GB": 312e12,
         "NVIDIA GeForce RTX 4090": 165e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA GH200 480GB": 989e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA A10": 125e12,
+        "NVIDIA RTX A1000": None,
         "Another": None,
     }
     for name, peak in names.items():
