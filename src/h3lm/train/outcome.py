@@ -12,10 +12,11 @@ from rich.console import Console
 from h3lm.evals.figures import figure
 from h3lm.models.folders import load_model, save_model
 from h3lm.models.generation import continue_ids
+from h3lm.train.arguments import precision_of
 from h3lm.train.corpus import HeldOut
 from h3lm.train.parallel import is_sharded, whole_weights
 from h3lm.train.processes import is_first, world_size
-from h3lm.train.progress import plot_losses, write_log
+from h3lm.train.progress import plot_losses
 from h3lm.train.recipe import Recipe
 from h3lm.train.trainer import H3Trainer
 
@@ -44,14 +45,13 @@ def finish(trainer: H3Trainer, test: HeldOut | None, tokenizer: Any, console: Co
         "steps": trainer.state.global_step,
         "tokens_seen": trainer.state.global_step * recipe.batch_size * recipe.block_length,
         "train_seconds": round(trainer.trained_s, 2),
-        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "precision": precision_of(trainer.args),
         "processes": world_size(),
     }
     weights = whole_weights(model) if is_sharded(model) else None
     if not is_first():
         return Result(folder, summary)
     save_model(model, folder / "model", tokenizer, weights)
-    write_log(trainer.state.log_history, folder / "log.jsonl")
     if trainer.valid is not None:
         loss = metrics["eval_loss"]
         summary |= _score_summary(recipe, "val", trainer.valid, loss)
