@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from h3lm.ssm import fused_filters as operator
 from h3lm.ssm.dplr import DPLRSSM, DPLRSystem
 from h3lm.ssm.fused_filters import fused_filters
 
@@ -42,7 +43,7 @@ def _everything(leaves: dict[str, Tensor], length: int, fused: bool) -> dict[str
     else:
         eigenvalues, P, B, readouts, dt = leaves.values()
         system = DPLRSystem(eigenvalues, P, B, readouts[0], dt, torch.zeros_like(dt))
-        filters = system._responses(B.to(torch.complex128), readouts, length)
+        filters = system.plain_filters(readouts, length)
     random = torch.Generator().manual_seed(1)
     weight = torch.randn(filters.shape, generator=random).to(DEVICE, filters.dtype)
     grads = torch.autograd.grad(filters, list(leaves.values()), weight)
@@ -99,3 +100,22 @@ def test_copies_side_by_side_are_more_systems() -> None:
     copies = [x.unflatten(1 if n == "readouts" else 0, (2, 2)) for n, x in leaves.items()]
     apart = torch.vmap(lambda *x: fused_filters(*x, 16), (0, 0, 0, 1, 0))(*copies)
     assert torch.equal(whole, torch.cat(list(apart), 1))
+
+
+def test_kernels_that_are_wrong_are_not_used(monkeypatch, caplog) -> None:
+    from h3lm.ssm import filters_triton
+
+    with torch.inference_mode():
+        assert not operator.fault.__wrapped__(DEVICE)
+    assert torch.vmap(lambda x: x if operator.works(DEVICE) else -x)(torch.ones(2)).all()
+    monkeypatch.setattr(filters_triton, "WRAPPED", 0.3)  # a circle on which much wraps around
+    filters_triton.circle.cache_clear()
+    assert "filters differs by" in operator.fault.__wrapped__(DEVICE)
+    assert "plain PyTorch takes over" in caplog.text
+    filters_triton.circle.cache_clear()
+    monkeypatch.setattr(operator, "has_kernels", lambda x: True)
+    system = DPLRSSM(2, 4).to(DEVICE).system()
+    for answer in (True, False):
+        monkeypatch.setattr(operator, "works", lambda device, answer=answer: answer)
+        assert operator.can_fuse(system.eigenvalues, system.B, system.c[None]) is answer
+    assert not operator.can_fuse(system.eigenvalues, system.B[None], system.c[None])

@@ -128,6 +128,12 @@ class DPLRSystem:
         """
         if length > 0 and can_fuse(self.eigenvalues, self.B, readouts):
             return fused_filters(self.eigenvalues, self.P, self.B, readouts, self.dt, length)
+        return self.plain_filters(readouts, length)
+
+    def plain_filters(
+        self, readouts: Complex[Tensor, "K H half"], length: int
+    ) -> Float[Tensor, "K H L"]:
+        """`filters` in plain PyTorch."""
         return self._responses(_widen(self.B), readouts, length)
 
     def initial_response(

@@ -1,8 +1,11 @@
 """The making of S4's filters as one operator of PyTorch, by the kernels of `filters_triton`.
 
-Complex tensors cross the border as real pairs. The kernels are imported at their first use.
+Complex tensors cross the border as real pairs. The kernels are imported at their first use, and run
+once on a small problem beside plain PyTorch, which takes over where they fail on a machine.
 """
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,7 +13,9 @@ from torch import Tensor
 
 from h3lm.ssm.fused_operators import MAX_MODES, has_kernels
 
+logger = logging.getLogger("h3lm.ssm")
 MAX_READOUTS = 2
+TOLERANCE = 1e-5  # of float32, behind sums in float64
 
 
 def can_fuse(eigenvalues: Tensor, B: Tensor, readouts: Tensor) -> bool:
@@ -23,7 +28,8 @@ def can_fuse(eigenvalues: Tensor, B: Tensor, readouts: Tensor) -> bool:
     """
     single = eigenvalues.dtype == B.dtype == readouts.dtype == torch.complex64
     fits = eigenvalues.shape[-1] <= MAX_MODES and 1 <= len(readouts) <= MAX_READOUTS
-    return has_kernels(eigenvalues) and single and fits and B.dim() == 2
+    possible = has_kernels(eigenvalues) and single and fits and B.dim() == 2
+    return possible and works(eigenvalues.device)
 
 
 def fused_filters(
@@ -106,3 +112,60 @@ def _side_by_side(
 
 
 _forward.register_vmap(_side_by_side)
+
+
+def works(device: torch.device) -> bool:
+    """Whether the kernels may be used; always where they cannot be tried, as in a CUDA graph."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by vmap
+    if transformed or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return True
+    return not fault(device)
+
+
+@cache
+def fault(device: torch.device) -> str:
+    """What is wrong with the kernels on this machine; empty if they work."""
+    try:
+        with torch.inference_mode(False):
+            found = _compare(device)
+    except Exception as error:  # whatever a compiler may raise
+        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if found:
+        logger.warning("S4's filter kernels are off, plain PyTorch takes over: %s", found)
+    return found
+
+
+def _compare(device: torch.device) -> str:
+    from h3lm.ssm import filters_triton
+
+    random = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device)
+
+    eigenvalues = normal(3, 20, 2)
+    eigenvalues[..., 0] = -0.5 - eigenvalues[..., 0].abs()
+    rest = normal(3, 20, 2), normal(3, 20, 2), normal(2, 3, 20, 2), normal(3).exp() * 0.02
+    given = (eigenvalues, *rest)
+    leaves = [x.requires_grad_() for x in given]
+    with torch.enable_grad():
+        plain = _plain(300, *leaves)
+    grad = normal(*plain.shape)
+    expected = (plain, *torch.autograd.grad(plain, leaves, grad))
+    with torch.no_grad():
+        filters, table = filters_triton.make(*given, 300)
+        found = (filters, *filters_triton.make_backward(grad, table, *given))
+    names = "filters", "eigenvalues", "P", "B", "C", "dt"
+    for name, a, b in zip(names, found, expected, strict=True):
+        error = float((a - b).detach().norm() / b.detach().norm())
+        if not error < TOLERANCE:
+            return f"{name} differs by {error:.1e}"
+    return ""
+
+
+def _plain(length: int, eigenvalues: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor) -> Tensor:
+    from h3lm.ssm.dplr import DPLRSystem  # it imports this module
+
+    eigenvalues, P, B, C = (torch.view_as_complex(x) for x in (eigenvalues, P, B, C))
+    system = DPLRSystem(eigenvalues, P, B, C[0], dt, skip=torch.zeros_like(dt))
+    return system.plain_filters(C, length)
