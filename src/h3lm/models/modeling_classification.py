@@ -56,13 +56,15 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         self, r: Tensor, norm: nn.Module, sublayer: Any, lengths: Tensor | None
     ) -> Tensor:
         if self.pre_norm:
-            return r + self.dropout(sublayer(_normalise(norm, r, lengths), lengths))
+            # in what the sublayer reads, so that it turns and casts nothing
+            dtype = _dtype_of_mixing(r)
+            last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
+            u = _normalise(norm, r, lengths, dtype=dtype, positions_last=last)
+            return r + self.dropout(sublayer(u, lengths))
         return _normalise(norm, r + self.dropout(sublayer(r, lengths)), lengths)
 
     def _mix(self, u: Tensor, lengths: Tensor | None) -> Tensor:
-        if torch.is_autocast_enabled(u.device.type):
-            # as for a linear map: autocast knows no convolutions, and would leave them in float32
-            u = u.to(torch.get_autocast_dtype(u.device.type))
+        u = u.to(_dtype_of_mixing(u))
         # a causal mixer never sees the padding, since it stands behind
         return self.mixer(u, lengths=lengths)[0] if self.both_ways else self.mixer(u)[0]
 
@@ -310,8 +312,15 @@ def _norm(config: H3ClassificationConfig) -> nn.Module:
     return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
-def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None) -> Tensor:
-    return norm(r, lengths) if isinstance(norm, BatchNorm) else norm(r)
+def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None, **form: Any) -> Tensor:
+    return norm(r, lengths, **form) if isinstance(norm, BatchNorm) else norm(r)
+
+
+def _dtype_of_mixing(x: Tensor) -> torch.dtype:
+    """As for a linear map: autocast knows no convolutions, and would leave them in float32."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def _to_the_front(
