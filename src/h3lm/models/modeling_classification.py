@@ -33,6 +33,8 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         self.both_ways = config.bidirectional
         self.norm1 = _norm(config)
         self.mixer: Any = mixer(name).build(config.mixer_sizes)
+        if name == "h3":
+            self.mixer.qkv_proj.gate_bias = config.h3_gate_bias  # for the initialisation too
         residual: list[Any] = [] if name != "attention" else [self.mixer.output_proj]
         self.mlp = None
         inner_width = config.inner_width(layer_idx)
@@ -91,6 +93,11 @@ class H3ClassificationPreTrainedModel(H3PreTrainedModel):
                 nn.init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+        gate_bias = getattr(module, "gate_bias", 0.0)
+        if isinstance(module, nn.Linear) and module.bias is not None and gate_bias:
+            q, _, v = module.bias.chunk(3)
+            for gate in (q, v):
+                nn.init.constant_(gate, gate_bias)
 
 
 class H3Encoder(H3ClassificationPreTrainedModel):
