@@ -13,12 +13,9 @@ from torch.nn import functional as F
 
 from h3lm.errors import UserError
 from h3lm.evals.figures import figure
-<<<<<<< HEAD
-=======
 
 # Logits of a batch: 1 GiB in float32, of which about three are held at once
 BATCH_LOGITS = 2**28
->>>>>>> issue9
 
 
 class Tokens(Protocol):
