@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from h3lm.data.blocks import INDEX_FILE, Block, TokenStream
+from h3lm.data.blocks import Block, TokenStream
 from h3lm.data.joined import JoinedBlocks
 from h3lm.data.order import Order
 from h3lm.data.prepare import prepare
@@ -69,14 +69,11 @@ def folders(recipe: Recipe) -> dict[str, Path]:
 
 
 def fingerprint(blocks: JoinedBlocks) -> str:
-    """What tells prepared data apart, wherever they lie."""
-    indexes = [
-        (name, hashlib.sha256((part.stream.folder / INDEX_FILE).read_bytes()).hexdigest())
-        for name, part in blocks.parts.items()
-    ]
-    if len(indexes) == 1:
-        return indexes[0][1]
-    return hashlib.sha256(repr(sorted(indexes)).encode()).hexdigest()
+    """What tells training data apart, wherever they lie."""
+    found = {name: part.stream.index.fingerprint("train") for name, part in blocks.parts.items()}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
 
 
 def order_of(recipe: Recipe, blocks: JoinedBlocks) -> Order:
@@ -118,6 +115,20 @@ def held_out(
         else:
             found.append(HeldOut(valid, source=source))
     return found
+
+
+def test_texts(recipe: Recipe, blocks: JoinedBlocks) -> list[HeldOut]:
+    """What a recipe's last weights are tested on, if it says so.
+
+    Raises:
+        UserError: if it says so and a source has no test split.
+    """
+    if not recipe.test:
+        return []
+    return [
+        HeldOut(TokenStream(part.stream.folder, "test"), source=source)
+        for source, part in blocks.parts.items()
+    ]
 
 
 def _shipped_text() -> Traversable:

@@ -5,6 +5,8 @@ on a block of each kind and a few positions: it depends on which kernels run.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +25,7 @@ GB = 1e9
 USABLE = 0.9  # of a GPU's memory; the rest is the driver's, the kernels', and lost between pieces
 PROBE = (1024, 2048)  # positions on a GPU
 PROBE_CPU = (64, 128)
+BLOCK_GRADIENTS = 0.4  # of what a block keeps, at most at once; measured at 512 K positions
 LOGIT_BYTES = 12  # of a logit and its gradient, each in bfloat16 and float32
 
 
@@ -55,6 +58,8 @@ class Estimate:
         tokens: Positions that a process takes through the model at once.
         parts: Among how many processes weights, gradients and optimiser are divided.
         total: What the device has, or None if that is not known.
+        accumulated: Whether gradients of several parts of a batch are summed.
+        half: Whether under bfloat16 autocast.
     """
 
     parameters: int
@@ -64,6 +69,8 @@ class Estimate:
     tokens: int
     parts: int = 1
     total: int | None = None
+    accumulated: bool = True
+    half: bool = True
 
     @classmethod
     def of(
@@ -80,7 +87,8 @@ class Estimate:
         """
         with torch.device("meta"):
             parameters = H3ForCausalLM(config).num_parameters()
-        rows = recipe.micro_batch_size or max(1, recipe.batch_size // mesh.readers)
+        share = max(1, recipe.batch_size // mesh.readers)
+        rows = recipe.micro_batch_size or share
         return cls(
             parameters=parameters,
             width=config.hidden_size,
@@ -89,31 +97,46 @@ class Estimate:
             tokens=rows * -(-recipe.block_length // mesh.seq),
             parts=mesh.shard * mesh.seq if recipe.parallel == "fsdp" else 1,
             total=device_memory(),
+            accumulated=rows < share,
+            half=half,
         )
 
     @property
     def held(self) -> float:
         """Weights, gradients and optimiser, which are there all along."""
-        return sum(BYTES.values()) * self.parameters / self.parts
+        return sum(BYTES.values()) * self._own
 
     def activations(self, recomputed: bool) -> float:
-        """What comes on top at the worst moment of a step.
+        """What comes on top of all that is held, at the worst moment of a step."""
+        return self.needs(recomputed) - self.held
 
-        Without recomputation that is when the backward pass begins: all that the blocks keep, and
-        the gradients of one block. With it a block keeps its input, and one block at a time the
-        rest; while the forward pass runs, autocast holds a copy of all weights.
+    def needs(self, recomputed: bool) -> float:
+        """All together at the worst moment of a step.
+
+        That is when the loss is taken, when the backward pass begins, or when it ends: what
+        blocks keep goes as gradients come, unless earlier parts of the batch have left some. A
+        recomputed block keeps its input, and while the forward pass runs, autocast a copy of its
+        weights.
         """
         blocks = [kept.bytes(self.tokens) for kept in self.kept]
-        largest = max(blocks)
+        one = max(blocks)
         inputs = len(blocks) * 4.0 * self.width * self.tokens
-        copies = sum(kept.whatever for kept in self.kept)
-        by_blocks = inputs + max(2 * largest, copies) if recomputed else sum(blocks) + largest
-        return by_blocks + self._head() + self._gathered()
+        copies = 2.0 * self.parameters if self.half and self.parts == 1 else 0.0
+        kept = inputs if recomputed else sum(blocks)
+        begins = kept + ((1 + BLOCK_GRADIENTS) if recomputed else BLOCK_GRADIENTS) * one
+        loss = kept + (copies if recomputed else 0.0) + self._head()
+        early = self.held - (0 if self.accumulated else BYTES["gradients"] * self._own)
+        ends = self.held + (1 + BLOCK_GRADIENTS) * one
+        return max(early + begins, early + loss, ends) + self._gathered()
 
     def _head(self) -> float:
         """The loss: its part of the logits, the head in bfloat16, a new gradient of the head."""
         logits = min(self.tokens * self.vocab, CHUNK_LOGITS)
         return LOGIT_BYTES * logits + 8.0 * self.vocab * self.width + 8.0 * self.width * self.tokens
+
+    @property
+    def _own(self) -> float:
+        return self.parameters / self.parts
 
     def _gathered(self) -> float:
         """What a sharded model gathers: the root with its gradient, and two blocks at a time."""
@@ -122,10 +145,6 @@ class Estimate:
         root = self.vocab * self.width
         block = (self.parameters - root) / len(self.kept)
         return 8.0 * root + 12.0 * block
-
-    def needs(self, recomputed: bool) -> float:
-        """All together."""
-        return self.held + self.activations(recomputed)
 
     def choose(self, wanted: bool | None) -> tuple[bool, str]:
         """Whether to recompute blocks in the backward pass, and why.
@@ -172,7 +191,7 @@ class Estimate:
 
     def words(self, recomputed: bool) -> str:
         """The estimate for people."""
-        shares = {name: size * self.parameters / self.parts for name, size in BYTES.items()}
+        shares = {name: size * self._own for name, size in BYTES.items()}
         shares["activations"] = self.activations(recomputed)
         words = "GB of a process: " + ", ".join(f"{n} {b / GB:.2f}" for n, b in shares.items())
         if self.total is None:
@@ -227,6 +246,35 @@ def _saved_bytes(block: H3DecoderLayer, length: int, device: torch.device, half:
         y = block(r, Where(None, None, None, rotation))
     del y  # until here everything was alive, so that no address stands for two
     return saved.total()
+
+
+@contextmanager
+def short_of_memory(recipe: Recipe, rows: int) -> Iterator[None]:
+    """Say in one line what to do when a run has no memory left; nothing that was saved is lost.
+
+    Args:
+        recipe: The run.
+        rows: Blocks that a process takes through the model at once.
+
+    Raises:
+        UserError: naming keys that may change in the same run.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        on_cpu = "can't allocate memory" in str(error)
+        if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        fewer = next((n for n in range(rows // 2, 0, -1) if rows % n == 0), None)
+        ways = [] if fewer is None else [f"micro_batch_size={fewer}"]
+        ways += [] if recipe.gradient_checkpointing else ["gradient_checkpointing=true"]
+        ways += [] if recipe.parallel == "fsdp" else ["parallel=fsdp on several GPUs"]
+        remedy = " or ".join(ways) or "a shorter block_length in another output_dir"
+        where = "the machine" if on_cpu else "the GPU"
+        raise UserError(
+            f"{where} has no memory left for {rows} x {recipe.block_length} tokens at once: "
+            f"take {remedy}; checkpoints are kept, and the run goes on from the newest"
+        ) from error
 
 
 def device_memory() -> int | None:

@@ -22,6 +22,7 @@ from h3lm.evals.perplexity import TextScore, score_tokens
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.slices import share_rows, whole_rows
 from h3lm.train import checkpoints
+from h3lm.train.arguments import precision_of
 from h3lm.train.building import read_weights
 from h3lm.train.checkpoints import RunPoint
 from h3lm.train.compiling import compile_model, eagerly
@@ -155,11 +156,9 @@ class H3Trainer(Trainer):
             return {}
         if self.evaluated[0] == self.state.global_step:
             return self.evaluated[1]
-        parts = {valid.source: self._score(valid) for valid in self.valid}
-        nats, tokens = (
-            sum(getattr(part, name) for part in parts.values()) for name in ("nats", "tokens")
-        )
-        score = replace(parts[self.valid[0].source], nats=nats, tokens=tokens)
+        with self.speed.aside():
+            parts = {text.source: self.score(text) for text in self.valid}
+        score = sum_of_scores(list(parts.values()))
         metrics = {"eval_loss": score.loss, "eval_perplexity": score.perplexity}
         if len(parts) > 1:
             metrics |= {f"eval_loss_{source}": part.loss for source, part in parts.items()}
@@ -167,14 +166,14 @@ class H3Trainer(Trainer):
         self.log(metrics)
         return metrics
 
-    def _score(self, valid: HeldOut) -> TextScore:
-        """The score of all processes together, each on its share."""
+    def score(self, text: HeldOut) -> TextScore:
+        """The score of all processes together, each on its share; all must come here."""
         eager = eagerly() if self.recipe.compile is not None else nullcontext()
         with eager, whole_rows(self.model):
             part = score_tokens(
                 self.model,
-                valid.tokens,
-                first=valid.first,
+                text.tokens,
+                first=text.first,
                 context=self.recipe.block_length,
                 stride=self.recipe.eval_stride,
                 batch_size=max(1, self.args.per_device_train_batch_size),
@@ -189,6 +188,7 @@ class H3Trainer(Trainer):
         taken = self.state.global_step * self.recipe.batch_size
         self.state.epoch = taken / len(self.train_dataset)
         if "loss" in logs:
+            self.speed.mark(self.state)
             logs = logs | self.speed.figures(self.state)
         super().log(logs)
 
@@ -226,9 +226,11 @@ class H3Trainer(Trainer):
             return
         good, _ = checkpoints.newest(self.checkpoints_folder)
         kept = f"the last good checkpoint is {good.folder}" if good else "no checkpoint was written"
+        start = ", and init_from=CHECKPOINT to start from its weights" if good else ""
         raise UserError(
             f"the loss or its gradient is not finite at step {step}; {kept}. A lower "
-            "learning_rate or max_grad_norm, or a longer warm-up, may help"
+            "learning_rate or max_grad_norm, or a longer warm-up, may help: that is another run, "
+            f"so give it another output_dir{start}"
         )
 
     # Checkpoints
@@ -244,12 +246,13 @@ class H3Trainer(Trainer):
             recipe=json.loads(json.dumps(self.recipe.decisive())),
             data=self.data,
             model=json.loads(json.dumps(model)),
+            precision=precision_of(self.args),
         )
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         point = self.point(self.state.global_step)
         folder = self.checkpoints_folder
-        with checkpoints.failing_in_one_line(folder):
+        with self.speed.aside(), checkpoints.failing_in_one_line(folder):
             if is_first():
                 checkpoints.begin(folder)
             wait_for_all()
@@ -319,3 +322,10 @@ class H3Trainer(Trainer):
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
     """An optimiser without accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def sum_of_scores(parts: list[TextScore]) -> TextScore:
+    """The score of several texts as one."""
+    return replace(
+        parts[0], nats=sum(part.nats for part in parts), tokens=sum(part.tokens for part in parts)
+    )
