@@ -8,7 +8,6 @@ slices of each row.
 
 import itertools
 import json
-import math
 import os
 import socket
 import tempfile
@@ -290,8 +289,8 @@ def _measure(rank: int, job: Job, place: str) -> report.Row:
         torch.cuda.reset_peak_memory_stats()
     taken = [step(*_timed(lambda: next(batches))) for _ in range(WARM_UP + job.repeats)]
     spent = _milliseconds(taken[WARM_UP:], device)
-    own = torch.cuda.max_memory_allocated() if device.type == "cuda" else math.nan
-    peak = _largest(own, device)
+    held = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    peak = _largest(held, device)
     rate = 1000 * job.tokens / spent["step"]
     row: report.Row = {
         "parameters": f"{parameters:,}",
@@ -306,7 +305,9 @@ def _measure(rank: int, job: Job, place: str) -> report.Row:
         together, alone = communication_ms(lambda: step(next(batches), 0.0), device)
         row |= {"communication ms": together, "alone ms": alone}
         row["all-reduce GB/s"] = _bandwidth(device)
-    row |= {"peak GiB": peak / 2**30, "estimate GiB": estimate.needs(recomputed) / 2**30}
+    if peak:
+        row["peak GiB"] = peak / 2**30
+    row["estimate GiB"] = estimate.needs(recomputed) / 2**30
     if attention is not None:
         row["attention"] = attention.name.lower()
     return row
@@ -324,7 +325,8 @@ def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool) -> nn.Module:
     """The model as the trainer would have it."""
     if recomputed:
         new = "activation_checkpointing_enable"  # in transformers 5.23
-        getattr(model, new, model.gradient_checkpointing_enable)({"use_reentrant": False})
+        enable: Any = getattr(model, new, model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     if job.world > 1 and job.way == "fsdp":
         shard_model(model, compute_dtype=torch.bfloat16)
     if job.compiled:
