@@ -166,3 +166,29 @@ def test_memory_that_runs_out_is_one_line_with_what_to_change(
 def test_other_faults_stay_what_they_are(tiny):
     with pytest.raises(RuntimeError, match="ours"), short_of_memory(tiny(), 4):
         raise RuntimeError("ours")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("mixers", ["hybrid", "attention"])
+def test_the_estimate_is_what_a_gpu_takes(tiny, mixers, recomputed):
+    device = torch.device("cuda")
+    config = H3Config.from_preset("125m", mixers, embedding_dropout=0.0, attention_dropout=0.0)
+    recipe = tiny(block_length=2048, batch_size=8, model={}, preset="125m", mixers=mixers)
+    estimate = Estimate.of(config, recipe, Mesh(), device, True)
+    with device:
+        model = H3ForCausalLM(config).train()
+        ids = torch.zeros(8, 2048, dtype=torch.long)
+    if recomputed:
+        new = "activation_checkpointing_enable"  # in transformers 5.23
+        getattr(model, new, model.gradient_checkpointing_enable)({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(ids, labels=ids, skip_logits=True).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    taken = torch.cuda.max_memory_allocated()
+    assert taken == pytest.approx(estimate.needs(recomputed), rel=0.25)
