@@ -1,7 +1,9 @@
+import itertools
 import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,6 +137,19 @@ def test_a_model_stops_once_it_has_solved_the_task_while_others_go_on():
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_a_training_given_up_leaves_its_models_and_says_which_were_done():
+    short, long = member(0, epochs=2), member(1, epochs=9)
+    looks = iter([False] * 3 + [True])
+    assert Ensemble(maker(), [short, long], CPU).train(stop=lambda: next(looks))
+    assert (short.steps, short.finished) == (6, True)
+    assert (long.steps, long.finished) == (9, False)
+    assert long.model is not None
+    assert long.test_loss > 0
+    nothing = member(0)
+    assert not Ensemble(maker(), [nothing], CPU).train(stop=lambda: True)
+    assert nothing.model is None
+
+
 def test_multi_query_loss_and_score_count_the_queries_only():
     task = MultiQueryRecall(vocab_size=40, length=32, num_pairs=4)
     one = member(0, epochs=1, task=task)
@@ -243,6 +258,36 @@ def test_reports_of_several_folders_become_one_without_training(finished, tmp_pa
     assert set(merged.sizes) == {"recall h3", "recall attention"}
     with pytest.raises(UserError, match=r"cannot read .*none.report.json"):
         run(chosen, tmp_path / "all", others=[tmp_path / "none"])
+
+
+def test_what_the_time_cut_short_is_kept_and_marked_until_it_is_finished(tmp_path, monkeypatch):
+    clock = itertools.count()  # a second for each look at it: five and a bit
+    monkeypatch.setattr("h3lm.synthetics.run.time", SimpleNamespace(time=lambda: next(clock)))
+    chosen = Plan({"recall": SMALL}, ("h3",), seeds=(0, 1), search=True)
+    said = []
+    run(chosen, tmp_path, said.append, minutes=0.09)
+    assert any(line.startswith("not finished in 0.09 minutes: recall h3;") for line in said)
+    report = Report.open(tmp_path)
+    recipe, search = (report.select("recall", "h3", kind) for kind in ("recipe", "search"))
+    assert all(r.finished and r.steps == r.planned_steps == 9 for r in recipe)
+    assert all(not r.finished and r.steps == 12 < r.planned_steps for r in search)
+    text = report.path.with_suffix(".md").read_text()
+    (row,) = re.findall(r"^\| h3 \| 99.8 .*", text, re.M)
+    assert "†" not in row.split("|")[3]
+    assert "†" in row.split("|")[5]
+    assert "† h3: 8 of 10 trainings were cut short by the time allowed, at step 12 of 18" in text
+
+    said.clear()
+    run(chosen, tmp_path, said.append)
+    assert "recall h3: 8 model(s) on cpu" in said
+    again = Report.open(tmp_path)
+    assert len(again.runs) == 10
+    assert all(r.finished for r in again.runs)
+    assert "†" not in report.path.with_suffix(".md").read_text()
+    again.merge(report)  # what was cut short does not replace what was finished
+    assert all(r.finished for r in again.runs)
+    report.merge(again)
+    assert all(r.finished for r in report.runs)
 
 
 def test_a_model_that_diverged_is_said_and_never_the_best(finished, tmp_path):
