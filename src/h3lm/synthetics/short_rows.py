@@ -30,15 +30,17 @@ MAX_LENGTH = 64
 def shorten(model: nn.Module) -> None:
     """Let the mixers of a model run rows of up to `MAX_LENGTH` positions by a Toeplitz product.
 
-    They return no state then. Longer rows run as ever, in plain PyTorch, which `vmap` knows.
+    They return no state then. Longer rows run as ever, in plain PyTorch, which `vmap` knows; but
+    S4's convolve with kept spectra where gradients are off, which it does not: they stay here.
     """
     for module in model.modules():
         if isinstance(module, H3):
             module.backend = "torch"
-            module.forward = _for_short(module.forward, module, _h3, 1)  # type: ignore[method-assign]
+            module.forward = _for_short(module.forward, module, _h3, 1, MAX_LENGTH)  # type: ignore[method-assign]
         elif isinstance(module, Recurrence):
             module.backend = "torch"
-            module.mix = _for_short(module.mix, module, _mix, 2)  # type: ignore[method-assign]
+            longest = None if isinstance(module, S4) else MAX_LENGTH
+            module.mix = _for_short(module.mix, module, _mix, 2, longest)  # type: ignore[method-assign]
 
 
 def attend(
@@ -84,9 +86,11 @@ def _for_short(
     mixer: nn.Module,
     short: Callable[[Any, Tensor], Tensor],
     length_axis: int,
+    longest: int | None,
 ) -> Callable[..., Any]:
     def run(u: Tensor, state: Any = None, *args: Any, **where: Any) -> Any:
-        if u.shape[length_axis] > MAX_LENGTH or state is not None:
+        too_long = longest is not None and u.shape[length_axis] > longest
+        if too_long or state is not None:
             return usual(u, state, *args, **where)
         return short(mixer, u), None
 
