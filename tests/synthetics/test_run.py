@@ -15,7 +15,7 @@ from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.synthetics.ensemble import Ensemble, Member, Recipe
 from h3lm.synthetics.report import CURVE_POINTS, Report, Run
 from h3lm.synthetics.run import Plan, live_line, model_config, plan, run, state_floats
-from h3lm.synthetics.settings import SETTINGS, Setting
+from h3lm.synthetics.settings import MIXERS_BY_DEFAULT, SETTINGS, Setting
 from h3lm.synthetics.tasks import AssociativeRecall, MultiQueryRecall
 from h3lm.synthetics.trace import trace
 
@@ -148,6 +148,18 @@ def test_a_training_given_up_leaves_its_models_and_says_which_were_done():
     nothing = member(0)
     assert not Ensemble(maker(), [nothing], CPU).train(stop=lambda: True)
     assert nothing.model is None
+
+
+@pytest.mark.parametrize("mixer", MIXERS_BY_DEFAULT)
+def test_rows_far_longer_than_those_of_training_are_scored(mixer):
+    ensemble = Ensemble(maker(mixer), [member(0), member(1)], CPU)
+    tests = [TASK.dataset(i, num_train=70, num_test=20, test_length=80).test for i in (0, 1)]
+    _, losses = ensemble.score(tests)
+    for i, test in enumerate(tests):
+        with torch.no_grad():
+            logits = maker(mixer)(i).eval()(torch.from_numpy(test.inputs)).logits[:, -1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(test.targets[:, -1]))
+        assert losses[i] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_multi_query_loss_and_score_count_the_queries_only():
