@@ -302,6 +302,21 @@ def test_what_the_time_cut_short_is_kept_and_marked_until_it_is_finished(tmp_pat
     assert all(r.finished for r in report.runs)
 
 
+def test_tables_say_where_seeds_are_fewer_and_stand_beside_the_papers(finished, tmp_path):
+    report = Report.open(finished[0])
+    report.runs = [r for r in report.runs if (r.mixer, r.kind, r.seed) != ("h3", "search", 1)]
+    assert "Beside the paper" not in report.markdown()  # one task alone is a table already
+    assert re.search(r"^\| h3 \| 99.8 \| .* \(1 of 2 seeds\) \|", report.markdown(), re.M)
+    for found in [r for r in report.runs if r.mixer == "attention"]:
+        report.add("induction", "attention", [replace(found, setting="induction")], {})
+    (row,) = re.findall(r"^\| h3 \|.*", "\n".join(report._beside_the_paper()), re.M)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0] == "h3"
+    assert cells[1] == "99.8"
+    assert cells[3].endswith("(1 of 2 seeds)")
+    assert cells[4:] == ["100.0", "-", "-"]
+
+
 def test_a_model_that_diverged_is_said_and_never_the_best(finished, tmp_path):
     report = Report.open(finished[0])
     report.path = tmp_path / "report.json"

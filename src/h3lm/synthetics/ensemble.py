@@ -13,6 +13,7 @@ import copy
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from h3lm.synthetics.tasks import IGNORED, Dataset, Split
 
 Schedule = Literal["cosine", "linear"]
 _SMALL_VOCABULARY = 64
+_AHEAD = 8
 
 # Of threads that train ensembles side by side, one at a time makes models, operates eagerly or
 # writes files: the generator of new models and much of what they are made with is common to all
@@ -184,8 +186,15 @@ class Ensemble:
             for part, shape in zip(flat.split(self._sizes, 1), self._shapes, strict=True)
         ]
         stacked = dict(zip(self._names, parts, strict=True))
-        together = vmap(lambda p, *args: functional_call(self._template, p, args))
-        return together(stacked, inputs, positions, keep)
+
+        def one(parameters: dict[str, Tensor], *args: Any) -> Tensor:
+            return functional_call(self._template, parameters, args)
+
+        if len(self) > 1:
+            return vmap(one)(stacked, inputs, positions, keep)
+        # an axis of one would cost a CPU a quarter of its step
+        alone, factors = ({name: x[0] for name, x in d.items()} for d in (stacked, keep))
+        return one(alone, inputs[0], positions[0], factors)[None]
 
     def dropout(self, rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
         """New factors of dropout, zero or 1/(1 - p), for one step."""
@@ -206,7 +215,7 @@ class Ensemble:
         self, splits: list[Split], rows_at_once: int | None = None
     ) -> tuple[list[float], list[float]]:
         """Accuracy and loss of each model over the answers of its rows."""
-        with TURN, self.on_stream():
+        with TURN, _GATE.alone(), self.on_stream():
             scorer = _Scorer(self, splits, rows_at_once)
             scorer.run()
             return scorer.read()
@@ -275,7 +284,11 @@ class Ensemble:
 
 
 class _Gate:
-    """Lets threads replay graphs together, but none while one captures."""
+    """Lets threads replay graphs together, but none while one captures or works eagerly.
+
+    A replay that waits for room in its stream holds the driver's lock, for which each of the
+    thousands of launches of eager work would have to queue: it would take minutes.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -394,6 +407,7 @@ class _Trainer:
             [[m.recipe.weight_decay] for m in members], device=device
         )
         self.loss = torch.zeros(len(members), device=device)
+        self.reached: deque[torch.cuda.Event] = deque()  # on the stream, every `_AHEAD` steps
         self.generator = torch.Generator(device).manual_seed(first.seed)
         self.advance = self._advance
         if ensemble.stream is not None:
@@ -412,7 +426,17 @@ class _Trainer:
                 self._reorder()
             self.advance()
             self.step += 1
+            self._keep_pace()
         return count
+
+    def _keep_pace(self) -> None:
+        """Stay at most two times `_AHEAD` steps ahead of the GPU, so that no launch has to wait."""
+        stream = self.ensemble.stream
+        if stream is None or self.step % _AHEAD:
+            return
+        self.reached.append(stream.record_event())
+        if len(self.reached) > 1:
+            self.reached.popleft().synchronize()
 
     def losses(self, count: int) -> list[float]:
         """Mean training loss of each model over the last `count` steps."""
@@ -504,15 +528,16 @@ def capture(
     Returns:
         What replays it.
     """
-    for _ in range(3):
-        work()
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
     # other threads wait for their own work meanwhile, which the strictest mode forbids
     thread_local = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-    with _GATE.alone(), thread_local:
-        work()
+    with _GATE.alone():
+        for _ in range(3):
+            work()
+        with thread_local:
+            work()
     return graph.replay
 
 
