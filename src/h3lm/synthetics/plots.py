@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from h3lm.synthetics.report import CUT
 from h3lm.synthetics.settings import SETTINGS
 
 if TYPE_CHECKING:
@@ -103,7 +104,11 @@ def _accuracy(report: "Report") -> Figure:
         _paper_marks(axis, setting, mixers)
         for baseline in report.baselines[setting]:
             axis.axhline(100 * baseline["accuracy"], color="0.6", linewidth=0.8, linestyle=":")
-        axis.set_xticks(range(len(mixers)), mixers, rotation=30, ha="right", fontsize=8)
+        names = [
+            mixer if all(r.finished for r in _shown(report, setting, mixer)) else f"{mixer} {CUT}"
+            for mixer in mixers
+        ]
+        axis.set_xticks(range(len(mixers)), names, rotation=30, ha="right", fontsize=8)
         axis.set_title(f"{setting} (dotted: rules that learn nothing)", fontsize=9)
         axis.set_ylabel("accuracy, %")
         axis.set_ylim(0, 103)

@@ -10,7 +10,7 @@ from typing import Any
 from h3lm.errors import UserError
 from h3lm.synthetics.settings import MIXERS_BY_DEFAULT, PAPER_LONGER, SETTINGS
 
-_CUT = "†"
+CUT = "†"  # marks what the time allowed cut short
 CURVE_POINTS = 40  # the whole grid of seven tasks stays below a megabyte
 _COLUMNS = (
     "mixer", "paper", "one recipe", "lr", "best of the search", "lr", "steps", "loss",
@@ -165,10 +165,10 @@ class Report:
         return list(dict.fromkeys(run.setting for run in self.runs))
 
     def mixers(self, setting: str) -> list[str]:
-        """Mixers of a setting, the default ones first."""
+        """Mixers of a setting, the default ones first, others by name."""
         found = dict.fromkeys(r.mixer for r in self.runs if r.setting == setting)
         known = {mixer: i for i, mixer in enumerate(MIXERS_BY_DEFAULT)}
-        return sorted(found, key=lambda mixer: known.get(mixer, len(known)))
+        return sorted(found, key=lambda mixer: (known.get(mixer, len(known)), mixer))
 
     def select(self, setting: str, mixer: str, kind: str) -> list[Run]:
         """Runs of one kind: those of the recipe, or those of the search's best rate.
@@ -272,7 +272,7 @@ class Report:
             cut = [r for r in runs if not r.finished]
             if cut:
                 lines.append(
-                    f"{_CUT} {mixer}: {len(cut)} of {len(runs)} trainings were cut short by the "
+                    f"{CUT} {mixer}: {len(cut)} of {len(runs)} trainings were cut short by the "
                     f"time allowed, at step {max(r.steps for r in cut):,} of "
                     f"{max(r.planned_steps for r in cut):,}, their rate still high."
                 )
@@ -315,7 +315,7 @@ def _cells(runs: list[Run], seeds: int) -> tuple[str, str]:
     if not runs:
         return "-", "-"
     fewer = "" if len(runs) == seeds else f" ({len(runs)} of {seeds} seeds)"
-    cut = "" if all(r.finished for r in runs) else f" {_CUT}"
+    cut = "" if all(r.finished for r in runs) else f" {CUT}"
     return _spread([r.accuracy for r in runs]) + fewer + cut, f"{runs[0].learning_rate:g}"
 
 

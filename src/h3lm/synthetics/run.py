@@ -252,15 +252,16 @@ def run(
             say(f"{name} {mixer}: {len(wanted)} model(s) on {', '.join(devices)}")
             jobs.append(Job(name, setting, mixer, wanted, devices[0], out, deadline))
     jobs.sort(key=lambda job: -job.steps)  # stable: the longest first
-    unfinished, call = [], _describe_call(plan, devices)
+    unfinished, came, calls = [], [], list(report.calls)
     for job, outcome in _outcomes(jobs, devices, workers, progress):
         if outcome is None or not all(run.finished for run in outcome.runs):
             unfinished.append(f"{job.name} {job.mixer}")
         if outcome is None:
             continue
         report.add(job.name, job.mixer, outcome.runs, outcome.size)
-        if call not in report.calls:
-            report.calls.append(call)
+        came.append(job)
+        call = _describe_call(came, devices)
+        report.calls = calls if call in calls else [*calls, call]
         _measure_baselines(report, job.name, job.setting)
         report.write()
         say(f"{job.name} {job.mixer}: {report.summary(job.name, job.mixer)}")
@@ -322,11 +323,13 @@ def _outcomes(
         raise failures[0]
 
 
-def _describe_call(plan: Plan, devices: list[str]) -> str:
+def _describe_call(jobs: list[Job], devices: list[str]) -> str:
+    settings = dict.fromkeys(job.name for job in jobs)
+    mixers = dict.fromkeys(job.mixer for job in jobs)
     device = torch.device(devices[0])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     return (
-        f"{date.today()}: {', '.join(plan.settings)} by {', '.join(plan.mixers)} on {name}, "
+        f"{date.today()}: {', '.join(settings)} by {', '.join(mixers)} on {name}, "
         f"torch {torch.__version__}, h3lm {__version__}"
     )
 
