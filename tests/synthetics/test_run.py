@@ -137,6 +137,25 @@ def test_a_model_stops_once_it_has_solved_the_task_while_others_go_on():
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_those_that_stop_leave_the_others_as_they_would_train_alone():
+    def members():
+        return [member(seed, epochs=epochs) for seed, epochs in ((0, 4), (1, 2), (2, 3))]
+
+    together, looks = members(), []
+    Ensemble(maker(), together, CPU).train(looks.append)
+    assert [m.steps for m in together] == [12, 6, 9]
+    assert all(m.finished for m in together)
+    # who has left keeps what it had
+    assert [len(look.accuracies) for look in looks] == [3] * 4
+    assert len({look.losses[1] for look in looks[1:]}) == 1
+    for one, other in zip(together, members(), strict=True):
+        Ensemble(maker(), [other], CPU).train()
+        assert one.test_loss == pytest.approx(other.test_loss, rel=1e-4)
+        assert [a for _, _, a in one.curve] == [a for _, _, a in other.curve]
+        for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
 def test_a_training_given_up_leaves_its_models_and_says_which_were_done():
     short, long = member(0, epochs=2), member(1, epochs=9)
     looks = iter([False] * 3 + [True])
@@ -482,7 +501,8 @@ def test_live_line_prints_seldom_where_there_is_no_terminal(capsys):
 @pytest.mark.parametrize("mixer", ["h3", "s4d", "gss", "s4", "linear_attention", "attention"])
 def test_captured_steps_on_a_gpu_train_as_steps_on_the_cpu(mixer):
     def members():
-        return [member(seed, epochs=2, rate=r) for seed, r in ((0, 4e-3), (1, 1e-3))]
+        # the first leaves, and what is left is captured anew
+        return [member(seed, epochs=2 + seed, rate=r) for seed, r in ((0, 4e-3), (1, 1e-3))]
 
     captured, plain = members(), members()
     Ensemble(maker(mixer), captured, torch.device("cuda")).train()
