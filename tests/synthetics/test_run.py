@@ -12,6 +12,7 @@ import torch
 from h3lm.errors import UserError
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
+from h3lm.synthetics import plots
 from h3lm.synthetics.ensemble import Ensemble, Member, Recipe
 from h3lm.synthetics.report import CURVE_POINTS, Report, Run
 from h3lm.synthetics.run import Plan, live_line, model_config, plan, run, state_floats
@@ -457,6 +458,7 @@ def test_paper_settings():
         (["recall"], ["h3"], {"num_pairs": 4}, "unknown option of recall 'num_pairs'"),
         (["mqar-4"], ["h3"], {"num_pairs": 5000}, "5000 pairs need as many keys"),
         (["mqar-4"], ["h3"], {"num_pairs": 17}, "cannot hold 17 pairs"),
+        (["recall"], ["h3"], {"num_train": 0}, "num_train=0 must be positive"),
         (["recall"], ["h3"], {"seeds": 0}, "seeds=0"),
         (["recall"], ["h3"], {"learning_rate": 0.0}, "learning_rate=0.0"),
         (["recall"], ["h3"], {"max_steps": 0}, "max_steps=0"),
@@ -473,7 +475,13 @@ def test_task_options_make_a_setting_of_their_own():
     chosen = plan(["mqar-4"], ["h3:2"], vocab_size=64, length=32, num_pairs=8, max_steps=100)
     ((name, setting),) = chosen.settings.items()
     assert name == "mqar-4-v64-l32-k8"
+    assert plots._pairs_of(name) == 8
+    assert plots._pairs_of("mqar-16-rows100") == 16
     assert setting.task == MultiQueryRecall(vocab_size=64, length=32, num_pairs=8)
+    ((name, setting),) = plan(["recall"], ["h3"], num_train=100, num_test=20).settings.items()
+    assert name == "recall-rows100-tests20"
+    assert (setting.num_train, setting.num_test) == (100, 20)
+    assert replace(SETTINGS["recall"], num_train=100, num_test=20, paper={}) == setting
     assert plan(["recall"], ["h3"], length=30).settings["recall-l30"].test_lengths == (30, 60, 120)
 
 

@@ -1,5 +1,6 @@
 """Pictures of the lab."""
 
+import re
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -199,8 +200,9 @@ def _pairs(report: "Report", settings: list[str]) -> Figure:
 
 
 def _pairs_of(setting: str) -> int:
-    digits = setting.rpartition("-")[2].lstrip("k")
-    return int(digits) if digits.isdigit() else 0
+    """Pairs of a setting's name: mqar-8, or mqar-8-l128-k16 where they were altered."""
+    found = re.search(r"-k(\d+)", setting) or re.search(r"mqar-(\d+)", setting)
+    return int(found[1]) if found else 0
 
 
 def _shown(report: "Report", setting: str, mixer: str) -> "list[Run]":
