@@ -27,7 +27,7 @@ class BatchNorm(nn.BatchNorm1d):
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
             if lengths is None or not self.training:
-                return super().forward(wide.flatten(0, 1)).view_as(x).to(x.dtype)
+                return self._normalise_all(wide.flatten(0, 1)).view_as(x).to(x.dtype)
             valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
             count = lengths.sum()
             mean = wide.masked_fill(~valid[..., None], 0).sum((0, 1)) / count
@@ -36,6 +36,17 @@ class BatchNorm(nn.BatchNorm1d):
             self._follow(mean.detach(), (variance * count / (count - 1).clamp(min=1)).detach())
             y = centred * (variance + self.eps).rsqrt() * self.weight + self.bias
             return y.to(x.dtype)
+
+    def _normalise_all(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        assert self.momentum is not None
+        assert self.num_batches_tracked is not None
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        # without cuDNN, which gives each channel of (N, D) a single thread for all N positions
+        return torch.batch_norm(
+            x, self.weight, self.bias, self.running_mean, self.running_var,
+            self.training, self.momentum, self.eps, False,
+        )  # fmt: skip
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:

@@ -15,6 +15,9 @@ from h3lm.models.configuration_classification import H3ClassificationConfig
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3PreTrainedModel
 
+# kernels load rows of such lengths fastest, and few lengths mean few plans for FFTs
+LENGTH_UNIT = 64
+
 
 class H3EncoderLayer(GradientCheckpointingLayer):
     """A mixer and an MLP, if there is one, with their norms and residual sums.
@@ -159,7 +162,8 @@ class H3Encoder(H3ClassificationPreTrainedModel):
         self, embeds: Tensor, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Hidden states, how many of each row count (None: all), and what each layer saw."""
-        r, lengths = _to_the_front(embeds, attention_mask)
+        most = self.config.num_learned_positions or None
+        r, lengths = _to_the_front(embeds, attention_mask, most)
         if self.config.num_learned_positions:
             if r.shape[1] > self.config.num_learned_positions:
                 raise ValueError(
@@ -193,8 +197,9 @@ class H3Encoder(H3ClassificationPreTrainedModel):
                 raise ValueError(
                     f"input_values has {input_values.shape[-1]} channels, the model {channels}"
                 )
-            embeds = self.embed_values(input_values)
-            return embeds.to(self.embed_values.weight.dtype)  # autocast narrows no residual stream
+            # autocast would leave 8 bits of a signal, and narrow the residual stream
+            with torch.autocast(input_values.device.type, enabled=False):
+                return self.embed_values(input_values.to(self.embed_values.weight.dtype))
         assert input_ids is not None
         if channels is not None:
             raise ValueError(f"this model takes input_values of {channels} channels, not input_ids")
@@ -309,13 +314,21 @@ def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None) -> Tensor:
     return norm(r, lengths) if isinstance(norm, BatchNorm) else norm(r)
 
 
-def _to_the_front(embeds: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _to_the_front(
+    embeds: Tensor, attention_mask: Tensor | None, most: int | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Move what counts to the beginning of each row, in its order; padding stands behind it.
 
     A causal mixer then never sees padding, and one that runs both ways needs to know lengths only.
 
+    Args:
+        embeds: (B, L, D).
+        attention_mask: (B, L), zeros at padding.
+        most: Positions up to which rows may be padded.
+
     Returns:
-        (B, longest, D), and lengths (B,) or None where there is no padding.
+        (B, the longest in units of `LENGTH_UNIT` but at most L, D), and lengths (B,) or None where
+        there is no padding.
     """
     if attention_mask is None:
         return embeds, None
@@ -327,11 +340,13 @@ def _to_the_front(embeds: Tensor, attention_mask: Tensor | None) -> tuple[Tensor
     lengths = mask.sum(1)
     longest = embeds.shape[1]
     if not torch.compiler.is_compiling():
-        shortest, longest = lengths.aminmax()[0].item(), int(lengths.max())
+        shortest, longest = torch.stack(lengths.aminmax()).tolist()
         if shortest == embeds.shape[1]:
             return embeds, None
         if not shortest:
             raise ValueError("a row of the attention_mask hides everything: leave that row out")
+        padded = min(-LENGTH_UNIT * (-longest // LENGTH_UNIT), embeds.shape[1], most or 10**9)
+        longest = max(longest, padded)
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
     front = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
     # an FFT would spread the rounding of whatever stands behind over the row
