@@ -164,6 +164,18 @@ def test_rows_are_padded_to_lengths_that_kernels_like():
     assert torch.allclose(model(ids, attention_mask=mask).logits[1:], alone, atol=1e-11)
 
 
+def test_gates_of_h3_may_start_open():
+    for bias in (0.0, 1.0):
+        model = H3ForSequenceClassification(
+            H3ClassificationConfig(**SMALL, mixers=["h3", "attention"], h3_gate_bias=bias)
+        )
+        q, k, v = model.model.layers[0].mixer.qkv_proj.bias.chunk(3)
+        assert (q == bias).all()
+        assert (v == bias).all()
+        assert not k.any()
+        assert not model.model.layers[1].mixer.qkv_proj.bias.any()
+
+
 def test_half_precision_keeps_the_state_space_parameters_whole(tmp_path):
     make(mixers="s4d", bidirectional=True).float().save_pretrained(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)

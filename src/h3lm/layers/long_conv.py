@@ -93,6 +93,7 @@ class LongConv(PreparingModule):
     """
 
     backend: str = "auto"
+    reads_positions_last = True  # of its input: no copy where they are contiguous
 
     def __init__(
         self,

@@ -33,6 +33,8 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         self.both_ways = config.bidirectional
         self.norm1 = _norm(config)
         self.mixer: Any = mixer(name).build(config.mixer_sizes)
+        if name == "h3":
+            self.mixer.qkv_proj.gate_bias = config.h3_gate_bias  # for the initialisation too
         residual: list[Any] = [] if name != "attention" else [self.mixer.output_proj]
         self.mlp = None
         inner_width = config.inner_width(layer_idx)
@@ -56,13 +58,15 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         self, r: Tensor, norm: nn.Module, sublayer: Any, lengths: Tensor | None
     ) -> Tensor:
         if self.pre_norm:
-            return r + self.dropout(sublayer(_normalise(norm, r, lengths), lengths))
+            # in what the sublayer reads, so that it turns and casts nothing
+            dtype = _dtype_of_mixing(r)
+            last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
+            u = _normalise(norm, r, lengths, dtype=dtype, positions_last=last)
+            return r + self.dropout(sublayer(u, lengths))
         return _normalise(norm, r + self.dropout(sublayer(r, lengths)), lengths)
 
     def _mix(self, u: Tensor, lengths: Tensor | None) -> Tensor:
-        if torch.is_autocast_enabled(u.device.type):
-            # as for a linear map: autocast knows no convolutions, and would leave them in float32
-            u = u.to(torch.get_autocast_dtype(u.device.type))
+        u = u.to(_dtype_of_mixing(u))
         # a causal mixer never sees the padding, since it stands behind
         return self.mixer(u, lengths=lengths)[0] if self.both_ways else self.mixer(u)[0]
 
@@ -89,6 +93,11 @@ class H3ClassificationPreTrainedModel(H3PreTrainedModel):
                 nn.init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+        gate_bias = getattr(module, "gate_bias", 0.0)
+        if isinstance(module, nn.Linear) and module.bias is not None and gate_bias:
+            q, _, v = module.bias.chunk(3)
+            for gate in (q, v):
+                nn.init.constant_(gate, gate_bias)
 
 
 class H3Encoder(H3ClassificationPreTrainedModel):
@@ -310,8 +319,15 @@ def _norm(config: H3ClassificationConfig) -> nn.Module:
     return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
-def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None) -> Tensor:
-    return norm(r, lengths) if isinstance(norm, BatchNorm) else norm(r)
+def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None, **form: Any) -> Tensor:
+    return norm(r, lengths, **form) if isinstance(norm, BatchNorm) else norm(r)
+
+
+def _dtype_of_mixing(x: Tensor) -> torch.dtype:
+    """As for a linear map: autocast knows no convolutions, and would leave them in float32."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def _to_the_front(
