@@ -192,6 +192,12 @@ class Recipe:
             raise UserError(
                 "init_from brings its own model: a recipe that has it gives no preset and no model"
             )
+        for name in ("test", "keep_best"):
+            if self.task == "classification" and getattr(self, name):
+                raise UserError(
+                    f"{name} is for language models: classifiers are always tested, by their last "
+                    "weights"
+                )
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise UserError(f"micro_batch_size={micro} must divide batch_size={self.batch_size}")
