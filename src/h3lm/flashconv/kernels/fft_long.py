@@ -1,13 +1,13 @@
 """Rows longer than a program holds: one more factor of the transform, through device memory.
 
-A pair of rows of n = N0 m points, l = m l0 + i, becomes N0 complex rows of m points
+A real row of n = N0 m points, l = m l0 + i, becomes N0 complex rows of m points
 
-    Z_k0[i] = exp(-2 pi i k0 i / n) sum_l0 W_N0[k0, l0] z[m l0 + i]
+    Z_k0[i] = exp(-2 pi i (k0 - 1/4) i / n) sum_l0 W_N0[k0, l0] x[m l0 + i]
 
-(kept in float16, or float32, as two planes), each of which `fft_triton` convolves in place with
-frequencies k0 + N0 k of the filter; the same step backwards gives the rows. So a forward pass moves
-20 bytes for each element of a half dtype: 2 to find the scale of a row, 2 + 4 out, 4 + 4 in place,
-4 + 2 back, at any length. The zero half of a row is neither loaded nor multiplied here either.
+with W_N0 at frequencies k0 - 1/4, as in `fft_triton` (kept in float16, or float32, as two planes).
+Each of them `fft_triton` convolves in place with frequencies k0 + N0 k of the filter; the same step
+backwards gives the row. So a forward pass moves 22 bytes for each element of a half dtype: 2 to
+find the scale of a row, 2 + 4 out, 4 + 4 in place, 4 + 2 back, at any length.
 """
 
 import math
@@ -21,20 +21,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from h3lm.flashconv import fft
 from h3lm.flashconv.dispatch import MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL
 from h3lm.flashconv.kernels import fft_triton
 from h3lm.flashconv.kernels.fft_filter import (
     Prepared,
     empty_spectrum,
-    pack_spectrum,
+    gradients_by_library,
+    prepare_by_library,
     transform,
     transform_back,
-    unpacked_gradients,
 )
-from h3lm.flashconv.kernels.fft_size import Size, factors, unitary_dft
+from h3lm.flashconv.kernels.fft_launch import rows_per_program
+from h3lm.flashconv.kernels.fft_size import SHIFT, Size, factors, unitary_dft
 from h3lm.flashconv.kernels.fft_triton import exponent_of, power_of_two, to_unit
-from h3lm.flashconv.kernels.launch import multiprocessors, strides
+from h3lm.flashconv.kernels.launch import strides
 
 MIN_OUTER = 16  # the matrix units' smallest edge
 
@@ -61,14 +61,14 @@ class LongSize:
 
     @property
     def points(self) -> int:
-        """n, at least twice the longest row."""
+        """n, the longest row."""
         return self.outer * self.inner.points
 
 
 # the inner transform by the largest n that it is used for, with much shared memory and with 99 KB;
 # measured on an H200, see docs/log.md
-INNER = {1 << 17: Size(64, 32, 4), 2 * MAX_LONG_LENGTH: Size(64, 64, 4)}
-SMALL_INNER = {2 * MAX_LONG_LENGTH_SMALL: Size(64, 16, 4)}
+INNER = {1 << 16: Size(64, 32, 4), MAX_LONG_LENGTH: Size(64, 64, 4)}
+SMALL_INNER = {MAX_LONG_LENGTH_SMALL: Size(64, 16, 4)}
 
 
 def size_for(length: int, large: bool) -> LongSize:
@@ -77,7 +77,7 @@ def size_for(length: int, large: bool) -> LongSize:
     Raises:
         ValueError: if the row is too long.
     """
-    points = 1 << (2 * length - 1).bit_length()
+    points = 1 << (length - 1).bit_length()
     for most, inner in (INNER if large else SMALL_INNER).items():
         if points <= most:
             outer = max(points // inner.points, 2)
@@ -106,10 +106,9 @@ def largest_kernel(
 
 @triton.jit
 def outer_turns(k0, column, points, FAST: tl.constexpr):
-    """Cosine and sine of 2 pi k0 column / n; k0 column is below n."""
-    angle = (
-        k0.to(tl.float32)[:, None] * (column.to(tl.float32) * (6.283185307179586 / points))[None, :]
-    )
+    """Cosine and sine of 2 pi (k0 - 1/4) column / n."""
+    step = column.to(tl.float32) * (6.283185307179586 / points)
+    angle = (k0.to(tl.float32) - 0.25)[:, None] * step[None, :]
     if FAST:
         return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
     else:
@@ -118,57 +117,57 @@ def outer_turns(k0, column, points, FAST: tl.constexpr):
 
 @triton.jit
 def program_tile(tiles, inner, D, COLUMNS: tl.constexpr):
-    """Tile, column block, channel and pair of a program; tiles that read the same come together."""
+    """Tile, column block, channel and row of a program; tiles that read the same come together."""
     i = tl.program_id(0)
     blocks = inner // COLUMNS
-    return i % tiles, i // tiles % blocks, i // tiles // blocks % D, i // tiles // blocks // D
+    channel = i // tiles // blocks % D
+    row = i // tiles // blocks // D
+    return i % tiles, i // tiles % blocks, channel.to(tl.int64), row.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit
 def outward_kernel(
     x, gate, exponents, planes, table,
-    x_row, x_channel, gate_row, gate_channel, B, D, L, inner, points,
+    x_row, x_channel, gate_row, gate_channel, D, L, inner, points,
     N0: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr, SCALED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From pairs of rows to the planes of N0 complex rows; TILE of them and some columns here."""
-    tile, block, channel, pair = program_tile(K // TILE, inner, D, COLUMNS)
+    """From rows to the planes of N0 complex rows; TILE of them and some columns here."""
+    tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS)
     k0, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
-    channel, pair = channel.to(tl.int64), pair.to(tl.int64)
-    x += 2 * pair * x_row + channel * x_channel
+    x += row * x_row + channel * x_channel
     if gate is not None:
-        gate += 2 * pair * gate_row + channel * gate_channel
+        gate += row * gate_row + channel * gate_channel
+    if SCALED:
+        scale = to_unit(tl.load(exponents + row * D + channel))
     re = tl.zeros((TILE, COLUMNS), tl.float32)
     im = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(0, K, DEPTH):
-        row = start + tl.arange(0, DEPTH)  # (row of the pair, l0)
-        member, l0 = row // (K // 2), row % (K // 2)
+        l0 = start + tl.arange(0, DEPTH)
         position = l0[:, None] * inner + column[None, :]
-        inside = (position < L) & ((2 * pair + member < B)[:, None])
-        value = tl.load(x + (member.to(tl.int64) * x_row)[:, None] + position, inside, 0.0)
+        value = tl.load(x + position, position < L, 0.0)
         if gate is not None:
-            offsets = (member.to(tl.int64) * gate_row)[:, None] + position
-            value = value.to(tl.float32) * tl.load(gate + offsets, inside, 0.0).to(tl.float32)
+            value = value.to(tl.float32) * tl.load(gate + position, position < L, 0.0).to(
+                tl.float32
+            )
         if SCALED:
-            whose = exponents + (2 * pair + member) * D + channel
-            exponent = tl.load(whose, 2 * pair + member < B, 0)
-            value = value.to(tl.float32) * to_unit(exponent)[:, None]
-        factor = table + k0[:, None] * K + row[None, :]
+            value = value.to(tl.float32) * scale
+        factor = table + k0[:, None] * K + l0[None, :]
         value = value.to(table.dtype.element_ty)
         re = tl.dot(tl.load(factor), value, re, input_precision=PRECISION)
         im = tl.dot(tl.load(factor + K * K), value, im, input_precision=PRECISION)
     cos, sin = outer_turns(k0, column, points, FAST)
-    out = planes + ((pair * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
+    out = planes + ((row * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
     inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
     tl.store(out, (re * cos + im * sin).to(planes.dtype.element_ty), inside)
     tl.store(out + inner, (im * cos - re * sin).to(planes.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit
 def inward_kernel(
     planes, y, gate, other, factor_of_other, exponents, unscale, table,
     y_row, y_channel, gate_row, gate_channel, other_row, other_channel,
-    B, D, L, inner, points,
+    D, L, inner, points,
     N0: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr, SCALED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -176,57 +175,55 @@ def inward_kernel(
 
     `other` has the strides of y, its factor has its own.
     """
-    tile, block, channel, pair = program_tile(K // TILE, inner, D, COLUMNS)
-    row, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
-    channel, pair = channel.to(tl.int64), pair.to(tl.int64)
+    tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS)
+    l0, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
     out = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(0, K, DEPTH):
         k0 = start + tl.arange(0, DEPTH)
-        at = planes + ((pair * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
+        at = planes + ((row * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
         inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
         re = tl.load(at, inside, 0.0).to(tl.float32)
         im = tl.load(at + inner, inside, 0.0).to(tl.float32)
         cos, sin = outer_turns(k0, column, points, FAST)
-        factor = table + k0[None, :] * K + row[:, None]
+        factor = table + k0[None, :] * K + l0[:, None]
         back = (re * cos - im * sin).to(table.dtype.element_ty)
         out = tl.dot(tl.load(factor), back, out, input_precision=PRECISION)
         back = (re * sin + im * cos).to(table.dtype.element_ty)
         out = tl.dot(tl.load(factor + K * K), back, out, input_precision=PRECISION)
-    member, l0 = row // (K // 2), row % (K // 2)
     position = l0[:, None] * inner + column[None, :]
-    inside = (position < L) & ((2 * pair + member < B)[:, None])
-    out *= tl.load(unscale + channel * N0)
+    inside = position < L
+    scale = tl.load(unscale + channel * N0)
     if SCALED:
-        whose = exponents + (2 * pair + member) * D + channel
-        out *= power_of_two(tl.load(whose, 2 * pair + member < B, 0))[:, None]
-    offsets = ((2 * pair + member) * y_row)[:, None] + channel * y_channel + position
+        scale *= power_of_two(tl.load(exponents + row * D + channel))
+    out *= scale
+    offsets = row * y_row + channel * y_channel + position
     if other is not None:
-        factors_at = ((2 * pair + member) * other_row)[:, None] + channel * other_channel + position
-        value = tl.load(factor_of_other + factors_at, inside, 0.0).to(tl.float32)
-        tl.store(other + offsets, (out * value).to(y.dtype.element_ty), inside)
+        value = tl.load(
+            factor_of_other + row * other_row + channel * other_channel + position, inside, 0.0
+        )
+        tl.store(other + offsets, (out * value.to(tl.float32)).to(y.dtype.element_ty), inside)
     if gate is not None:
-        gate_at = ((2 * pair + member) * gate_row)[:, None] + channel * gate_channel + position
-        out *= tl.load(gate + gate_at, inside, 0.0).to(tl.float32)
+        gate += row * gate_row + channel * gate_channel
+        out *= tl.load(gate + position, inside, 0.0).to(tl.float32)
     tl.store(y + offsets, out.to(y.dtype.element_ty), inside)
 
 
 @cache
 def outer_factors(outer: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """W_N0 on (row of the pair, l0), (part, k0, K), K at least 16; made in float64.
+    """W_N0 at frequencies k0 - 1/4 as (part, k0, l0); made in float64.
 
-    Columns of an l0 in a row's zero half, and rows behind N0, only fill up an edge of 16.
+    Rows and columns behind N0 are zero: they only fill up an edge of 16.
     """
     K = max(outer, MIN_OUTER)
-    W = torch.zeros(K, K // 2, dtype=torch.complex128)
-    W[:outer, : outer // 2] = unitary_dft(outer)[:, : outer // 2]
-    parts = torch.stack([torch.cat([W.real, -W.imag], 1), torch.cat([W.imag, W.real], 1)])
-    return parts.to(device, dtype).contiguous()
+    W = torch.zeros(K, K, dtype=torch.complex128)
+    W[:outer, :outer] = unitary_dft(outer, SHIFT)
+    return torch.stack([W.real, W.imag]).to(device, dtype).contiguous()
 
 
 def forward(
     u: Tensor, spectrum: Prepared, size: LongSize, pre: Tensor | None, post: Tensor | None
 ) -> Tensor:
-    """Convolve rows of up to half of the size's points; positions are contiguous."""
+    """Convolve rows of up to the size's points; positions are contiguous."""
     run = LongRun(u, size)
     exponents = run.exponents(u, pre)
     planes = run.outward(u, pre, exponents)
@@ -249,14 +246,12 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `fft_launch.backward`, for long rows."""
     run = LongRun(u, size)
-    g_exponents = run.exponents(dy, post)
-    g_planes = run.outward(dy, post, g_exponents)
-    sums, z_planes, weights = None, g_planes, None
+    g_exponents, x_exponents = run.exponents(dy, post), None
+    g_planes, x_planes = run.outward(dy, post, g_exponents), None
     if filters:
         x_exponents = run.exponents(u, pre)
-        x_exponents, weights = run.common(x_exponents, g_exponents)
-        z_planes = run.outward(u, pre, x_exponents)
-    sums = run.differentiate(g_planes, z_planes, weights, spectrum, data)
+        x_planes = run.outward(u, pre, x_exponents)
+    sums = run.differentiate(g_planes, x_planes, g_exponents, x_exponents, spectrum, data)
     if not data:
         return None, None, sums
     du = torch.empty_like(u, memory_format=torch.contiguous_format)
@@ -269,8 +264,7 @@ def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: LongSize) -> P
     """The filter's spectrum for rows like u."""
     half = u.dtype != torch.float32
     if f_reverse is not None or not half:
-        spectrum = fft.filter_spectrum(f, f_reverse, size.points)
-        return pack_spectrum(spectrum, size.inner, half, size.outer)
+        return prepare_by_library(f, f_reverse, size.inner, half, size.outer)
     f = f if f.stride(1) == 1 else f.contiguous()
     run = LongRun(f[None], size, half=True)
     exponents = run.exponents(f[None], None)
@@ -287,7 +281,7 @@ def filter_gradients(
     """As `fft_launch.filter_gradients`, for long rows."""
     total = sums[0] if len(sums) == 1 else sums.sum(0)
     if taps_reverse is not None or u.dtype == torch.float32:
-        return unpacked_gradients(total, taps, taps_reverse)
+        return gradients_by_library(total, taps, taps_reverse)
     df = total.new_empty(1, len(total), taps)
     run = LongRun(df, size, half=True)
     rows = total.flatten(1)[None]
@@ -305,7 +299,6 @@ class LongRun:
     def __init__(self, u: Tensor, size: LongSize, half: bool | None = None) -> None:
         self.B, self.D, self.L = u.shape
         self.size, self.device = size, u.device
-        self.pairs = -(-self.B // 2)
         self.half = u.dtype != torch.float32 if half is None else half
         self.dtype = torch.float16 if self.half else torch.float32
         self.table = outer_factors(size.outer, self.dtype, u.device)
@@ -319,17 +312,16 @@ class LongRun:
             "SCALED": self.half, "num_warps": size.warps,
         }  # fmt: skip
         self.inner = common | {
-            "N1": size.inner.N1, "N2": size.inner.N2, "K": 2 * size.inner.N1, "HALF": self.half,
+            "N1": size.inner.N1, "N2": size.inner.N2, "REAL": False, "HALF": self.half,
             "SCALED": False, "EVEN": True, "STAGES": size.inner.stages,
             "num_warps": size.inner.warps, "maxnreg": size.inner.registers,
         }  # fmt: skip
-        self.columns = self.pairs * self.D * (size.inner.points // size.columns)
-        slots = 2 * multiprocessors(u.device)
+        self.columns = self.B * self.D * (size.inner.points // size.columns)
         self.channels = self.D * size.outer
-        groups = min(self.pairs, -(-slots // self.channels))
-        self.pairs_per_program = -(-self.pairs // groups)
-        self.groups = -(-self.pairs // self.pairs_per_program)
-        self.tables = factors(size.inner, self.dtype, u.device, True)
+        self.rows_per_program, self.groups = rows_per_program(
+            u.device, size.inner, self.B, self.channels
+        )
+        self.tables = factors(size.inner, self.dtype, u.device, False)
 
     def exponents(self, x: Tensor, gate: Tensor | None) -> Tensor | None:
         """Exponents of the scales of rows, (B, D); None in float32, which has none."""
@@ -342,31 +334,13 @@ class LongRun:
         )  # fmt: skip
         return exponents
 
-    def common(self, x: Tensor | None, g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Exponents of x with which both rows of a pair enter dH with one weight, and that weight.
-
-        As in `fft_triton.backward_kernel`.
-        """
-        if x is None or g is None:
-            return None, None
-        last = 2 * self.pairs - self.B
-        xs, gs = (
-            torch.nn.functional.pad(e, (0, 0, 0, last)).unflatten(0, (self.pairs, 2))
-            for e in (x, g)
-        )
-        common = (xs + gs).amax(1, keepdim=True)
-        adjusted = torch.where((xs > 0) & (gs > 0), (common - gs).clamp(max=254), xs)
-        weights = torch.ldexp(torch.ones_like(common, dtype=torch.float32), common - 254)
-        weights = weights.transpose(1, 2).expand(-1, -1, self.size.outer).contiguous()
-        return adjusted.flatten(0, 1)[: self.B].to(torch.int32).contiguous(), weights
-
     def outward(self, x: Tensor, gate: Tensor | None, exponents: Tensor | None) -> Tensor:
-        """The planes of N0 complex rows for each pair, (pairs, D, N0, 2, m)."""
-        shape = (self.pairs, self.D, self.size.outer, 2, self.size.inner.points)
+        """The planes of N0 complex rows for each row, (B, D, N0, 2, m)."""
+        shape = (self.B, self.D, self.size.outer, 2, self.size.inner.points)
         planes = torch.empty(shape, dtype=self.dtype, device=self.device)
         outward_kernel[(self.columns * (self.table.shape[-1] // self.rows_out),)](
             x, gate, exponents, planes, self.table, *strides(x), *strides(gate),
-            self.B, self.D, self.L, self.size.inner.points, float(self.size.points),
+            self.D, self.L, self.size.inner.points, float(self.size.points),
             TILE=self.rows_out, **self.outer,
         )  # fmt: skip
         return planes
@@ -385,40 +359,44 @@ class LongRun:
         inward_kernel[(self.columns * (self.table.shape[-1] // self.rows_in),)](
             planes, y, gate, other, factor_of_other, exponents, unscale, self.table,
             *strides(y), *strides(gate), *strides(factor_of_other),
-            self.B, self.D, self.L, self.size.inner.points, float(self.size.points),
+            self.D, self.L, self.size.inner.points, float(self.size.points),
             TILE=self.rows_in, **self.outer,
         )  # fmt: skip
 
     def convolve(self, planes: Tensor, spectrum: Prepared) -> None:
         """Convolve all complex rows, in place."""
-        m = self.size.inner.points
+        row, each = planes.stride(0), 2 * self.size.inner.points
         fft_triton.forward_kernel[(self.channels * self.groups,)](
             planes, None, None, planes, spectrum.packed, self._ones(), *self.tables,
-            m, 2 * m, 0, 0, 0, 0, m, 2 * m, 2 * self.channels, 2 * self.pairs, self.channels, m,
-            self.pairs, self.pairs_per_program, **self.inner,
+            row, each, 0, 0, 0, 0, row, each, self.B, self.channels, each,
+            self.rows_per_program, **self.inner,
         )  # fmt: skip
 
     def differentiate(
         self,
         g_planes: Tensor,
-        z_planes: Tensor,
-        weights: Tensor | None,
+        x_planes: Tensor | None,
+        g_exponents: Tensor | None,
+        x_exponents: Tensor | None,
         spectrum: Prepared,
         data: bool,
     ) -> Tensor | None:
-        """Write dx over the planes of g (`data`); sums of conj(Z) G if those of z are others."""
-        filters = z_planes is not g_planes
-        m, inner = self.size.inner.points, self.size.inner
-        shape = (self.groups, self.D, self.size.outer, 2, inner.N1, inner.N2)
-        sums = g_planes.new_empty(shape, dtype=torch.float32) if filters else None
+        """Write dx over the planes of g (`data`); sums of conj(Z) G if there are those of x."""
+        inner = self.size.inner
+        row, each = g_planes.stride(0), 2 * inner.points
+        sums = None
+        if x_planes is not None:
+            shape = (self.groups, self.D, self.size.outer, 2, inner.N1, inner.N2)
+            sums = g_planes.new_empty(shape, dtype=torch.float32)
         # sums first: the other pass writes over the planes that they read
-        for with_data, with_filter in ((False, filters), (data, False)):
+        for with_data, with_filter in ((False, sums is not None), (data, False)):
             if with_data or with_filter:
                 fft_triton.backward_kernel[(self.channels * self.groups,)](
-                    g_planes, z_planes, None, None, g_planes, None, sums, spectrum.packed,
-                    self._ones(), weights, *self.tables, m, 2 * m, m, 2 * m, 0, 0, 0, 0, m, 2 * m,
-                    2 * self.channels, 2 * self.pairs, self.channels, m, self.pairs,
-                    self.pairs_per_program, DATA=with_data, FILTER=with_filter, **self.inner,
+                    g_planes, x_planes if with_filter else g_planes, None, None, g_planes, None,
+                    sums, spectrum.packed, self._ones(), g_exponents, x_exponents, *self.tables,
+                    row, each, row, each, 0, 0, 0, 0, row, each, self.B, self.channels, each,
+                    self.rows_per_program, DATA=with_data, FILTER=with_filter,
+                    OUTER=self.size.outer, **self.inner,
                 )  # fmt: skip
         return sums
 
