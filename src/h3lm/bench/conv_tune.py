@@ -37,27 +37,28 @@ def variants() -> Iterator[Variant]:
     yield from ((length, ToeplitzSize(length - 1)) for length in (256, 512, 1024))
     yield from SIZES.items()
     yield from ((length, fft_long.size_for(length, True)) for length in _LONG)
+    for points, size in SIZES.items():
+        for change in _CHANGES:
+            yield points, replace(size, **change)
     for length in _LONG:
         for inner in (Size(64, 32, 4), Size(64, 64, 4)):
             for cut in _CUTS:
                 yield length, LongSize(length // inner.points, inner, **cut)
     for tile in _TILES:
         yield from ((length, ToeplitzSize(length - 1, tile=tile)) for length in (256, 512, 1024))
-    for points, size in SIZES.items():
-        for change in _CHANGES:
-            yield points, replace(size, **change)
 
 
-_LONG = [16384, 32768, 131072, 1048576]
+_LONG = [131072, 16384, 32768, 1048576]
 _CUTS: list[dict[str, int]] = [
+    {"columns": 64},
     {"columns": 128},
+    {"columns": 128, "warps": 8},
+    {"columns": 256, "warps": 8},
     {"columns": 128, "rows_out": 128, "rows_in": 128, "warps": 8},
-    {"rows_out": 128, "rows_in": 256, "warps": 8},
-    {"columns": 128, "rows_in": 256, "warps": 8},
+    {"columns": 64, "rows_out": 128, "rows_in": 128, "warps": 8},
 ]
 _CHANGES: list[dict[str, Any]] = [
     {"together": False},
-    {"programs": 4},
     {"programs": 8},
     {"programs": 16},
     {"stages": 2},
@@ -178,11 +179,14 @@ def _timed(length: int, size: AnySize) -> str:
         run = LongRun(u, size)
         exponents = run.exponents(u, None)
         planes, y = run.outward(u, None, exponents), torch.empty_like(u)
+        more = planes.clone()
         calls += [
             lambda: run.exponents(u, None),
             lambda: run.outward(u, None, exponents),
             lambda: run.convolve(planes, spectrum),
-            lambda: run.inward(planes, y, None, None, None, exponents, spectrum.unscale),
+            lambda: run.inward(planes, y, spectrum.unscale, exponents=exponents),
+            lambda: run.data_planes(planes, spectrum),
+            lambda: run.filter_planes(planes, more, exponents, exponents, spectrum),
         ]
     repeats = 3 if length > 1 << 19 else 9
     times = " ".join(f"{median_ms(call, repeats=repeats, warm_up=1):7.3f}" for call in calls)

@@ -8,11 +8,10 @@ from torch import Tensor
 from h3lm.flashconv.kernels import fft_triton
 from h3lm.flashconv.kernels.fft_filter import (
     Prepared,
-    empty_spectrum,
+    gradients,
     gradients_by_library,
     prepare_by_library,
     transform,
-    transform_back,
 )
 from h3lm.flashconv.kernels.fft_size import Size, factors
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
@@ -25,7 +24,7 @@ def filter_gradients(
 
     Args:
         u: The rows.
-        sums: (groups, D, 1, 2, N1, N2), float32.
+        sums: (groups, D, 2, N1, N2), float32.
         size: Of the transform.
         taps: Taps of the filter.
         taps_reverse: Taps of the reverse one.
@@ -33,9 +32,7 @@ def filter_gradients(
     total = sums[0] if len(sums) == 1 else sums.sum(0)
     if taps_reverse is not None or u.dtype == torch.float32:
         return gradients_by_library(total, taps, taps_reverse)
-    df = total.new_empty(len(total), taps)
-    transform_back(total, df, size, factors(size, torch.float16, u.device, True))
-    return df, None
+    return gradients(total, taps, size, factors(size, torch.float16, u.device, True)), None
 
 
 def forward(
@@ -69,14 +66,15 @@ def backward(
     run = _Run(u, size)
     du = torch.empty_like(u, memory_format=torch.contiguous_format) if data else None
     dpre = torch.empty_like(du) if du is not None and pre is not None else None
-    shape = (run.groups, D, 1, 2, size.N1, size.N2)
+    shape = (run.groups, D, 2, size.N1, size.N2)
     sums = u.new_empty(shape, dtype=torch.float32) if filters else None
     passes = [(data, filters)] if size.together else [(data, False), (False, filters)]
     for with_data, with_filter in passes:
         if with_data or with_filter:
             fft_triton.backward_kernel[(D * run.groups,)](
-                dy, u, pre, post, du, dpre, sums, spectrum.packed, spectrum.unscale, None, None,
-                *run.tables, *strides(dy), *strides(u), *strides(pre), *strides(post), *strides(du),
+                dy, u, pre, post, du, dpre, sums, None, None,
+                spectrum.packed, spectrum.unscale, None, None, *run.tables,
+                *strides(dy), *strides(u), *strides(pre), *strides(post), *strides(du),
                 B, D, L, run.rows_per_program, DATA=with_data, FILTER=with_filter, OUTER=1,
                 **run.constants,
             )  # fmt: skip
@@ -89,9 +87,7 @@ def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: Size) -> Prepa
     if f_reverse is not None or not half:
         return prepare_by_library(f, f_reverse, size, half)
     f = f if f.stride(1) == 1 else f.contiguous()
-    prepared = empty_spectrum(f, size)
-    transform(f, prepared, size, factors(size, torch.float16, f.device, True))
-    return prepared
+    return transform(f, size, factors(size, torch.float16, f.device, True))
 
 
 class _Run:

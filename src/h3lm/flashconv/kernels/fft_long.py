@@ -4,16 +4,19 @@ A real row of n = N0 m points, l = m l0 + i, becomes N0 complex rows of m points
 
     Z_k0[i] = exp(-2 pi i (k0 - 1/4) i / n) sum_l0 W_N0[k0, l0] x[m l0 + i]
 
-with W_N0 at frequencies k0 - 1/4, as in `fft_triton` (kept in float16, or float32, as two planes).
-Each of them `fft_triton` convolves in place with frequencies k0 + N0 k of the filter; the same step
-backwards gives the row. So a forward pass moves 22 bytes for each element of a half dtype: 2 to
-find the scale of a row, 2 + 4 out, 4 + 4 in place, 4 + 2 back, at any length.
+with W_N0 at frequencies k0 - 1/4, as in `fft_triton`, kept as two planes of float16. Each of them
+`fft_triton` convolves in place with frequencies k0 + N0 k of the filter; the same step backwards
+gives the row. So a forward pass moves 22 bytes for each element: 2 to find the scale of a row,
+2 + 4 out, 4 + 4 in place, 4 + 2 back, at any length. Half dtypes only.
+
+A filter takes the same way, float32 into it and out of it. One that reaches ahead, too, has that as
+its imaginary part, see `fft_filter.imaginary_row`.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,11 +28,9 @@ from h3lm.flashconv.dispatch import MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL
 from h3lm.flashconv.kernels import fft_triton
 from h3lm.flashconv.kernels.fft_filter import (
     Prepared,
-    empty_spectrum,
-    gradients_by_library,
-    prepare_by_library,
+    imaginary_row,
+    reverse_gradient,
     transform,
-    transform_back,
 )
 from h3lm.flashconv.kernels.fft_launch import rows_per_program
 from h3lm.flashconv.kernels.fft_size import SHIFT, Size, factors, unitary_dft
@@ -87,21 +88,25 @@ def size_for(length: int, large: bool) -> LongSize:
 
 @triton.jit
 def largest_kernel(
-    x, gate, exponents, x_row, x_channel, gate_row, gate_channel, D, L, BLOCK: tl.constexpr
+    x, gate, exponents, sums, x_row, x_channel, gate_row, gate_channel, D, L, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Biased exponent of the largest magnitude of each row, under its gate."""
+    """Biased exponent of the largest magnitude of each row, under its gate; their sum if wanted."""
     row, channel = (tl.program_id(0) // D).to(tl.int64), (tl.program_id(0) % D).to(tl.int64)
     x += row * x_row + channel * x_channel
     if gate is not None:
         gate += row * gate_row + channel * gate_channel
     largest = tl.zeros((1, BLOCK), tl.float32)
+    total = tl.zeros((1, BLOCK), tl.float32)
     for start in range(0, L, BLOCK):
         at = start + tl.arange(0, BLOCK)[None, :]
         value = tl.load(x + at, at < L, 0.0).to(tl.float32)
         if gate is not None:
             value *= tl.load(gate + at, at < L, 0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(value))
+        total += tl.abs(value)
     tl.store(exponents + tl.program_id(0), exponent_of(largest, largest >= 0))
+    if sums is not None:
+        tl.store(sums + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
 
 
 @triton.jit
@@ -127,35 +132,42 @@ def program_tile(tiles, inner, D, COLUMNS: tl.constexpr):
 
 @triton.jit
 def outward_kernel(
-    x, gate, exponents, planes, table,
-    x_row, x_channel, gate_row, gate_channel, D, L, inner, points,
+    x, gate, imaginary, exponents, planes, table,
+    x_row, x_channel, gate_row, gate_channel, imaginary_row, imaginary_channel,
+    D, L, inner, points,
     N0: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    COLUMNS: tl.constexpr, SCALED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """From rows to the planes of N0 complex rows; TILE of them and some columns here."""
+    """From rows to the planes of N0 complex rows; TILE of them and some columns here.
+
+    `imaginary` makes rows complex: it reaches over all points, and has no gate.
+    """
     tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS)
     k0, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
     x += row * x_row + channel * x_channel
     if gate is not None:
         gate += row * gate_row + channel * gate_channel
-    if SCALED:
-        scale = to_unit(tl.load(exponents + row * D + channel))
+    if imaginary is not None:
+        imaginary += row * imaginary_row + channel * imaginary_channel
+    scale = to_unit(tl.load(exponents + row * D + channel))
     re = tl.zeros((TILE, COLUMNS), tl.float32)
     im = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(0, K, DEPTH):
         l0 = start + tl.arange(0, DEPTH)
         position = l0[:, None] * inner + column[None, :]
-        value = tl.load(x + position, position < L, 0.0)
+        value = tl.load(x + position, position < L, 0.0).to(tl.float32)
         if gate is not None:
-            value = value.to(tl.float32) * tl.load(gate + position, position < L, 0.0).to(
-                tl.float32
-            )
-        if SCALED:
-            value = value.to(tl.float32) * scale
+            value *= tl.load(gate + position, position < L, 0.0).to(tl.float32)
+        value = (value * scale).to(tl.float16)
         factor = table + k0[:, None] * K + l0[None, :]
-        value = value.to(table.dtype.element_ty)
-        re = tl.dot(tl.load(factor), value, re, input_precision=PRECISION)
-        im = tl.dot(tl.load(factor + K * K), value, im, input_precision=PRECISION)
+        W_re, W_im = tl.load(factor), tl.load(factor + K * K)
+        re = tl.dot(W_re, value, re)
+        im = tl.dot(W_im, value, im)
+        if imaginary is not None:
+            value = tl.load(imaginary + position, (l0 < N0)[:, None], 0.0)
+            value = (value * scale).to(tl.float16)
+            re = tl.dot(W_im, -value, re)
+            im = tl.dot(W_re, value, im)
     cos, sin = outer_turns(k0, column, points, FAST)
     out = planes + ((row * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
     inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
@@ -165,43 +177,53 @@ def outward_kernel(
 
 @triton.jit
 def inward_kernel(
-    planes, y, gate, other, factor_of_other, exponents, unscale, table,
+    planes, plane_exponents, y, gate, other, factor_of_other, exponents, unscale, table,
     y_row, y_channel, gate_row, gate_channel, other_row, other_channel,
     D, L, inner, points,
     N0: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    COLUMNS: tl.constexpr, SCALED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, IMAGINARY: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `outward_kernel`, then y = gate out, and other = factor_of_other out.
 
-    `other` has the strides of y, its factor has its own.
+    Either all planes of a row have one scale (`exponents`), or each its own (`plane_exponents`).
+    IMAGINARY: the imaginary part of the rows, not the real one. `other` has the strides of y, its
+    factor has its own.
     """
     tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS)
     l0, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
+    first = (row * D + channel) * N0
+    if plane_exponents is None:
+        exponent = tl.load(exponents + row * D + channel)
+    else:
+        k0 = tl.arange(0, K)
+        exponent = tl.max(tl.load(plane_exponents + first + k0, k0 < N0, 0), 0)
     out = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(0, K, DEPTH):
         k0 = start + tl.arange(0, DEPTH)
-        at = planes + ((row * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
+        at = planes + (first + k0)[:, None] * (2 * inner) + column[None, :]
         inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
         re = tl.load(at, inside, 0.0).to(tl.float32)
         im = tl.load(at + inner, inside, 0.0).to(tl.float32)
+        if plane_exponents is not None:
+            own = tl.load(plane_exponents + first + k0, k0 < N0, 0)
+            weight = power_of_two(tl.maximum(127 + own - exponent, 0))[:, None]
+            re, im = re * weight, im * weight
+        if IMAGINARY:
+            re, im = im, -re
         cos, sin = outer_turns(k0, column, points, FAST)
         factor = table + k0[None, :] * K + l0[:, None]
-        back = (re * cos - im * sin).to(table.dtype.element_ty)
-        out = tl.dot(tl.load(factor), back, out, input_precision=PRECISION)
-        back = (re * sin + im * cos).to(table.dtype.element_ty)
-        out = tl.dot(tl.load(factor + K * K), back, out, input_precision=PRECISION)
+        back = (re * cos - im * sin).to(tl.float16)
+        out = tl.dot(tl.load(factor), back, out)
+        back = (re * sin + im * cos).to(tl.float16)
+        out = tl.dot(tl.load(factor + K * K), back, out)
     position = l0[:, None] * inner + column[None, :]
     inside = position < L
-    scale = tl.load(unscale + channel * N0)
-    if SCALED:
-        scale *= power_of_two(tl.load(exponents + row * D + channel))
-    out *= scale
+    out *= tl.load(unscale + channel * N0) * power_of_two(exponent)
     offsets = row * y_row + channel * y_channel + position
     if other is not None:
-        value = tl.load(
-            factor_of_other + row * other_row + channel * other_channel + position, inside, 0.0
-        )
-        tl.store(other + offsets, (out * value.to(tl.float32)).to(y.dtype.element_ty), inside)
+        factor_of_other += row * other_row + channel * other_channel
+        value = tl.load(factor_of_other + position, inside, 0.0).to(tl.float32)
+        tl.store(other + offsets, (out * value).to(y.dtype.element_ty), inside)
     if gate is not None:
         gate += row * gate_row + channel * gate_channel
         out *= tl.load(gate + position, inside, 0.0).to(tl.float32)
@@ -209,15 +231,27 @@ def inward_kernel(
 
 
 @cache
-def outer_factors(outer: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """W_N0 at frequencies k0 - 1/4 as (part, k0, l0); made in float64.
+def outer_factors(outer: int, device: torch.device) -> Tensor:
+    """W_N0 at frequencies k0 - 1/4 as (part, k0, l0), float16; made in float64.
 
     Rows and columns behind N0 are zero: they only fill up an edge of 16.
     """
     K = max(outer, MIN_OUTER)
     W = torch.zeros(K, K, dtype=torch.complex128)
     W[:outer, :outer] = unitary_dft(outer, SHIFT)
-    return torch.stack([W.real, W.imag]).to(device, dtype).contiguous()
+    return torch.stack([W.real, W.imag]).to(device, torch.float16).contiguous()
+
+
+class FilterPlanes(NamedTuple):
+    """Partial sums of the filter's gradient, before the outer factor.
+
+    Attributes:
+        planes: Of complex rows, (groups, D, N0, 2, m), float16.
+        exponents: Of their scales, (groups, D, N0).
+    """
+
+    planes: Tensor
+    exponents: Tensor
 
 
 def forward(
@@ -229,7 +263,7 @@ def forward(
     planes = run.outward(u, pre, exponents)
     run.convolve(planes, spectrum)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    run.inward(planes, y, post, None, None, exponents, spectrum.unscale)
+    run.inward(planes, y, spectrum.unscale, exponents=exponents, gate=post)
     return y
 
 
@@ -243,103 +277,106 @@ def backward(
     *,
     data: bool,
     filters: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, FilterPlanes | None]:
     """As `fft_launch.backward`, for long rows."""
     run = LongRun(u, size)
-    g_exponents, x_exponents = run.exponents(dy, post), None
-    g_planes, x_planes = run.outward(dy, post, g_exponents), None
+    g_exponents = run.exponents(dy, post)
+    g_planes, made = run.outward(dy, post, g_exponents), None
     if filters:
         x_exponents = run.exponents(u, pre)
         x_planes = run.outward(u, pre, x_exponents)
-    sums = run.differentiate(g_planes, x_planes, g_exponents, x_exponents, spectrum, data)
+        made = run.filter_planes(g_planes, x_planes, g_exponents, x_exponents, spectrum)
+        del x_planes
     if not data:
-        return None, None, sums
+        return None, None, made
+    run.data_planes(g_planes, spectrum)
     du = torch.empty_like(u, memory_format=torch.contiguous_format)
     dpre = None if pre is None else torch.empty_like(du)
-    run.inward(g_planes, du, pre, dpre, u, g_exponents, spectrum.unscale)
-    return du, dpre, sums
+    run.inward(g_planes, du, spectrum.unscale, exponents=g_exponents, gate=pre, other=dpre, by=u)
+    return du, dpre, made
 
 
 def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: LongSize) -> Prepared:
     """The filter's spectrum for rows like u."""
-    half = u.dtype != torch.float32
-    if f_reverse is not None or not half:
-        return prepare_by_library(f, f_reverse, size.inner, half, size.outer)
-    f = f if f.stride(1) == 1 else f.contiguous()
-    run = LongRun(f[None], size, half=True)
-    exponents = run.exponents(f[None], None)
-    planes = run.outward(f[None], None, exponents)
-    prepared = empty_spectrum(f, size.inner, size.outer)
-    sums = torch.linalg.vector_norm(f, 1, dim=1)
-    transform(planes, prepared, size.inner, run.tables, size.outer, exponents, sums)
-    return prepared
+    rows, ahead = f[None], None
+    if f_reverse is not None:
+        rows = torch.cat([f[:, :1] + f_reverse[:, :1], f[:, 1:]], 1)[None]
+        ahead = imaginary_row(f_reverse, size.points)[None]
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    run = LongRun(rows, size)
+    sums = torch.empty(rows.shape[:2], device=f.device)
+    exponents = run.exponents(rows, None, sums)
+    if ahead is not None:
+        more = torch.empty_like(sums)
+        exponents = torch.maximum(exponents, run.exponents(ahead, None, more))
+        sums += more
+    planes = run.outward(rows, None, exponents, ahead)
+    return transform(planes, size.inner, run.tables, size.outer, exponents, sums)
 
 
 def filter_gradients(
-    u: Tensor, sums: Tensor, size: LongSize, taps: int, taps_reverse: int | None
+    u: Tensor, made: FilterPlanes, size: LongSize, taps: int, taps_reverse: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """As `fft_launch.filter_gradients`, for long rows."""
-    total = sums[0] if len(sums) == 1 else sums.sum(0)
-    if taps_reverse is not None or u.dtype == torch.float32:
-        return gradients_by_library(total, taps, taps_reverse)
-    df = total.new_empty(1, len(total), taps)
-    run = LongRun(df, size, half=True)
-    rows = total.flatten(1)[None]
-    exponents = run.exponents(rows, None)
-    planes = df.new_empty((1, *total.shape[:3], size.inner.points), dtype=torch.float16)
-    transform_back(total, planes, size.inner, run.tables, size.outer, exponents)
-    root = df.new_full((len(total) * size.outer,), math.sqrt(size.points))
-    run.inward(planes, df, None, None, None, exponents, root)
-    return df[0], None
+    """Gradients of both filters from partial sums."""
+    groups, D = made.exponents.shape[:2]
+
+    def part(length: int, imaginary: bool) -> Tensor:
+        df = torch.empty((groups, D, length), device=u.device)
+        root = df.new_full((D * size.outer,), math.sqrt(size.points))
+        run = LongRun(df, size)
+        run.inward(made.planes, df, root, plane_exponents=made.exponents, imaginary=imaginary)
+        return df[0] if groups == 1 else df.sum(0)
+
+    df = part(taps, False)
+    if taps_reverse is None:
+        return df, None
+    return df, reverse_gradient(df, part(size.points, True), taps_reverse)
 
 
 class LongRun:
     """What the launches for one tensor have in common."""
 
-    def __init__(self, u: Tensor, size: LongSize, half: bool | None = None) -> None:
+    def __init__(self, u: Tensor, size: LongSize) -> None:
         self.B, self.D, self.L = u.shape
         self.size, self.device = size, u.device
-        self.half = u.dtype != torch.float32 if half is None else half
-        self.dtype = torch.float16 if self.half else torch.float32
-        self.table = outer_factors(size.outer, self.dtype, u.device)
+        self.table = outer_factors(size.outer, u.device)
         K = self.table.shape[-1]
         self.rows_out, self.rows_in = min(size.rows_out, K), min(size.rows_in, K)
-        common: dict[str, Any] = {
-            "FAST": self.half and u.is_cuda, "PRECISION": "tf32" if self.half else "tf32x3",
-        }  # fmt: skip
-        self.outer = common | {
+        self.outer: dict[str, Any] = {
             "N0": size.outer, "K": K, "DEPTH": min(64, K), "COLUMNS": size.columns,
-            "SCALED": self.half, "num_warps": size.warps,
+            "FAST": u.is_cuda, "num_warps": size.warps,
         }  # fmt: skip
-        self.inner = common | {
-            "N1": size.inner.N1, "N2": size.inner.N2, "REAL": False, "HALF": self.half,
-            "SCALED": False, "EVEN": True, "STAGES": size.inner.stages,
-            "num_warps": size.inner.warps, "maxnreg": size.inner.registers,
+        self.inner: dict[str, Any] = {
+            "N1": size.inner.N1, "N2": size.inner.N2, "REAL": False, "HALF": True,
+            "SCALED": False, "EVEN": True, "FAST": u.is_cuda, "PRECISION": "tf32",
+            "STAGES": size.inner.stages, "num_warps": size.inner.warps,
+            "maxnreg": size.inner.registers,
         }  # fmt: skip
         self.columns = self.B * self.D * (size.inner.points // size.columns)
         self.channels = self.D * size.outer
         self.rows_per_program, self.groups = rows_per_program(
             u.device, size.inner, self.B, self.channels
         )
-        self.tables = factors(size.inner, self.dtype, u.device, False)
+        self.tables = factors(size.inner, torch.float16, u.device, False)
 
-    def exponents(self, x: Tensor, gate: Tensor | None) -> Tensor | None:
-        """Exponents of the scales of rows, (B, D); None in float32, which has none."""
-        if not self.half:
-            return None
+    def exponents(self, x: Tensor, gate: Tensor | None, sums: Tensor | None = None) -> Tensor:
+        """Exponents of the scales of rows, (B, D); sums of magnitudes if wanted."""
         exponents = torch.empty((self.B, self.D), dtype=torch.int32, device=self.device)
         largest_kernel[(self.B * self.D,)](
-            x, gate, exponents, *strides(x), *strides(gate), self.D, x.shape[2],
+            x, gate, exponents, sums, *strides(x), *strides(gate), self.D, x.shape[2],
             BLOCK=4096, num_warps=8,
         )  # fmt: skip
         return exponents
 
-    def outward(self, x: Tensor, gate: Tensor | None, exponents: Tensor | None) -> Tensor:
+    def outward(
+        self, x: Tensor, gate: Tensor | None, exponents: Tensor, imaginary: Tensor | None = None
+    ) -> Tensor:
         """The planes of N0 complex rows for each row, (B, D, N0, 2, m)."""
         shape = (self.B, self.D, self.size.outer, 2, self.size.inner.points)
-        planes = torch.empty(shape, dtype=self.dtype, device=self.device)
+        planes = torch.empty(shape, dtype=torch.float16, device=self.device)
         outward_kernel[(self.columns * (self.table.shape[-1] // self.rows_out),)](
-            x, gate, exponents, planes, self.table, *strides(x), *strides(gate),
+            x, gate, imaginary, exponents, planes, self.table,
+            *strides(x), *strides(gate), *strides(imaginary),
             self.D, self.L, self.size.inner.points, float(self.size.points),
             TILE=self.rows_out, **self.outer,
         )  # fmt: skip
@@ -349,18 +386,21 @@ class LongRun:
         self,
         planes: Tensor,
         y: Tensor,
-        gate: Tensor | None,
-        other: Tensor | None,
-        factor_of_other: Tensor | None,
-        exponents: Tensor | None,
         unscale: Tensor,
+        *,
+        exponents: Tensor | None = None,
+        plane_exponents: Tensor | None = None,
+        gate: Tensor | None = None,
+        other: Tensor | None = None,
+        by: Tensor | None = None,
+        imaginary: bool = False,
     ) -> None:
-        """Rows y = gate out, and other = factor_of_other out, from planes."""
+        """Rows y = gate out, and other = by out if wanted, from planes."""
         inward_kernel[(self.columns * (self.table.shape[-1] // self.rows_in),)](
-            planes, y, gate, other, factor_of_other, exponents, unscale, self.table,
-            *strides(y), *strides(gate), *strides(factor_of_other),
+            planes, plane_exponents, y, gate, other, by, exponents, unscale, self.table,
+            *strides(y), *strides(gate), *strides(by),
             self.D, self.L, self.size.inner.points, float(self.size.points),
-            TILE=self.rows_in, **self.outer,
+            TILE=self.rows_in, IMAGINARY=imaginary, **self.outer,
         )  # fmt: skip
 
     def convolve(self, planes: Tensor, spectrum: Prepared) -> None:
@@ -372,33 +412,44 @@ class LongRun:
             self.rows_per_program, **self.inner,
         )  # fmt: skip
 
-    def differentiate(
+    def data_planes(self, planes: Tensor, spectrum: Prepared) -> None:
+        """Convolve all complex rows with the reversed filter, in place."""
+        self._differentiate(planes, planes, None, None, None, None, spectrum)
+
+    def filter_planes(
         self,
         g_planes: Tensor,
-        x_planes: Tensor | None,
+        x_planes: Tensor,
+        g_exponents: Tensor,
+        x_exponents: Tensor,
+        spectrum: Prepared,
+    ) -> FilterPlanes:
+        """Sum conj(Z) G over rows, and transform it back."""
+        shape = (self.groups, self.D, self.size.outer)
+        exponents = g_exponents.new_empty(shape)
+        planes = g_planes.new_empty((*shape, 2, self.size.inner.points))
+        made = (planes, exponents, g_exponents, x_exponents)
+        self._differentiate(g_planes, x_planes, *made, spectrum)
+        return FilterPlanes(planes, exponents)
+
+    def _differentiate(
+        self,
+        g_planes: Tensor,
+        x_planes: Tensor,
+        planes: Tensor | None,
+        exponents: Tensor | None,
         g_exponents: Tensor | None,
         x_exponents: Tensor | None,
         spectrum: Prepared,
-        data: bool,
-    ) -> Tensor | None:
-        """Write dx over the planes of g (`data`); sums of conj(Z) G if there are those of x."""
-        inner = self.size.inner
-        row, each = g_planes.stride(0), 2 * inner.points
-        sums = None
-        if x_planes is not None:
-            shape = (self.groups, self.D, self.size.outer, 2, inner.N1, inner.N2)
-            sums = g_planes.new_empty(shape, dtype=torch.float32)
-        # sums first: the other pass writes over the planes that they read
-        for with_data, with_filter in ((False, sums is not None), (data, False)):
-            if with_data or with_filter:
-                fft_triton.backward_kernel[(self.channels * self.groups,)](
-                    g_planes, x_planes if with_filter else g_planes, None, None, g_planes, None,
-                    sums, spectrum.packed, self._ones(), g_exponents, x_exponents, *self.tables,
-                    row, each, row, each, 0, 0, 0, 0, row, each, self.B, self.channels, each,
-                    self.rows_per_program, DATA=with_data, FILTER=with_filter,
-                    OUTER=self.size.outer, **self.inner,
-                )  # fmt: skip
-        return sums
+    ) -> None:
+        row, each = g_planes.stride(0), 2 * self.size.inner.points
+        fft_triton.backward_kernel[(self.channels * self.groups,)](
+            g_planes, x_planes, None, None, g_planes, None, None, planes, exponents,
+            spectrum.packed, self._ones(), g_exponents, x_exponents, *self.tables,
+            row, each, row, each, 0, 0, 0, 0, row, each, self.B, self.channels, each,
+            self.rows_per_program, DATA=planes is None, FILTER=planes is not None,
+            OUTER=self.size.outer, **self.inner,
+        )  # fmt: skip
 
     def _ones(self) -> Tensor:
         return torch.ones(self.channels, device=self.device)

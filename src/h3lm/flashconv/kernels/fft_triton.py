@@ -268,8 +268,8 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["B", "rows_per_program"])
 def backward_kernel(
-    dy, u, pre, post, du, dpre, dspectrum, spectrum, unscale, dy_exponents, u_exponents,
-    F_table, W_table,
+    dy, u, pre, post, du, dpre, dspectrum, dplanes, dexponents,
+    spectrum, unscale, dy_exponents, u_exponents, F_table, W_table,
     dy_row, dy_channel, u_row, u_channel, pre_row, pre_channel, post_row, post_channel,
     grad_row, grad_channel, B, channels, L, rows_per_program,
     DATA: tl.constexpr, FILTER: tl.constexpr, OUTER: tl.constexpr,
@@ -277,14 +277,15 @@ def backward_kernel(
     SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one channel of some rows; that of the spectrum as a partial sum.
+    """Gradients of one channel of some rows; that of the filter as a partial sum.
 
         G = spectrum of post dy;   dx = inverse of conj(H) G;   du = pre dx;   dpre = u dx
         dH = sum over rows of conj(Z) G, whose time domain has the filter's gradient as real part
 
     DATA and FILTER choose the first line's results, and the second's: together they save a
-    transform, apart registers. Rows that were scaled before (OUTER of them from one) come with the
-    exponents of their scales. The gradient of `post` is a forward pass with dy in its place.
+    transform, apart registers. The gradient of `post` is a forward pass with dy in its place.
+    Complex rows, OUTER of them from one row, were scaled before: by `dy_exponents` and
+    `u_exponents`. Of them, dH is transformed back and leaves as planes, scaled by `dexponents`.
     """
     K: tl.constexpr = N1 if REAL else 2 * N1
     channel = tl.program_id(0) % channels
@@ -366,7 +367,17 @@ def backward_kernel(
             sum_im += z_re * g_im - z_im * g_re
 
     if FILTER:
+        at = group.to(tl.int64) * channels + channel
         points = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-        base = dspectrum + (group.to(tl.int64) * channels + channel) * (2 * N1 * N2)
-        tl.store(base + points, sum_re)
-        tl.store(base + N1 * N2 + points, sum_im)
+        if REAL:
+            dspectrum += at * (2 * N1 * N2)
+            tl.store(dspectrum + points, sum_re)
+            tl.store(dspectrum + N1 * N2 + points, sum_im)
+        else:
+            exponent = exponent_of(tl.maximum(tl.abs(sum_re), tl.abs(sum_im)), points >= 0)
+            scale, zero = to_unit(exponent), last_row >> 31
+            planes = from_spectrum(
+                sum_re * scale, sum_im * scale, F, W, zero, N1, N2, REAL, FAST, PRECISION
+            )
+            tl.store(dplanes + at * (2 * N1 * N2) + position, planes.to(tl.float16))
+            tl.store(dexponents + at, exponent)
