@@ -1,6 +1,7 @@
 """The block FFT against float64: in Triton's interpreter on a CPU, compiled on a GPU."""
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -162,6 +163,18 @@ def test_the_check_passes_here_and_finds_a_wrong_kernel(algorithm, monkeypatch, 
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 def test_long_rows_in_the_interpreter() -> None:
     _check((1, 1, 2100, 2100, 3, "ab"), torch.float16)
+
+
+@needs_triton
+@pytest.mark.usefixtures("_transforms")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_turns_that_are_kept_and_gradients_apart(monkeypatch) -> None:
+    from h3lm.flashconv.kernels.fft_size import SIZES
+
+    size = SIZES[512]
+    changed = replace(size, keep=not size.keep, together=not size.together)
+    monkeypatch.setitem(SIZES, 512, changed)
+    _check((3, 2, 100, 100, 0, "ab"), torch.float16)
 
 
 @needs_triton

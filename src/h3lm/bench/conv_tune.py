@@ -59,6 +59,7 @@ _CUTS: list[dict[str, int]] = [
 ]
 _CHANGES: list[dict[str, Any]] = [
     {"together": False},
+    {"keep": True},
     {"programs": 8},
     {"programs": 16},
     {"stages": 2},
@@ -106,7 +107,7 @@ def _name(size: AnySize) -> str:
         return f"{size.outer} {cut} * {_name(size.inner)}"
     kernels = "one" if size.together else "two"
     launch = f"w{size.warps} s{size.stages} r{size.registers or '-'} p{size.programs}"
-    return f"{size.N1}x{size.N2} {launch} {kernels}"
+    return f"{size.N1}x{size.N2} {launch} {kernels}{' kept' * size.keep}"
 
 
 def _kernels(size: AnySize) -> ModuleType:

@@ -50,7 +50,7 @@ def spectrum_kernel(
     else:
         exponent = tl.load(exponents + channel // N0)
     zero = tl.program_id(0) >> 31
-    re, im = to_spectrum(value.to(F.dtype), F, W, zero, N1, N2, REAL, FAST, PRECISION)
+    re, im = to_spectrum(value.to(F.dtype), F, W, 0, zero, N1, N2, REAL, FAST, False, PRECISION)
     if REAL:
         largest = tl.max(tl.max(tl.maximum(tl.abs(re), tl.abs(im)), 1), 0)
     else:
@@ -76,7 +76,9 @@ def filter_gradient_kernel(
     re, im = tl.load(sums + points), tl.load(sums + N1 * N2 + points)
     exponent = exponent_of(tl.maximum(tl.abs(re), tl.abs(im)), points >= 0)
     scale, zero = to_unit(exponent), tl.program_id(0) >> 31
-    value = from_spectrum(re * scale, im * scale, F, W, zero, N1, N2, True, FAST, PRECISION)
+    value = from_spectrum(
+        re * scale, im * scale, F, W, 0, zero, N1, N2, True, FAST, False, PRECISION
+    )
     value *= power_of_two(exponent) * root
     tl.store(out + channel * out_channel + points, value, points < L)
 

@@ -349,7 +349,7 @@ class LongRun:
         self.inner: dict[str, Any] = {
             "N1": size.inner.N1, "N2": size.inner.N2, "REAL": False, "HALF": True,
             "SCALED": False, "EVEN": True, "FAST": u.is_cuda, "PRECISION": "tf32",
-            "STAGES": size.inner.stages, "num_warps": size.inner.warps,
+            "KEEP": size.inner.keep, "STAGES": size.inner.stages, "num_warps": size.inner.warps,
             "maxnreg": size.inner.registers,
         }  # fmt: skip
         self.columns = self.B * self.D * (size.inner.points // size.columns)

@@ -22,6 +22,7 @@ class Size:
         stages: Rows in flight.
         together: Whether one backward kernel makes the gradients of rows and filter.
         registers: Most registers of a thread; None leaves them to the compiler.
+        keep: Whether programs keep the turns, in float16, instead of making them for each row.
         programs: Programs of a multiprocessor that the rows are divided for.
     """
 
@@ -31,6 +32,7 @@ class Size:
     stages: int = 1
     together: bool = False
     registers: int | None = None
+    keep: bool = False
     programs: int = 2
 
     @property

@@ -87,11 +87,27 @@ def join_columns(re, im, N1: tl.constexpr, N2: tl.constexpr):
 
 
 @triton.jit
-def turns(zero, N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr):
+def pack(re, im):
+    """Two float32 as one word of two float16: half the registers of two tiles."""
+    low = re.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    high = im.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return low | high
+
+
+@triton.jit
+def unpack(words):
+    """The inverse of `pack`."""
+    re = (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    im = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return re, im
+
+
+@triton.jit
+def make_turns(zero, N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr):
     """Cosine and sine of 2 pi k1 l2 / n, or of k1 - 1/4 for real rows.
 
-    They are made where they are used, which is cheaper than loading them. `zero` is 0 in a way that
-    the compiler cannot see: it would keep them all in registers from one use to the next.
+    `zero` is 0 in a way that the compiler cannot see: it would keep them all in registers from one
+    use to the next.
     """
     k1 = (tl.arange(0, N1) + zero).to(tl.float32)
     if REAL:
@@ -106,46 +122,55 @@ def turns(zero, N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl
 
 
 @triton.jit
+def keep_turns(
+    zero, N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Turns as words for the whole life of a program, if there are registers for it."""
+    if KEEP:
+        cos, sin = make_turns(zero, N1, N2, REAL, FAST)
+        return pack(cos, sin)
+    else:
+        return 0
+
+
+@triton.jit
+def turns(
+    kept, zero, N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Turns from what is kept, else made where they are used, which is cheaper than loading."""
+    if KEEP:
+        return unpack(kept ^ zero)
+    else:
+        return make_turns(zero, N1, N2, REAL, FAST)
+
+
+@triton.jit
 def to_spectrum(
-    x, F, W, zero,
+    x, F, W, kept, zero,
     N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Transform a tile of a row, (part, l1) by l2; both parts of the spectrum, float32."""
     re, im = split_stacked(tl.dot(F, x, input_precision=PRECISION), N1, N2)
-    cos, sin = turns(zero, N1, N2, REAL, FAST)
+    cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
     turned = join_columns(re * cos + im * sin, im * cos - re * sin, N1, N2).to(F.dtype)
     return split_columns(tl.dot(turned, W, input_precision=PRECISION), N1, N2)
 
 
 @triton.jit
 def from_spectrum(
-    re, im, F, W, zero,
+    re, im, F, W, kept, zero,
     N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `to_spectrum`, float32."""
     columns = join_columns(re, im, N1, N2).to(F.dtype)
     re, im = split_columns(tl.dot(columns, tl.trans(W), input_precision=PRECISION), N1, N2)
-    cos, sin = turns(zero, N1, N2, REAL, FAST)
+    cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
     turned = join_stacked(re * cos - im * sin, re * sin + im * cos, N1, N2).to(F.dtype)
     return tl.dot(tl.trans(F), turned, input_precision=PRECISION)
-
-
-@triton.jit
-def pack(re, im):
-    """Two float32 as one word of two float16: half the registers of two tiles."""
-    low = re.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    high = im.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
-    return low | high
-
-
-@triton.jit
-def unpack(words):
-    """The inverse of `pack`."""
-    re = (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    im = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return re, im
 
 
 @triton.jit
@@ -219,8 +244,8 @@ def forward_kernel(
     u_row, u_channel, pre_row, pre_channel, post_row, post_channel, y_row, y_channel,
     B, channels, L, rows_per_program,
     N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, HALF: tl.constexpr,
-    SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Convolve one channel of some rows."""
     K: tl.constexpr = N1 if REAL else 2 * N1
@@ -230,6 +255,7 @@ def forward_kernel(
 
     first, second = load_spectrum(spectrum, channel, N1, N2, HALF)
     F, W = load_factors(F_table, W_table, N1, N2, K)
+    kept = keep_turns(first_row >> 31, N1, N2, REAL, FAST, KEEP)
     position = tl.arange(0, K)[:, None] * N2 + tl.arange(0, N2)[None, :]
     inside = position < L
     u += channel.to(tl.int64) * u_channel
@@ -253,11 +279,13 @@ def forward_kernel(
             exponent = exponent_of(x, inside)
             x = x * to_unit(exponent)
             scale *= power_of_two(exponent)
-        re, im = to_spectrum(x.to(F.dtype), F, W, b >> 31, N1, N2, REAL, FAST, PRECISION)
+        re, im = to_spectrum(
+            x.to(F.dtype), F, W, kept, b >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
+        )
         h_re, h_im = as_parts(first, second, b >> 31, HALF)
         out = from_spectrum(
             re * h_re - im * h_im, re * h_im + im * h_re,
-            F, W, (b + 2) >> 31, N1, N2, REAL, FAST, PRECISION,
+            F, W, kept, (b + 2) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION,
         )  # fmt: skip
         out = out * scale
         if post is not None:
@@ -274,8 +302,8 @@ def backward_kernel(
     grad_row, grad_channel, B, channels, L, rows_per_program,
     DATA: tl.constexpr, FILTER: tl.constexpr, OUTER: tl.constexpr,
     N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, HALF: tl.constexpr,
-    SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one channel of some rows; that of the filter as a partial sum.
 
@@ -294,6 +322,7 @@ def backward_kernel(
     last_row = tl.minimum(first_row + rows_per_program, B)
 
     F, W = load_factors(F_table, W_table, N1, N2, K)
+    kept = keep_turns(first_row >> 31, N1, N2, REAL, FAST, KEEP)
     position = tl.arange(0, K)[:, None] * N2 + tl.arange(0, N2)[None, :]
     inside = position < L
     u += channel.to(tl.int64) * u_channel
@@ -322,7 +351,9 @@ def backward_kernel(
             g = g.to(tl.float32)
             g_exponent = exponent_of(g, inside)
             g = g * to_unit(g_exponent)
-        g_re, g_im = to_spectrum(g.to(F.dtype), F, W, b >> 31, N1, N2, REAL, FAST, PRECISION)
+        g_re, g_im = to_spectrum(
+            g.to(F.dtype), F, W, kept, b >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
+        )
         g_first, g_second = keep_parts(g_re, g_im, HALF)
         x = load_rows(u + row * u_row, position, inside, EVEN)
         if DATA:
@@ -332,7 +363,7 @@ def backward_kernel(
             g_re, g_im = as_parts(g_first, g_second, b >> 31, HALF)
             dx = from_spectrum(
                 g_re * h_re + g_im * h_im, g_im * h_re - g_re * h_im,
-                F, W, (b + 1) >> 31, N1, N2, REAL, FAST, PRECISION,
+                F, W, kept, (b + 1) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION,
             )  # fmt: skip
             scale = shrink
             if SCALED:
@@ -352,7 +383,7 @@ def backward_kernel(
                 x_exponent = exponent_of(x, inside)
                 x = x * to_unit(x_exponent)
             z_re, z_im = to_spectrum(
-                x.to(F.dtype), F, W, (b + 2) >> 31, N1, N2, REAL, FAST, PRECISION
+                x.to(F.dtype), F, W, kept, (b + 2) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
             )
             g_re, g_im = as_parts(g_first, g_second, (b + 1) >> 31, HALF)
             if dy_exponents is not None:
@@ -377,7 +408,18 @@ def backward_kernel(
             exponent = exponent_of(tl.maximum(tl.abs(sum_re), tl.abs(sum_im)), points >= 0)
             scale, zero = to_unit(exponent), last_row >> 31
             planes = from_spectrum(
-                sum_re * scale, sum_im * scale, F, W, zero, N1, N2, REAL, FAST, PRECISION
+                sum_re * scale,
+                sum_im * scale,
+                F,
+                W,
+                kept,
+                zero,
+                N1,
+                N2,
+                REAL,
+                FAST,
+                KEEP,
+                PRECISION,
             )
             tl.store(dplanes + at * (2 * N1 * N2) + position, planes.to(tl.float16))
             tl.store(dexponents + at, exponent)
