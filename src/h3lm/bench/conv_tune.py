@@ -186,7 +186,7 @@ def _timed(length: int, size: AnySize) -> str:
             lambda: run.outward(u, None, exponents),
             lambda: run.convolve(planes, spectrum),
             lambda: run.inward(planes, y, spectrum.unscale, exponents=exponents),
-            lambda: run.data_planes(planes, spectrum),
+            lambda: run.convolve(planes, spectrum, conjugate=True),
             lambda: run.filter_planes(planes, more, exponents, exponents, spectrum),
         ]
     repeats = 3 if length > 1 << 19 else 9

@@ -39,15 +39,29 @@ def forward(
     u: Tensor, spectrum: Prepared, size: Size, pre: Tensor | None, post: Tensor | None
 ) -> Tensor:
     """Convolve rows of up to the size's points; positions are contiguous."""
-    B, D, L = u.shape
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    _convolve(u, y, spectrum, size, pre, post)
+    return y
+
+
+def _convolve(
+    u: Tensor,
+    y: Tensor,
+    spectrum: Prepared,
+    size: Size,
+    pre: Tensor | None,
+    post: Tensor | None,
+    other: Tensor | None = None,
+    by: Tensor | None = None,
+    conjugate: bool = False,
+) -> None:
+    B, D, L = u.shape
     run = _Run(u, size)
     fft_triton.forward_kernel[(D * run.groups,)](
-        u, pre, post, y, spectrum.packed, spectrum.unscale, *run.tables,
-        *strides(u), *strides(pre), *strides(post), *strides(y), B, D, L,
-        run.rows_per_program, **run.constants,
+        u, pre, post, y, other, by, spectrum.packed, spectrum.unscale, *run.tables,
+        *strides(u), *strides(pre), *strides(post), *strides(y), *strides(by), B, D, L,
+        run.rows_per_program, CONJUGATE=conjugate, **run.constants,
     )  # fmt: skip
-    return y
 
 
 def backward(
@@ -68,16 +82,16 @@ def backward(
     dpre = torch.empty_like(du) if du is not None and pre is not None else None
     shape = (run.groups, D, 2, size.N1, size.N2)
     sums = u.new_empty(shape, dtype=torch.float32) if filters else None
-    passes = [(data, filters)] if size.together else [(data, False), (False, filters)]
-    for with_data, with_filter in passes:
-        if with_data or with_filter:
-            fft_triton.backward_kernel[(D * run.groups,)](
-                dy, u, pre, post, du, dpre, sums, None, None,
-                spectrum.packed, spectrum.unscale, None, None, *run.tables,
-                *strides(dy), *strides(u), *strides(pre), *strides(post), *strides(du),
-                B, D, L, run.rows_per_program, DATA=with_data, FILTER=with_filter, OUTER=1,
-                **run.constants,
-            )  # fmt: skip
+    together = size.together and data and filters
+    if du is not None and not together:
+        _convolve(dy, du, spectrum, size, post, pre, dpre, u, conjugate=True)
+    if filters:
+        fft_triton.backward_kernel[(D * run.groups,)](
+            dy, u, pre, post, du, dpre, sums, None, None,
+            spectrum.packed, spectrum.unscale, None, None, *run.tables,
+            *strides(dy), *strides(u), *strides(pre), *strides(post), *strides(du),
+            B, D, L, run.rows_per_program, DATA=together, OUTER=1, **run.constants,
+        )  # fmt: skip
     return du, dpre, sums
 
 

@@ -289,7 +289,7 @@ def backward(
         del x_planes
     if not data:
         return None, None, made
-    run.data_planes(g_planes, spectrum)
+    run.convolve(g_planes, spectrum, conjugate=True)
     du = torch.empty_like(u, memory_format=torch.contiguous_format)
     dpre = None if pre is None else torch.empty_like(du)
     run.inward(g_planes, du, spectrum.unscale, exponents=g_exponents, gate=pre, other=dpre, by=u)
@@ -403,18 +403,14 @@ class LongRun:
             TILE=self.rows_in, IMAGINARY=imaginary, **self.outer,
         )  # fmt: skip
 
-    def convolve(self, planes: Tensor, spectrum: Prepared) -> None:
-        """Convolve all complex rows, in place."""
+    def convolve(self, planes: Tensor, spectrum: Prepared, conjugate: bool = False) -> None:
+        """Convolve all complex rows, or with the reversed filter, in place."""
         row, each = planes.stride(0), 2 * self.size.inner.points
         fft_triton.forward_kernel[(self.channels * self.groups,)](
-            planes, None, None, planes, spectrum.packed, self._ones(), *self.tables,
-            row, each, 0, 0, 0, 0, row, each, self.B, self.channels, each,
-            self.rows_per_program, **self.inner,
+            planes, None, None, planes, None, None, spectrum.packed, self._ones(), *self.tables,
+            row, each, 0, 0, 0, 0, row, each, 0, 0, self.B, self.channels, each,
+            self.rows_per_program, CONJUGATE=conjugate, **self.inner,
         )  # fmt: skip
-
-    def data_planes(self, planes: Tensor, spectrum: Prepared) -> None:
-        """Convolve all complex rows with the reversed filter, in place."""
-        self._differentiate(planes, planes, None, None, None, None, spectrum)
 
     def filter_planes(
         self,
@@ -428,28 +424,14 @@ class LongRun:
         shape = (self.groups, self.D, self.size.outer)
         exponents = g_exponents.new_empty(shape)
         planes = g_planes.new_empty((*shape, 2, self.size.inner.points))
-        made = (planes, exponents, g_exponents, x_exponents)
-        self._differentiate(g_planes, x_planes, *made, spectrum)
-        return FilterPlanes(planes, exponents)
-
-    def _differentiate(
-        self,
-        g_planes: Tensor,
-        x_planes: Tensor,
-        planes: Tensor | None,
-        exponents: Tensor | None,
-        g_exponents: Tensor | None,
-        x_exponents: Tensor | None,
-        spectrum: Prepared,
-    ) -> None:
         row, each = g_planes.stride(0), 2 * self.size.inner.points
         fft_triton.backward_kernel[(self.channels * self.groups,)](
-            g_planes, x_planes, None, None, g_planes, None, None, planes, exponents,
+            g_planes, x_planes, None, None, None, None, None, planes, exponents,
             spectrum.packed, self._ones(), g_exponents, x_exponents, *self.tables,
-            row, each, row, each, 0, 0, 0, 0, row, each, self.B, self.channels, each,
-            self.rows_per_program, DATA=planes is None, FILTER=planes is not None,
-            OUTER=self.size.outer, **self.inner,
+            row, each, row, each, 0, 0, 0, 0, 0, 0, self.B, self.channels, each,
+            self.rows_per_program, DATA=False, OUTER=self.size.outer, **self.inner,
         )  # fmt: skip
+        return FilterPlanes(planes, exponents)
 
     def _ones(self) -> Tensor:
         return torch.ones(self.channels, device=self.device)

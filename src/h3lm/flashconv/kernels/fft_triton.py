@@ -240,14 +240,17 @@ def load_factors(F_table, W_table, N1: tl.constexpr, N2: tl.constexpr, K: tl.con
 
 @triton.jit(do_not_specialize=["B", "rows_per_program"])
 def forward_kernel(
-    u, pre, post, y, spectrum, unscale, F_table, W_table,
+    u, pre, post, y, other, by, spectrum, unscale, F_table, W_table,
     u_row, u_channel, pre_row, pre_channel, post_row, post_channel, y_row, y_channel,
-    B, channels, L, rows_per_program,
+    by_row, by_channel, B, channels, L, rows_per_program, CONJUGATE: tl.constexpr,
     N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, HALF: tl.constexpr,
     SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Convolve one channel of some rows."""
+    """Convolve one channel of some rows: y = post out, and other = by out if wanted.
+
+    CONJUGATE: with the reversed filter, as gradients are. `other` has the strides of y.
+    """
     K: tl.constexpr = N1 if REAL else 2 * N1
     channel = tl.program_id(0) % channels
     first_row = tl.program_id(0) // channels * rows_per_program
@@ -264,6 +267,9 @@ def forward_kernel(
         pre += channel.to(tl.int64) * pre_channel
     if post is not None:
         post += channel.to(tl.int64) * post_channel
+    if other is not None:
+        other += channel.to(tl.int64) * y_channel
+        by += channel.to(tl.int64) * by_channel
     shrink = tl.load(unscale + channel)
 
     for step in tl.range(0, last_row - first_row, num_stages=STAGES):
@@ -283,11 +289,17 @@ def forward_kernel(
             x.to(F.dtype), F, W, kept, b >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
         )
         h_re, h_im = as_parts(first, second, b >> 31, HALF)
+        if CONJUGATE:
+            h_im = -h_im
         out = from_spectrum(
             re * h_re - im * h_im, re * h_im + im * h_re,
             F, W, kept, (b + 2) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION,
         )  # fmt: skip
         out = out * scale
+        if other is not None:
+            factor = load_rows(by + row * by_row, position, inside, EVEN)
+            product = (out * factor.to(tl.float32)).to(y.dtype.element_ty)
+            store_rows(other + row * y_row, position, product, inside, EVEN)
         if post is not None:
             gate = load_rows(post + row * post_row, position, inside, EVEN)
             out = out * gate.to(tl.float32)
@@ -300,20 +312,20 @@ def backward_kernel(
     spectrum, unscale, dy_exponents, u_exponents, F_table, W_table,
     dy_row, dy_channel, u_row, u_channel, pre_row, pre_channel, post_row, post_channel,
     grad_row, grad_channel, B, channels, L, rows_per_program,
-    DATA: tl.constexpr, FILTER: tl.constexpr, OUTER: tl.constexpr,
+    DATA: tl.constexpr, OUTER: tl.constexpr,
     N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, HALF: tl.constexpr,
     SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one channel of some rows; that of the filter as a partial sum.
+    """Gradient of the filter from one channel of some rows, a partial sum; DATA: others, too.
 
         G = spectrum of post dy;   dx = inverse of conj(H) G;   du = pre dx;   dpre = u dx
         dH = sum over rows of conj(Z) G, whose time domain has the filter's gradient as real part
 
-    DATA and FILTER choose the first line's results, and the second's: together they save a
-    transform, apart registers. The gradient of `post` is a forward pass with dy in its place.
-    Complex rows, OUTER of them from one row, were scaled before: by `dy_exponents` and
-    `u_exponents`. Of them, dH is transformed back and leaves as planes, scaled by `dexponents`.
+    With the first line, which alone is a forward pass, a transform is saved; apart, registers. The
+    gradient of `post` is a forward pass with dy in its place. Complex rows, OUTER of them from one
+    row, were scaled before: by `dy_exponents` and `u_exponents`. Of them, dH is transformed back
+    and leaves as planes, scaled by `dexponents`.
     """
     K: tl.constexpr = N1 if REAL else 2 * N1
     channel = tl.program_id(0) % channels
@@ -374,52 +386,40 @@ def backward_kernel(
                 gate = load_rows(pre + row * pre_row, position, inside, EVEN)
                 dx = dx * gate.to(tl.float32)
             store_rows(du + to, position, dx.to(du.dtype.element_ty), inside, EVEN)
-        if FILTER:
-            if pre is not None:
-                gate = load_rows(pre + row * pre_row, position, inside, EVEN)
-                x = x.to(tl.float32) * gate.to(tl.float32)
-            if SCALED:
-                x = x.to(tl.float32)
-                x_exponent = exponent_of(x, inside)
-                x = x * to_unit(x_exponent)
-            z_re, z_im = to_spectrum(
-                x.to(F.dtype), F, W, kept, (b + 2) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
-            )
-            g_re, g_im = as_parts(g_first, g_second, (b + 1) >> 31, HALF)
-            if dy_exponents is not None:
-                whose = row * (channels // OUTER) + channel // OUTER
-                g_exponent = tl.load(dy_exponents + whose)
-                x_exponent = tl.load(u_exponents + whose)
-            if SCALED or dy_exponents is not None:
-                # one after the other: the product of both powers may leave float32
-                g_re, g_im = g_re * power_of_two(g_exponent), g_im * power_of_two(g_exponent)
-                g_re, g_im = g_re * power_of_two(x_exponent), g_im * power_of_two(x_exponent)
-            sum_re += z_re * g_re + z_im * g_im
-            sum_im += z_re * g_im - z_im * g_re
+        if pre is not None:
+            gate = load_rows(pre + row * pre_row, position, inside, EVEN)
+            x = x.to(tl.float32) * gate.to(tl.float32)
+        if SCALED:
+            x = x.to(tl.float32)
+            x_exponent = exponent_of(x, inside)
+            x = x * to_unit(x_exponent)
+        z_re, z_im = to_spectrum(
+            x.to(F.dtype), F, W, kept, (b + 2) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
+        )
+        g_re, g_im = as_parts(g_first, g_second, (b + 1) >> 31, HALF)
+        if dy_exponents is not None:
+            whose = row * (channels // OUTER) + channel // OUTER
+            g_exponent = tl.load(dy_exponents + whose)
+            x_exponent = tl.load(u_exponents + whose)
+        if SCALED or dy_exponents is not None:
+            # one after the other: the product of both powers may leave float32
+            g_re, g_im = g_re * power_of_two(g_exponent), g_im * power_of_two(g_exponent)
+            g_re, g_im = g_re * power_of_two(x_exponent), g_im * power_of_two(x_exponent)
+        sum_re += z_re * g_re + z_im * g_im
+        sum_im += z_re * g_im - z_im * g_re
 
-    if FILTER:
-        at = group.to(tl.int64) * channels + channel
-        points = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-        if REAL:
-            dspectrum += at * (2 * N1 * N2)
-            tl.store(dspectrum + points, sum_re)
-            tl.store(dspectrum + N1 * N2 + points, sum_im)
-        else:
-            exponent = exponent_of(tl.maximum(tl.abs(sum_re), tl.abs(sum_im)), points >= 0)
-            scale, zero = to_unit(exponent), last_row >> 31
-            planes = from_spectrum(
-                sum_re * scale,
-                sum_im * scale,
-                F,
-                W,
-                kept,
-                zero,
-                N1,
-                N2,
-                REAL,
-                FAST,
-                KEEP,
-                PRECISION,
-            )
-            tl.store(dplanes + at * (2 * N1 * N2) + position, planes.to(tl.float16))
-            tl.store(dexponents + at, exponent)
+    at = group.to(tl.int64) * channels + channel
+    points = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    if REAL:
+        dspectrum += at * (2 * N1 * N2)
+        tl.store(dspectrum + points, sum_re)
+        tl.store(dspectrum + N1 * N2 + points, sum_im)
+    else:
+        exponent = exponent_of(tl.maximum(tl.abs(sum_re), tl.abs(sum_im)), points >= 0)
+        scale, zero = to_unit(exponent), last_row >> 31
+        planes = from_spectrum(
+            sum_re * scale, sum_im * scale,
+            F, W, kept, zero, N1, N2, REAL, FAST, KEEP, PRECISION,
+        )  # fmt: skip
+        tl.store(dplanes + at * (2 * N1 * N2) + position, planes.to(tl.float16))
+        tl.store(dexponents + at, exponent)
