@@ -16,8 +16,8 @@ from h3lm.flashconv.kernels.fft_size import Size
 from h3lm.flashconv.kernels.fft_triton import (
     exponent_of,
     from_spectrum,
-    join_columns,
     load_factors,
+    pack,
     power_of_two,
     to_spectrum,
     to_unit,
@@ -39,7 +39,6 @@ def spectrum_kernel(
     """
     K: tl.constexpr = N1 if REAL else 2 * N1
     channel = tl.program_id(0).to(tl.int64)
-    k1, column = tl.arange(0, N1), tl.arange(0, 2 * N2)
     F, W = load_factors(F_table, W_table, N1, N2, K)
     position = tl.arange(0, K)[:, None] * N2 + tl.arange(0, N2)[None, :]
     inside = position < L
@@ -57,8 +56,8 @@ def spectrum_kernel(
         largest = tl.load(sums + channel // N0) * to_unit(exponent) / root
     peak = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
     factor = to_unit(peak) * power_of_two(127 + headroom)
-    out = packed + channel * (2 * N1 * N2) + k1[:, None] * (2 * N2) + column[None, :]
-    tl.store(out, join_columns(re * factor, im * factor, N1, N2).to(tl.float16))
+    points = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    tl.store(packed + channel * (N1 * N2) + points, pack(re * factor, im * factor))
     back = power_of_two(exponent) * power_of_two(peak) * power_of_two(127 - headroom)
     tl.store(unscale + channel, back * root)
 
@@ -84,14 +83,10 @@ def filter_gradient_kernel(
 
 
 @triton.jit
-def place(k1, k2, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr):
-    """Where both parts of frequency k1 + N1 k2 stand, as `load_spectrum` reads them."""
-    if HALF:
-        re = k1 * (2 * N2) + 16 * (k2 // 8) + k2 % 8
-        return re, re + 8
-    else:
-        re = k1 * N2 + k2
-        return re, re + N1 * N2
+def both_orders(N1: tl.constexpr, N2: tl.constexpr):
+    """Where [k2, k1] stands among the points of a spectrum, and in the natural order."""
+    k1, k2 = tl.arange(0, N1)[None, :], tl.arange(0, N2)[:, None]
+    return k1 * N2 + k2, k1 + N1 * k2
 
 
 @triton.jit(do_not_specialize=["headroom"])
@@ -104,17 +99,19 @@ def pack_kernel(
     `headroom` is h; float32 is left as it is.
     """
     channel = tl.program_id(0).to(tl.int64)
-    k1, k2 = tl.arange(0, N1)[None, :], tl.arange(0, N2)[:, None]
-    to_re, to_im = place(k1, k2, N1, N2, HALF)
-    factor, back = 1.0, 1.0
+    points, frequencies = both_orders(N1, N2)
+    spectrum += channel * (2 * N1 * N2) + 2 * frequencies
+    re, im = tl.load(spectrum), tl.load(spectrum + 1)
+    back = 1.0
     if HALF:
         exponent = (tl.load(peak + channel).to(tl.int32, bitcast=True) >> 23) & 0xFF
         factor = to_unit(exponent) * power_of_two(127 + headroom)
         back = power_of_two(exponent) * power_of_two(127 - headroom)
-    at = spectrum + channel * (2 * N1 * N2) + 2 * (k1 + N1 * k2)
-    packed += channel * (2 * N1 * N2)
-    tl.store(packed + to_re, (tl.load(at) * factor).to(packed.dtype.element_ty))
-    tl.store(packed + to_im, (tl.load(at + 1) * factor).to(packed.dtype.element_ty))
+        tl.store(packed + channel * (N1 * N2) + points, pack(re * factor, im * factor))
+    else:
+        packed += channel * (2 * N1 * N2) + points
+        tl.store(packed, re)
+        tl.store(packed + N1 * N2, im)
     tl.store(unscale + channel, back)
 
 
@@ -122,19 +119,19 @@ def pack_kernel(
 def unpack_kernel(sums, spectrum, N1: tl.constexpr, N2: tl.constexpr):
     """The order of float32 that `pack_kernel` makes, back to the natural one."""
     channel = tl.program_id(0).to(tl.int64)
-    k1, k2 = tl.arange(0, N1)[None, :], tl.arange(0, N2)[:, None]
-    from_re, from_im = place(k1, k2, N1, N2, False)
-    sums += channel * (2 * N1 * N2)
-    out = spectrum + channel * (2 * N1 * N2) + 2 * (k1 + N1 * k2)
-    tl.store(out, tl.load(sums + from_re))
-    tl.store(out + 1, tl.load(sums + from_im))
+    points, frequencies = both_orders(N1, N2)
+    sums += channel * (2 * N1 * N2) + points
+    spectrum += channel * (2 * N1 * N2) + 2 * frequencies
+    tl.store(spectrum, tl.load(sums))
+    tl.store(spectrum + 1, tl.load(sums + N1 * N2))
 
 
 class Prepared(NamedTuple):
     """Filters' spectra as the kernels read them.
 
     Attributes:
-        packed: float16 (D N0, N1, 2 N2) for half inputs, float32 (D N0, 2, N1, N2) else.
+        packed: Words of two float16, int32 (D N0, N1, N2), for half inputs, else float32
+            (D N0, 2, N1, N2).
         unscale: What outputs are multiplied with, (D N0,), float32.
     """
 
@@ -151,8 +148,8 @@ def prepare_by_library(f: Tensor, f_reverse: Tensor | None, size: Size, half: bo
     """Spectra of filters that may reach both ways, by torch.fft in float32."""
     D = f.shape[0]
     spectrum = torch.view_as_real(_spectrum(f, f_reverse, size.points))
-    shape = (D, size.N1, 2 * size.N2) if half else (D, 2, size.N1, size.N2)
-    packed = f.new_empty(shape, dtype=torch.float16 if half else torch.float32)
+    shape = (D, size.N1, size.N2) if half else (D, 2, size.N1, size.N2)
+    packed = f.new_empty(shape, dtype=torch.int32 if half else torch.float32)
     unscale = f.new_empty(D)
     peak = unscale
     if half:
@@ -222,7 +219,7 @@ def transform(
     """Spectra of filters (D, taps), or of the planes of their complex rows, in float16."""
     real = exponents is None
     rows, points = x.shape[0] if real else x.shape[1] * outer, outer * size.points
-    packed = x.new_empty((rows, size.N1, 2 * size.N2), dtype=torch.float16)
+    packed = x.new_empty((rows, size.N1, size.N2), dtype=torch.int32)
     prepared = Prepared(packed, x.new_empty(rows, dtype=torch.float32))
     spectrum_kernel[(rows,)](
         x, exponents, sums, *prepared, *tables,

@@ -174,23 +174,14 @@ def from_spectrum(
 
 
 @triton.jit
-def load_spectrum(
-    pointer, channel, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """A filter's spectrum as words of two float16, or as two tiles of float32.
-
-    Both parts of a point must lie in the thread that multiplies them. A product with the identity,
-    which is exact, brings them there without passing through shared memory in every turn.
-    """
-    k1, l2, column = tl.arange(0, N1)[:, None], tl.arange(0, N2)[None, :], tl.arange(0, 2 * N2)
-    base = pointer + channel.to(tl.int64) * (2 * N1 * N2)
+def load_spectrum(pointer, channel, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr):
+    """A filter's spectrum as words of two float16, or as two tiles of float32."""
+    points = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     if HALF:
-        columns = tl.load(base + k1 * (2 * N2) + column[None, :])
-        identity = (column[:, None] == column[None, :]).to(tl.float16)
-        re, im = split_columns(tl.dot(columns, identity), N1, N2)
-        return keep_parts(re, im, HALF)
+        return tl.load(pointer + channel.to(tl.int64) * (N1 * N2) + points), 0
     else:
-        return tl.load(base + k1 * N2 + l2), tl.load(base + N1 * N2 + k1 * N2 + l2)
+        base = pointer + channel.to(tl.int64) * (2 * N1 * N2) + points
+        return tl.load(base), tl.load(base + N1 * N2)
 
 
 @triton.jit
