@@ -44,7 +44,7 @@ def spectrum_kernel(
     inside = position < L
     value = tl.load(x + channel * x_channel + position, inside, 0.0).to(tl.float32)
     if REAL:
-        exponent = exponent_of(value, inside)
+        exponent = exponent_of(value)
         value *= to_unit(exponent)
     else:
         exponent = tl.load(exponents + channel // N0)
@@ -73,7 +73,7 @@ def filter_gradient_kernel(
     points = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     sums += channel * (2 * N1 * N2)
     re, im = tl.load(sums + points), tl.load(sums + N1 * N2 + points)
-    exponent = exponent_of(tl.maximum(tl.abs(re), tl.abs(im)), points >= 0)
+    exponent = exponent_of(tl.maximum(tl.abs(re), tl.abs(im)))
     scale, zero = to_unit(exponent), tl.program_id(0) >> 31
     value = from_spectrum(
         re * scale, im * scale, F, W, 0, zero, N1, N2, True, FAST, False, PRECISION

@@ -104,7 +104,7 @@ def largest_kernel(
             value *= tl.load(gate + at, at < L, 0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(value))
         total += tl.abs(value)
-    tl.store(exponents + tl.program_id(0), exponent_of(largest, largest >= 0))
+    tl.store(exponents + tl.program_id(0), exponent_of(largest))
     if sums is not None:
         tl.store(sums + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
 

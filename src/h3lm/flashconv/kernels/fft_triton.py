@@ -203,9 +203,9 @@ def keep_parts(re, im, HALF: tl.constexpr):
 
 
 @triton.jit
-def exponent_of(x, chosen):
-    """Biased exponent of the largest magnitude of the chosen elements."""
-    largest = tl.max(tl.max(tl.where(chosen, tl.abs(x), 0.0), 1), 0)
+def exponent_of(x):
+    """Biased exponent of the largest magnitude in a tile."""
+    largest = tl.max(tl.max(tl.abs(x), 1), 0)
     return (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
 
 
@@ -273,7 +273,7 @@ def forward_kernel(
         scale = shrink
         if SCALED:
             x = x.to(tl.float32)
-            exponent = exponent_of(x, inside)
+            exponent = exponent_of(x)
             x = x * to_unit(exponent)
             scale *= power_of_two(exponent)
         re, im = to_spectrum(
@@ -352,7 +352,7 @@ def backward_kernel(
             g = g.to(tl.float32) * gate.to(tl.float32)
         if SCALED:
             g = g.to(tl.float32)
-            g_exponent = exponent_of(g, inside)
+            g_exponent = exponent_of(g)
             g = g * to_unit(g_exponent)
         g_re, g_im = to_spectrum(
             g.to(F.dtype), F, W, kept, b >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
@@ -382,7 +382,7 @@ def backward_kernel(
             x = x.to(tl.float32) * gate.to(tl.float32)
         if SCALED:
             x = x.to(tl.float32)
-            x_exponent = exponent_of(x, inside)
+            x_exponent = exponent_of(x)
             x = x * to_unit(x_exponent)
         z_re, z_im = to_spectrum(
             x.to(F.dtype), F, W, kept, (b + 2) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
@@ -406,7 +406,7 @@ def backward_kernel(
         tl.store(dspectrum + points, sum_re)
         tl.store(dspectrum + N1 * N2 + points, sum_im)
     else:
-        exponent = exponent_of(tl.maximum(tl.abs(sum_re), tl.abs(sum_im)), points >= 0)
+        exponent = exponent_of(tl.maximum(tl.abs(sum_re), tl.abs(sum_im)))
         scale, zero = to_unit(exponent), last_row >> 31
         planes = from_spectrum(
             sum_re * scale, sum_im * scale,
