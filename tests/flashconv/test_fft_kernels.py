@@ -20,12 +20,12 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 
-# the result is rounded once (2^-9 / sqrt(3), 2^-12 / sqrt(3)); inside, float16 is rounded 7 times
-# on the way, 2e-4 each; float32 by three products of tf32
+# the result is rounded once (1.7e-3, 2e-4); inside, float16 is rounded 7 times on the way, 2e-4
+# each; float32 by three products of tf32
 ALLOWED = {torch.bfloat16: 2.6e-3, torch.float16: 1e-3, torch.float32: 2e-6}
-# Toeplitz blocks round what is under a gate, the filter and the result to the dtype of the rows:
-# three times 2^-9 / sqrt(3), and a tap that outweighs all others may be off by 2^-9
-ALLOWED_TOEPLITZ = ALLOWED | {torch.bfloat16: 3.3e-3}
+# Toeplitz blocks round what is under a gate, the filter, the gradient and the result to the dtype
+# of the rows: 1.7e-3 each in bfloat16
+ALLOWED_TOEPLITZ = ALLOWED | {torch.bfloat16: 4e-3}
 
 Case = tuple[int, int, int, int, int, str]
 
@@ -172,7 +172,7 @@ def test_turns_that_are_kept_and_gradients_apart(monkeypatch) -> None:
     from h3lm.flashconv.kernels.fft_size import SIZES
 
     size = SIZES[512]
-    changed = replace(size, keep=not size.keep, together=not size.together)
+    changed = replace(size, keep=not size.keep, together=not size.together, ahead=not size.ahead)
     monkeypatch.setitem(SIZES, 512, changed)
     _check((3, 2, 100, 100, 0, "ab"), torch.float16)
 
@@ -256,7 +256,7 @@ HALF_CASES: list[Case] = [
     (3, 4, 2048, 2048, 0, "sab"),
     (5, 2, 1024, 1024, 1024, "s"),
     (64, 2, 256, 256, 0, "ab"),
-    (1, 3, 1, 1, 0, "s"),
+    (1, 300, 1, 1, 0, "s"),
     (2, 3, 17, 17, 17, "abc"),
     (7, 2, 509, 300, 0, "a"),
     (3, 2, 1021, 1021, 4, "bc"),

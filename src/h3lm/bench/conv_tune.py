@@ -62,7 +62,7 @@ _CHANGES: list[dict[str, Any]] = [
     {"keep": True},
     {"programs": 8},
     {"programs": 16},
-    {"stages": 2},
+    {"ahead": True},
     {"registers": 168},
 ]
 _TILES = [
@@ -106,8 +106,8 @@ def _name(size: AnySize) -> str:
         cut = f"c{size.columns} w{size.warps} o{size.rows_out} i{size.rows_in}"
         return f"{size.outer} {cut} * {_name(size.inner)}"
     kernels = "one" if size.together else "two"
-    launch = f"w{size.warps} s{size.stages} r{size.registers or '-'} p{size.programs}"
-    return f"{size.N1}x{size.N2} {launch} {kernels}{' kept' * size.keep}"
+    launch = f"w{size.warps} r{size.registers or '-'} p{size.programs}"
+    return f"{size.N1}x{size.N2} {launch} {kernels}{' kept' * size.keep}{' ahead' * size.ahead}"
 
 
 def _kernels(size: AnySize) -> ModuleType:

@@ -116,7 +116,7 @@ class _Run:
             "N1": size.N1, "N2": size.N2, "REAL": True, "HALF": half, "SCALED": half,
             "EVEN": size.points == L, "FAST": half and u.is_cuda,
             "KEEP": half and size.keep, "PRECISION": "tf32" if half else "tf32x3",
-            "STAGES": size.stages, "num_warps": size.warps, "maxnreg": size.registers,
+            "AHEAD": size.ahead, "num_warps": size.warps, "maxnreg": size.registers,
         }  # fmt: skip
 
 

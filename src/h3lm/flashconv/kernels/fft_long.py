@@ -195,8 +195,8 @@ def inward_kernel(
     if plane_exponents is None:
         exponent = tl.load(exponents + row * D + channel)
     else:
-        k0 = tl.arange(0, K)
-        exponent = tl.max(tl.load(plane_exponents + first + k0, k0 < N0, 0), 0)
+        every = tl.arange(0, K)
+        exponent = tl.max(tl.load(plane_exponents + first + every, every < N0, 0), 0)
     out = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(0, K, DEPTH):
         k0 = start + tl.arange(0, DEPTH)
@@ -349,7 +349,7 @@ class LongRun:
         self.inner: dict[str, Any] = {
             "N1": size.inner.N1, "N2": size.inner.N2, "REAL": False, "HALF": True,
             "SCALED": False, "EVEN": True, "FAST": u.is_cuda, "PRECISION": "tf32",
-            "KEEP": size.inner.keep, "STAGES": size.inner.stages, "num_warps": size.inner.warps,
+            "KEEP": size.inner.keep, "AHEAD": size.inner.ahead, "num_warps": size.inner.warps,
             "maxnreg": size.inner.registers,
         }  # fmt: skip
         self.columns = self.B * self.D * (size.inner.points // size.columns)

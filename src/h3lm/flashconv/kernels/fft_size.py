@@ -19,7 +19,7 @@ class Size:
         N1: Rows; at least 64, that a warp group's products are full.
         N2: Columns, at least 16.
         warps: N1 / 16: a thread then holds both parts of a point.
-        stages: Rows in flight.
+        ahead: Whether a row is loaded while the one before is convolved.
         together: Whether one backward kernel makes the gradients of rows and filter.
         registers: Most registers of a thread; None leaves them to the compiler.
         keep: Whether programs keep the turns, in float16, instead of making them for each row.
@@ -29,7 +29,7 @@ class Size:
     N1: int
     N2: int
     warps: int
-    stages: int = 1
+    ahead: bool = False
     together: bool = False
     registers: int | None = None
     keep: bool = False

@@ -51,6 +51,27 @@ def load_rows(base, offsets, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
+def load_first(base, stride, first, position, inside, EVEN: tl.constexpr, AHEAD: tl.constexpr):
+    """The first row, if rows are loaded a turn ahead."""
+    if AHEAD:
+        return load_rows(base + first.to(tl.int64) * stride, position, inside, EVEN)
+    else:
+        return 0
+
+
+@triton.jit
+def load_next(
+    held, base, stride, row, last, position, inside, EVEN: tl.constexpr, AHEAD: tl.constexpr
+):  # fmt: skip
+    """This row, and what is held for the next turn."""
+    if AHEAD:
+        after = tl.minimum(row + 1, last - 1)
+        return held, load_rows(base + after * stride, position, inside, EVEN)
+    else:
+        return load_rows(base + row * stride, position, inside, EVEN), held
+
+
+@triton.jit
 def store_rows(base, offsets, x, mask, EVEN: tl.constexpr):
     """The inverse of `load_rows`."""
     if EVEN:
@@ -236,7 +257,7 @@ def forward_kernel(
     by_row, by_channel, B, channels, L, rows_per_program, CONJUGATE: tl.constexpr,
     N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, HALF: tl.constexpr,
     SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Convolve one channel of some rows: y = post out, and other = by out if wanted.
 
@@ -263,10 +284,11 @@ def forward_kernel(
         by += channel.to(tl.int64) * by_channel
     shrink = tl.load(unscale + channel)
 
-    for step in tl.range(0, last_row - first_row, num_stages=STAGES):
+    held = load_first(u, u_row, first_row, position, inside, EVEN, AHEAD)
+    for step in tl.range(0, last_row - first_row, num_stages=1):
         b = first_row + step
         row = b.to(tl.int64)
-        x = load_rows(u + row * u_row, position, inside, EVEN)
+        x, held = load_next(held, u, u_row, row, last_row, position, inside, EVEN, AHEAD)
         if pre is not None:
             gate = load_rows(pre + row * pre_row, position, inside, EVEN)
             x = x.to(tl.float32) * gate.to(tl.float32)
@@ -306,7 +328,7 @@ def backward_kernel(
     DATA: tl.constexpr, OUTER: tl.constexpr,
     N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, HALF: tl.constexpr,
     SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the filter from one channel of some rows, a partial sum; DATA: others, too.
 
@@ -342,11 +364,13 @@ def backward_kernel(
     sum_re = tl.zeros((N1, N2), tl.float32)
     sum_im = tl.zeros((N1, N2), tl.float32)
 
-    for step in tl.range(0, last_row - first_row, num_stages=STAGES):
+    held_g = load_first(dy, dy_row, first_row, position, inside, EVEN, AHEAD)
+    held_x = load_first(u, u_row, first_row, position, inside, EVEN, AHEAD)
+    for step in tl.range(0, last_row - first_row, num_stages=1):
         b = first_row + step
         row = b.to(tl.int64)
         to = row * grad_row
-        g = load_rows(dy + row * dy_row, position, inside, EVEN)
+        g, held_g = load_next(held_g, dy, dy_row, row, last_row, position, inside, EVEN, AHEAD)
         if post is not None:
             gate = load_rows(post + row * post_row, position, inside, EVEN)
             g = g.to(tl.float32) * gate.to(tl.float32)
@@ -358,7 +382,7 @@ def backward_kernel(
             g.to(F.dtype), F, W, kept, b >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
         )
         g_first, g_second = keep_parts(g_re, g_im, HALF)
-        x = load_rows(u + row * u_row, position, inside, EVEN)
+        x, held_x = load_next(held_x, u, u_row, row, last_row, position, inside, EVEN, AHEAD)
         if DATA:
             # words are made into numbers anew at each use: two float32 each would not fit
             first, second = load_spectrum(spectrum, channel + (b >> 31), N1, N2, HALF)
