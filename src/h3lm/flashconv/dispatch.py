@@ -26,7 +26,7 @@ LARGE_SHARED = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 HOPPER_SHARED = ((9, 0), (10, 0), (10, 3))
 # rows of half dtypes through the block FFT, in one kernel and with a factor through device memory;
 # with Hopper's shared memory, and with the 99 KB that every GPU from 8.0 on has
-MAX_FFT_LENGTH, MAX_FFT_LENGTH_SMALL = 4096, 1024
+MAX_FFT_LENGTH, MAX_FFT_LENGTH_SMALL = 8192, 2048
 MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL = 1 << 22, 1 << 19
 # lags up to which blocks of a Toeplitz matrix are faster than transforms, forward and backward, by
 # GPU generation; measured on an H200 (9), see docs/log.md
