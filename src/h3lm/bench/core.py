@@ -148,19 +148,19 @@ def _kernel_row(
 ) -> report.Row:
     q, k, v, do = tensors
     matrices = [x.detach() for x in library.kernel_operators(operators)]
-    inputs = (q, k, v, *matrices, None, None)
+    inputs = (q, k, v, *matrices, None, None, None)
 
     def forward() -> list[Tensor]:
-        return torch.ops.h3lm.h3_core_fwd(*inputs, 1, True, False, True, backend)
+        return torch.ops.h3lm.h3_core_fwd(*inputs, True, False, True, backend)
 
     states = forward()[2]
 
     def backward() -> None:
-        torch.ops.h3lm.h3_core_bwd(do, None, *inputs, states, 1, backend)
+        torch.ops.h3lm.h3_core_bwd(do, None, *inputs, states, backend)
 
     def both() -> None:
         saved = forward()
-        torch.ops.h3lm.h3_core_bwd(do, None, *inputs, saved[2], 1, backend)
+        torch.ops.h3lm.h3_core_bwd(do, None, *inputs, saved[2], backend)
 
     forward_ms, backward_ms = measure.median_ms(forward), measure.median_ms(backward)
     return _as_row(shape, backend, roof, forward_ms, forward_ms + backward_ms, both, do)

@@ -67,12 +67,11 @@ def _compare(device: torch.device) -> str:
             operators,
             None,
             None,
-            head_dim=1,
             with_output=True,
             with_end=True,
             save_states=True,
         )
-        grads = kernels.backward(do, end, q, k, v, operators, None, None, states, head_dim=1)
+        grads = kernels.backward(do, end, q, k, v, operators, None, None, states)
         named = {"o": o, "end": end, **vars(grads)}
         results.append({name: x.float() for name, x in named.items() if x is not None})
     for name, expected in results[1].items():
