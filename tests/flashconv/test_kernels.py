@@ -14,6 +14,7 @@ from torch import Tensor
 
 from h3lm.flashconv import chunked, dispatch, h3_core, h3_end_state, library, ssm_conv
 from h3lm.flashconv.dispatch import Problem, choose, segments
+from h3lm.flashconv.kernels import self_test
 from h3lm.flashconv.kernels.launch import multiprocessors, segment_length
 from h3lm.flashconv.state import H3State, diagonal_shape
 from h3lm.ssm.operators import ChunkOperators, DiagonalSystem
@@ -512,6 +513,25 @@ def test_end_state_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     end = library.h3_end_state(k, v, operators, backend="triton", initial_state=state)
     expected = chunked.h3_end_state(k, v, operators, initial_state=state)
     torch.testing.assert_close(end, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_segments_are_checked_before_they_are_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from h3lm.flashconv.kernels import segments as in_segments  # loads Triton
+
+    device = torch.device("cuda:0" if GPU else "cpu")
+    self_test.segments_fault.cache_clear()
+    assert self_test.segments_fault(device) == ""
+    right = in_segments._scan
+    monkeypatch.setattr(in_segments, "_scan", lambda *given: 1.1 * right(*given))
+    self_test.segments_fault.cache_clear()
+    assert "differs by" in self_test.segments_fault(device)
+    assert "as a whole" in caplog.text
+    self_test.segments_fault.cache_clear()
 
 
 @needs_triton

@@ -12,7 +12,7 @@ depend on where sequences begin, and finding a chunk's sequence takes one table.
 Source: Fu et al. 2023 (arXiv 2212.14052v3), section 3.1 and appendix D (shift SSM).
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -25,7 +25,8 @@ from h3lm.flashconv.kernels.tile import T
 C = tl.constexpr(64)
 
 
-class Chunks(NamedTuple):
+@dataclass(frozen=True)
+class Chunks:
     """The chunks of rows or of packed sequences.
 
     Attributes:

@@ -25,6 +25,8 @@ and from right to left, with g the gradient of the state behind the chunk:
 Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 1, with heads as in appendix D.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -431,7 +433,7 @@ def forward(
     shape = saved_states_shape(k, H, N // 2, segments) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
     if states.numel():
-        states.copy_(0 if start is None else start[:, :, None])
+        states = states.zero_() if start is None else states.copy_(start[:, :, None])
     return o, end, states
 
 
@@ -482,5 +484,5 @@ def backward(
     dk, dF, dcarry = ds, None, None
     if operators.F is not None:
         dk, dF, dcarry = filter_triton.backward(ds, k, operators.F, carry, bounds)
-    sums = (x[0] if programs == 1 else x.sum(0) for x in (dM, dK, dP, ddecay))
-    return Gradients(dq, dk, dv, dF, *sums, dcarry, dstart)
+    grads = Gradients(dq, dk, dv, None, dM, dK, dP, ddecay, dcarry, dstart)
+    return replace(grads.summed(), F=dF)
