@@ -385,6 +385,11 @@ def right_to_left_kernel(
     tl.store(dK + wide * N + state * T + t[None, :], sum_K)
 
 
+def wide_warps(dtype: torch.dtype) -> dict[str, int]:
+    """Float32 products keep their operands in registers: they need those of twice the threads."""
+    return {"num_warps": 8} if dtype == torch.float32 else {}
+
+
 def _walk(B: int, H: int, head_dim: int, slots: int) -> tuple[int, int, bool]:
     """Groups of rows of a program, programs of a head, and whether they are all full."""
     rows = PAIRS.value // head_dim**2
@@ -428,7 +433,7 @@ def forward(
         *strides(q), *strides(s), *strides(v), B, H, L, groups, total, segments,
         N=N, HEAD_DIM=head_dim, EVEN=full and L % T.value == 0 and total == segments * L
         and bounds is None, SEGMENTED=segments > 1, REVERSED=leftwards,
-        PRECISION=product_precision(k.dtype), **FORWARD,
+        PRECISION=product_precision(k.dtype), **(FORWARD | wide_warps(k.dtype)),
     )  # fmt: skip
     shape = saved_states_shape(k, H, N // 2, segments) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
@@ -472,7 +477,7 @@ def backward(
     options = {
         "N": N, "HEAD_DIM": head_dim, "SEGMENTED": segments > 1,
         "EVEN": full and L % T.value == 0 and total == segments * L and bounds is None,
-        "PRECISION": product_precision(k.dtype), **BACKWARD,
+        "PRECISION": product_precision(k.dtype), **BACKWARD, **wide_warps(k.dtype),
     }  # fmt: skip
     before = states[:, :, 0].contiguous() if states.numel() else start
     left_to_right_kernel[(H * programs,)](
