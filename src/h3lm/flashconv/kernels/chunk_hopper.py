@@ -218,6 +218,19 @@ def forward_kernel(
     zero_modes = gl.zeros([N // 2, 8], gl.float32, MODES_4)
     zero = gl.zeros([T, C], gl.float32, mma)
 
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    h_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    if q is not None:
+        q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    else:
+        q_tiles = v_tiles
+    # the first tile is on its way while operators are loaded
+    forward_copies(
+        q, k, v, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
+        0, first_row, channel, q_row, q_channel, k_row, k_channel, v_row, v_channel,
+        B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
+    )  # fmt: skip
     square = column[:, None] * T + time[None, :]
     state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
     state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
@@ -227,13 +240,6 @@ def forward_kernel(
     if o is not None:
         M_c = to_shared(M + channel * T * T, square, dtype)
         P_c = to_shared(P + channel * N * T, column[:, None] * N + state_column[None, :], dtype)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
-    h_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
-    if q is not None:
-        q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
-    else:
-        q_tiles = v_tiles
     decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
@@ -241,11 +247,6 @@ def forward_kernel(
     x_re = gl.zeros([N // 2], gl.float32, gl.SliceLayout(1, MODES_4))
     x_im = x_re
 
-    forward_copies(
-        q, k, v, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
-        0, first_row, channel, q_row, q_channel, k_row, k_channel, v_row, v_channel,
-        B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
-    )  # fmt: skip
     steps = rows_per_program // ROWS * tiles
     for step in range(steps):
         tile = step % tiles
@@ -438,6 +439,18 @@ def backward_kernel(
     zero_modes = gl.zeros([N // 2, 8], gl.float32, MODES_8)
     zero = gl.zeros([T, C], gl.float32, mma)
 
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    h_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    tile, tile_row = backward_tile(0, first_row, tiles, ROWS)
+    backward_copies(
+        q, k, v, do, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
+        do_tiles.index(0), tile, tile_row, channel,
+        q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
+        B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
+    )  # fmt: skip
     square = column[:, None] * T + time[None, :]
     state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
     state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
@@ -446,11 +459,6 @@ def backward_kernel(
     K_c = to_shared(K + channel * N * T, state_row[:, None] * T + time[None, :], dtype)
     M_c = to_shared(M + channel * T * T, square, dtype)
     P_c = to_shared(P + channel * N * T, column[:, None] * N + state_column[None, :], dtype)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
-    h_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
-    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
-    do_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     w_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
     dy_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
     x_tile = gl.allocate_shared_memory(dtype, [C, N], SQUARE)
@@ -481,13 +489,6 @@ def backward_kernel(
     )
 
     steps = rows_per_program // ROWS * tiles
-    tile, tile_row = backward_tile(0, first_row, tiles, ROWS)
-    backward_copies(
-        q, k, v, do, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
-        do_tiles.index(0), tile, tile_row, channel,
-        q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
-        B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
-    )  # fmt: skip
     if ROWS == 1:  # states are loaded one tile ahead: behind the copies a load would wait for them
         saved_at = ((tile_row.to(gl.int64) * D + channel) * tiles + tile) * N
         next_re, next_im = load_complex(tile_states + saved_at, modes, tile_row < B)
