@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from h3lm.flashconv.kernels import chunk_triton
+from h3lm.flashconv.kernels import chunk_triton, heads_triton
 from h3lm.flashconv.kernels.launch import CHUNK_LENGTH, Gradients, Operators, segment_length
 
 
@@ -31,14 +31,13 @@ def forward(
     start: Tensor | None,
     *,
     segments: int,
-    head_dim: int,
     with_output: bool,
     with_end: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`forward` of the kernels, in segments; the saved states are those of segments."""
     _, ends, _ = kernels.forward(
-        None, k, v, operators, carry, None, head_dim=head_dim,
+        None, k, v, operators, carry, None,
         with_output=False, with_end=True, save_states=False, segments=segments,
     )  # fmt: skip
     added = ends.unflatten(0, (-1, segments))
@@ -49,7 +48,7 @@ def forward(
         end = added[:, -1] + _through_last(starts[:, -1], operators.decay, k.shape[-1], segments)
         return k.new_empty(0), end, ends.new_empty(0)
     o, ends, states = kernels.forward(
-        q, k, v, operators, carry, starts.flatten(0, 1), head_dim=head_dim,
+        q, k, v, operators, carry, starts.flatten(0, 1),
         with_output=with_output, with_end=with_end, save_states=save_states, segments=segments,
     )  # fmt: skip
     return o, ends[segments - 1 :: segments].clone() if with_end else ends, states
@@ -68,20 +67,18 @@ def backward(
     states: Tensor,
     *,
     segments: int,
-    head_dim: int,
 ) -> Gradients:
     """`backward` of the kernels, in segments."""
-    dends = _gradients_behind(do, dend, q, operators, segments, head_dim)
-    grads = kernels.backward(
-        do, dends, q, k, v, operators, carry, start, states, head_dim=head_dim, segments=segments
-    )
-    dk = grads.k
-    if operators.F is not None:
-        dk = _add_across_borders(dk, grads.carry, operators.F, segments, head_dim)
+    dends = _gradients_behind(do, dend, q, operators, segments)
+    grads = kernels.backward(do, dends, q, k, v, operators, carry, start, states, segments=segments)
+    dk, dcarry = grads.k, grads.carry
+    if operators.F is not None and kernels is not heads_triton:  # those filter whole rows
+        dk = _add_across_borders(dk, dcarry, operators.F, segments)
+        dcarry = None if carry is None else dcarry[::segments].clone()
     return replace(
         grads,
         k=dk,
-        carry=None if carry is None else grads.carry[::segments].clone(),
+        carry=dcarry,
         start=None if start is None else grads.start[::segments].clone(),
     )
 
@@ -92,14 +89,14 @@ def _gradients_behind(
     q: Tensor | None,
     operators: Operators,
     segments: int,
-    head_dim: int,
 ) -> Tensor:
     """Gradient of the state behind each segment, (B segments, D, N/2, 2)."""
     conjugate = operators.decay * operators.decay.new_tensor([1.0, -1.0])
     backwards = operators._replace(F=None, K=operators.P.mT.contiguous(), decay=conjugate)
     gate, gated = (do, None) if q is None else (q, do)
-    _, added, _ = chunk_triton.forward(
-        None, gate, gated, backwards, None, None, head_dim=head_dim, with_output=False,
+    kernels = chunk_triton if len(operators.M) == do.shape[1] else heads_triton
+    _, added, _ = kernels.forward(
+        None, gate, gated, backwards, None, None, with_output=False,
         with_end=True, save_states=False, segments=segments, leftwards=True,
     )  # fmt: skip
     added = added.unflatten(0, (-1, segments))
@@ -139,11 +136,11 @@ def _scan(added: Tensor, decay: Tensor, chunks: int) -> Tensor:
     return torch.view_as_real(y.flatten(2, 3))
 
 
-def _add_across_borders(dk: Tensor, ds: Tensor, F: Tensor, segments: int, head_dim: int) -> Tensor:
+def _add_across_borders(dk: Tensor, ds: Tensor, F: Tensor, segments: int) -> Tensor:
     """Add F_m^T ds to the last chunks of each segment, with ds of the first ones of the next."""
     length = segment_length(dk.shape[-1], segments)
     reach = F.shape[1] - 1
-    ds = ds.unflatten(0, (-1, segments))[:, 1:].unflatten(2, (-1, head_dim)).sum(3)
+    ds = ds.unflatten(0, (-1, segments))[:, 1:]
     ds = ds.permute(2, 0, 1, 3).unflatten(-1, (reach, -1))  # [D, B, borders, reach, T]
     wide = F.to(ds.dtype)
     back = []
