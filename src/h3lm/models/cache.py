@@ -377,8 +377,14 @@ class DecodingCache(Cache):
 
     def own_operators(self, operators: dict[int, StepOperators]) -> None:
         """Keep the parameters of single steps, by layer, where a graph finds them."""
+        for i, of_layer in operators.items():  # some are views of the parameters themselves
+            self.layers[i].operators = StepOperators(*(x.clone() for x in of_layer))
+
+    def renew_operators(self, operators: dict[int, StepOperators]) -> None:
+        """Put other values in their place."""
         for i, of_layer in operators.items():
-            self.layers[i].operators = of_layer
+            for mine, new in zip(self.layers[i].operators, of_layer, strict=True):
+                mine.copy_(new)
 
 
 def _layers(config: H3Config, ring: RingPosition, attention: Any) -> list[Any]:

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from h3lm.layers import H3, Block, CausalAttention
 from h3lm.layers.attention import Rotation
 from h3lm.layers.step import Stream, add_norm, attend_step, can_advance
-from h3lm.models import decoding
+from h3lm.models import decoding, kept
 from h3lm.models.cache import DecodingCache, RingLayer, prepare_cache
 from h3lm.models.configuration_h3 import NOT_CAUSAL, H3Config
 from h3lm.models.loss import IGNORED, head_loss
@@ -429,6 +429,16 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
         self.model = H3Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def train(self, mode: bool = True) -> "H3ForCausalLM":
+        """Switch mode; what `generate` kept on the device is freed for training."""
+        if mode:
+            kept.forget(self)
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "H3ForCausalLM":
+        kept.forget(self)
+        return super()._apply(*args, **kwargs)
 
     def get_output_embeddings(self) -> nn.Linear:
         """The language model head."""
