@@ -193,7 +193,9 @@ class Decoder:
         self.cache.restart()
 
     def _record(self) -> Any:
-        """Everything that a step touches must be in its place, every kernel compiled and every
+        """A step as a CUDA graph.
+
+        Everything that a step touches must be in its place, every kernel compiled and every
         library warmed up before; the generator is put back to where it was.
         """
         device = self.token.device

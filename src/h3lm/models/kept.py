@@ -1,4 +1,4 @@
-"""Decoders that outlive their call of `generate`, so that the next one of its shape captures nothing.
+"""Decoders that outlive their call of `generate`: the next one of its shape captures nothing.
 
 Capturing a step costs as much as some dozens of tokens. A decoder holds addresses, not values: of
 weights, of its cache and of the numbers that its chooser looks at. So it may serve another call
