@@ -32,7 +32,7 @@ class Replay:
 def device(request, monkeypatch):
     if request.param == "cpu":
         monkeypatch.setattr(decoding, "GRAPH_DEVICES", {"cpu"})
-        monkeypatch.setattr(decoding.Decoder, "_record", lambda decoder: Replay(decoder))
+        monkeypatch.setattr(decoding.Decoder, "record", lambda decoder: Replay(decoder))
     kept.forget()
     yield request.param
     kept.forget()

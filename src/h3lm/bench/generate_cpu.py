@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from h3lm.bench import measure, report
+from h3lm.bench.generate import filled_decoder
 from h3lm.models import H3Config, H3ForCausalLM, decoding
-from h3lm.models.cache import SlotLayer
 from h3lm.models.sampling import Chooser
 from h3lm.train.recipe import load_recipe
 
@@ -95,20 +95,14 @@ def demo_model(**fields: Any) -> H3ForCausalLM:
 
 def ready(model: H3ForCausalLM, context: int, room: int) -> decoding.Decoder:
     """A decoder of one row that has seen `context` tokens and has room for more."""
-    cache = decoding.new_cache(model, 1, context + room)
-    decoder = decoding.Decoder(
-        model, cache, Chooser([], False, 1, model.config.vocab_size, cache.lengths.device)
-    )
-    ids = torch.randint(0, VOCABULARY, (1, context))
-    slots = [layer for layer in cache.layers if isinstance(layer, SlotLayer)]
-    if not slots:
-        decoding.prefill(model, cache, decoder, ids)
+    if "attention" in model.config.mixers:
+        decoder = filled_decoder(model, 1, context + room)
+        decoder.cache.start_steps(context)
         return decoder
-    decoder.allocate()
-    for layer in slots:
-        layer.keys.normal_()
-        layer.values.normal_()
-    cache.start_steps(context)
+    cache = decoding.new_cache(model, 1, context + room)
+    chooser = Chooser([], False, 1, model.config.vocab_size, cache.lengths.device)
+    decoder = decoding.Decoder(model, cache, chooser)
+    decoding.prefill(model, cache, decoder, torch.randint(0, VOCABULARY, (1, context)))
     return decoder
 
 

@@ -189,10 +189,11 @@ class Decoder:
     def capture(self) -> None:
         """Record a step as a CUDA graph. What the cache holds is lost: prompts come later."""
         self.allocate()
-        self.graph = self._record()
+        self.graph = self.record()
         self.cache.restart()
 
-    def _record(self) -> Any:
+    @torch.no_grad()
+    def record(self) -> Any:
         """A step as a CUDA graph.
 
         Everything that a step touches must be in its place, every kernel compiled and every
