@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer, StaticLayer
 
 from h3lm.errors import UserError
 from h3lm.flashconv import RingState, StepOperators
@@ -437,6 +437,20 @@ def prepare_cache(cache: Cache | None, config: H3Config) -> Cache:
         if kind == "linear_attention" and not isinstance(layer, RecurrentLayer):
             cache.layers[i] = ours[i]
     return cache
+
+
+def check_room(cache: Any, positions: int) -> None:
+    """See that the library's static layers have room: on a GPU they would fail in a kernel.
+
+    Raises:
+        UserError: if they have not.
+    """
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, StaticLayer) and positions > layer.max_cache_len:
+            raise UserError(
+                f"this cache was made for {layer.max_cache_len} positions, prompt and new tokens "
+                f"need {positions}: make it larger or cut the prompt"
+            )
 
 
 def _used_by_another(layer: LinearAttentionLayer) -> bool:
