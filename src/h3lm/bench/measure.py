@@ -1,5 +1,6 @@
 """Time and memory of a call on a GPU, and what it ran on."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def cpu_name() -> str:
 def environment(command: str, *, cpu: bool = False) -> dict[str, str]:
     """GPU and driver (or processor and threads), versions, commit and the command."""
     if cpu:
-        where = {"cpu": cpu_name(), "threads": str(torch.get_num_threads())}
+        busy = f"{os.getloadavg()[0]:.1f} processes on {os.cpu_count()} cores, this one among them"
+        where = {"cpu": cpu_name(), "threads": str(torch.get_num_threads()), "load": busy}
     else:
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         where = {"gpu": torch.cuda.get_device_name(), "driver": driver}
