@@ -67,7 +67,7 @@ def run(
             rows.append(_row(name, context, times, of_all) | {"KiB of cache": size / 2**10})
             say(_line(rows[-1]))
     model = demo_model(**MODELS["pure H3"])
-    between = through_generate(model, (contexts[0], contexts[-1]), tokens=max(2, steps // 5))
+    between = through_generate(model, (contexts[0], contexts[-1]), tokens=max(2, steps // 8))
     rows += [
         _row("pure H3, generate", context, times, between) for context, times in between.items()
     ]
@@ -131,7 +131,7 @@ def step_times(model: H3ForCausalLM, contexts: tuple[int, ...], steps: int) -> d
 
 @torch.no_grad()
 def through_generate(
-    model: H3ForCausalLM, contexts: tuple[int, ...], tokens: int, turns: int = 5
+    model: H3ForCausalLM, contexts: tuple[int, ...], tokens: int, turns: int = 9
 ) -> dict[int, Times]:
     """Median times between two tokens of `model.generate`, prompts of each length in turns."""
     clocks: dict[int, list[tuple[float, float]]] = {context: [] for context in contexts}
