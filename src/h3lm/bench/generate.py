@@ -270,7 +270,6 @@ def _row(
 def _fitting(name: str, model: H3ForCausalLM, bandwidth: float) -> Iterator[report.Row]:
     """As many rows of 8K positions as fit beside the weights, and a step of them all."""
     _clean()
-    kept.forget()
     rows = decoding.largest_batch(model, decoding.capacity_for(FITTING - 1))
     decoder = filled_decoder(model, rows, FITTING - 1)
     decoder.graph = decoder.record()
@@ -574,6 +573,7 @@ def _plot(folder: Path, name: str, rows: list[report.Row]) -> None:
 
 
 def _clean() -> None:
+    kept.forget()
     gc.collect()
     torch.cuda.empty_cache()
 
