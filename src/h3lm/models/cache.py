@@ -352,6 +352,20 @@ class DecodingCache(Cache):
         self.longest = 0
         self.stepping = False
 
+    def make_room(self, row: "DecodingCache") -> None:
+        """Take memory for all rows, of the kinds that another cache of one row has."""
+
+        def for_all(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.expand(self.rows, *x.shape[1:])
+
+        for mine, theirs in zip(self.layers, row.layers, strict=True):
+            if isinstance(mine, SlotLayer):
+                if not mine.is_initialized:
+                    mine.lazy_initialization(for_all(theirs.keys), for_all(theirs.values))
+            else:
+                packed = theirs.read()
+                mine.write(tuple(map(for_all, packed)), 0)
+
     def insert(self, rows: Tensor, other: "DecodingCache", length: int) -> None:
         """Put the rows of another cache, which has read a prompt, in place of some rows here.
 

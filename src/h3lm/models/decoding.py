@@ -231,8 +231,10 @@ class Decoder:
 
     @torch.no_grad()
     def allocate(self) -> None:
-        """Put all states in their place by reading one token; parameters of steps too."""
-        self.model(input_ids=self.token[:, None], past_key_values=self.cache, use_cache=True)
+        """Put all states in their place, as one row that reads a token has them; parameters too."""
+        one = DecodingCache(self.model.config, 1, 1, self.token.device)
+        self.model(input_ids=self.token[:1, None], past_key_values=one, use_cache=True)
+        self.cache.make_room(one)
         self.cache.start_steps(1)
         self.cache.own_operators(self._operators())
 
@@ -312,7 +314,8 @@ def read_prompt(model: Any, cache: DecodingCache, ids: Tensor, chunk: int | None
     """Read prompts of equal length in chunks; returns the logits behind them, (B, vocab_size)."""
     if chunk is None:
         tokens = PREFILL_TOKENS.get(ids.device.type, PREFILL_TOKENS["cpu"])
-        chunk = max(ROUND, tokens // len(ids) // ROUND * ROUND)
+        step = ROUND if tokens // len(ids) >= ROUND else 16
+        chunk = max(step, tokens // len(ids) // step * step)
     for part in ids.split(chunk, dim=1):
         output = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1]
