@@ -179,6 +179,13 @@ def test_what_is_not_plain_does_not_advance(monkeypatch):
         handle = block.mlp.up_proj.register_forward_hook(lambda *a: None)
         assert not steps.can_advance(block, r)
         handle.remove()
+        for module in (block, block.mixer, block.norm2):
+            handle = module.register_forward_hook(lambda *a: None)
+            assert not steps.can_advance(block, r)
+            handle.remove()
+        assert steps.can_advance(block, r)
+        assert steps.can_norm(block.norm1, r)
+        assert not steps.can_norm(block.norm1, r.half())
         block.mixer = torch.nn.Identity()
         assert not steps.can_advance(block, r)
     assert not steps.can_advance(block, r)

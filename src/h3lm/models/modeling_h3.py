@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from h3lm.layers import H3, Block, CausalAttention
 from h3lm.layers.attention import Rotation
-from h3lm.layers.step import Stream, add_norm, attend_step, can_advance
+from h3lm.layers.step import Stream, add_norm, attend_step, can_advance, can_norm
 from h3lm.models import decoding, kept
 from h3lm.models.cache import DecodingCache, RingLayer, check_room, prepare_cache
 from h3lm.models.configuration_h3 import NOT_CAUSAL, H3Config
@@ -303,7 +303,8 @@ class H3Model(H3PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     def _can_advance(self, r: Tensor, cache: DecodingCache) -> bool:
-        return all(layer.can_advance(r, cache) for layer in self.layers)
+        blocks = all(layer.can_advance(r, cache) for layer in self.layers)
+        return blocks and can_norm(self.norm, r)
 
     def _advance(self, r: Tensor, where: Where, cache: DecodingCache) -> Tensor:
         """All layers and the last norm for one position of each row, (B, 1, D)."""
