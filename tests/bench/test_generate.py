@@ -1,11 +1,12 @@
 """What can be said of `h3lm bench generate` without a GPU."""
 
+import json
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from h3lm.bench import generate
+from h3lm.bench import generate, generate_cpu
 from h3lm.errors import UserError
 
 
@@ -13,6 +14,34 @@ from h3lm.errors import UserError
 def test_it_needs_a_gpu(tmp_path):
     with pytest.raises(UserError, match="no CUDA device"):
         generate.run(tmp_path, print)
+
+
+def test_the_picture_of_a_cpu(tmp_path):
+    said = []
+    path = generate_cpu.run(tmp_path, said.append, contexts=(5, 60), steps=4)
+    assert path.with_suffix(".png").stat().st_size > 0
+    rows = json.loads(path.with_suffix(".json").read_text())["rows"]
+    assert len(rows) == len(said) == 2 * len(generate_cpu.MODELS) + 2
+    assert all(row["ms"] > 0 and row["CPU ms"] > 0 for row in rows)
+    memory = {(row["model"], row["context"]): row.get("KiB of cache") for row in rows}
+    assert memory["pure H3", 5] == memory["pure H3", 60]
+    for name in ("hybrid", "Transformer"):
+        assert memory[name, 5] < memory[name, 60]
+
+
+def test_its_steps_are_those_of_generate():
+    """What is timed goes on where a prompt of that length ends."""
+    model = generate_cpu.demo_model(mixers="h3")
+    torch.manual_seed(3)
+    decoder = generate_cpu.ready(model, 40, 8)
+    torch.manual_seed(3)
+    ids = torch.randint(0, generate_cpu.VOCABULARY, (1, 40))
+    decoder.choose()
+    tokens = [int(x) for x in decoder.tokens(5)]
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=5, pad_token_id=0
+    )
+    assert tokens == out[0, 40:].tolist()
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

@@ -103,7 +103,7 @@ def product_sizes(rows: int, name: str) -> Iterator[ProductSize]:
 def attend_sizes() -> Iterator[AttendSize]:
     """Sizes of attention."""
     base = AttendSize()
-    for keys, stages, warps in ((32, 3, 4), (32, 4, 4), (64, 2, 4), (64, 3, 8), (16, 4, 2)):
+    for keys, stages, warps in ((64, 1, 4), (32, 1, 4), (64, 1, 8), (32, 4, 4), (64, 3, 4)):
         for programs in (4, 8, 16):
             yield replace(base, keys=keys, stages=stages, warps=warps, programs_per_sm=programs)
 

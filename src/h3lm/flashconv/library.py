@@ -471,7 +471,9 @@ def h3_step(
 ) -> Tensor:
     """`flashconv.h3_step_in_place` by its kernel, which all GPUs share."""
     from h3lm.flashconv.kernels import step_triton
+    from h3lm.flashconv.kernels.overlap import can_overlap
 
+    early = early and can_overlap(q.device)
     return step_triton.step(
         q, k, v, taps, a, b, c, skip, ring, position, diagonal, head_dim=head_dim, early=early
     )
