@@ -62,7 +62,7 @@ def evaluate(
     device: Annotated[str, Option(help="auto, cpu, cuda or mps.")] = "auto",
     output: Annotated[
         Path | None,
-        Option(help="Folder for the report; a killed run of tasks goes on from it."),
+        Option(help="Folder for the report; a killed run goes on from it."),
     ] = None,
 ) -> None:
     """Perplexity of a text, or zero- and few-shot tasks, with everything stated.
