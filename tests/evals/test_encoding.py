@@ -9,14 +9,14 @@ from h3lm.evals.encoding import encode_all, splits_at_newlines
 CORPUS = ["the cat sat.\n\nIt's 12 o'clock,\nthe dog said:\n nothing \n"] * 20
 
 
-def byte_level(before=None, behind=None):
+def byte_level(before=None, behind=None, added=("<|end|>",)):
     """A BPE tokenizer with GPT-2's pattern, learned from a few lines."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = before or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
-        special_tokens=["<|end|>"],
+        special_tokens=list(added),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -30,7 +30,7 @@ def texts(count):
     draw = random.Random(0)
     bits = [
         "the", " cat", " ", "\n", "\n\n", "\t", "\r", "\u00a0", "\x1c", "\u2028", "12", ".", ":",
-        "'s", "é", "日", "<|end|>", " \n",
+        "'s", "é", "日", "<|end|>", " \n", " \n\n",
     ]  # fmt: skip
     return ["".join(draw.choices(bits, k=draw.randrange(1, 12))) for _ in range(count)]
 
@@ -56,6 +56,9 @@ def test_each_distinct_line_is_tokenised_once():
     tokenizer = Counting(tokenizer_object=byte_level().backend_tokenizer)
     encode_all(tokenizer, [f"the cat sat.\nthe dog said: {i}" for i in range(10)])
     assert len(seen) == 11
+    # white space in front of a line that begins with a word
+    encode_all(tokenizer, [f"the cat sat. \nthe dog said: {i}" for i in range(10)])
+    assert len(seen) == 2 * 11
 
 
 @pytest.mark.parametrize(
@@ -68,8 +71,9 @@ def test_each_distinct_line_is_tokenised_once():
                 single="<|end|> $A", special_tokens=[("<|end|>", 0)]
             )
         ),
+        byte_level(added=("<|end|>", "the")),
     ],
-    ids=["a space in front", "no pattern", "begin of text"],
+    ids=["a space in front", "no pattern", "begin of text", "an added word"],
 )
 def test_tokenizers_that_see_across_lines_get_whole_texts(tokenizer):
     assert not splits_at_newlines(tokenizer)

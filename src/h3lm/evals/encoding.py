@@ -38,8 +38,9 @@ def splits_at_newlines(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the ids of a text are those of its lines, each with the newline before it.
 
     True for GPT-2's tokenizer and those made like it: its pattern never joins a newline to what
-    stands before it but white space, and neither looks back nor ahead across that border. Others
-    do: Llama's joins newlines to punctuation, and SentencePiece marks where a text begins.
+    stands before it but white space, nor to that if a word follows, and neither looks back nor
+    ahead across that border (added tokens would, if they began like words). Others do: Llama's
+    joins newlines to punctuation, and SentencePiece marks where a text begins.
     """
     backend = tokenizer.backend_tokenizer
     before, behind = _described(backend.pre_tokenizer), _described(backend.post_processor)
@@ -54,7 +55,7 @@ def splits_at_newlines(tokenizer: PreTrainedTokenizerFast) -> bool:
         and backend.truncation is None
         and backend.padding is None
         and not any(
-            token.lstrip or token.rstrip or "\n" in token.content
+            token.lstrip or token.rstrip or "\n" in token.content or token.content[:1].isalnum()
             for token in tokenizer.added_tokens_decoder.values()
         )
     )
@@ -77,11 +78,11 @@ def _encode(
 
 
 def _lines(text: str) -> list[str]:
-    """A text cut in front of each newline that follows no white space."""
+    """A text cut in front of each newline behind no white space, or in front of a word."""
     lines, begin = [], 0
     at = text.find("\n", 1)
     while at > 0:
-        if not text[at - 1].isspace():
+        if not text[at - 1].isspace() or text[at + 1 : at + 2].isalnum():
             lines.append(text[begin:at])
             begin = at
         at = text.find("\n", at + 1)

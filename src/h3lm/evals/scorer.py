@@ -443,15 +443,16 @@ class _Answers:
         self.missing -= seen
         done = np.flatnonzero((seen > 0) & (self.missing == 0)).tolist()
         if done and self.finished is not None:
-            self.finished(done, [self._answer(i) for i in done])
+            self.finished(done, self._answers(self.sums[done], self.greedy[done]))
 
     def all(self) -> list[Answer]:
         """Every request's answer."""
         assert not self.missing.any()
-        return [self._answer(i) for i in range(len(self.missing))]
+        return self._answers(self.sums, self.greedy)
 
-    def _answer(self, i: int) -> Answer:
-        return Answer(float(self.sums[i]), bool(self.greedy[i]))
+    @staticmethod
+    def _answers(sums: NDArray[np.float64], greedy: NDArray[np.bool_]) -> list[Answer]:
+        return list(map(Answer, sums.tolist(), greedy.tolist()))
 
 
 def _fetch(waiting: list[tuple[Ints, Tensor, Tensor]]) -> _OnTheirWay:

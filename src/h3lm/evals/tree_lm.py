@@ -92,23 +92,29 @@ class TreeLM(HFLM):
     def answer(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """Answer tokenised requests, those that the journal knows without running them."""
         fitting = self._fit(requests)
-        keys = [Journal.key(request) for request in fitting]
-        known = {} if self.journal is None else self.journal.known
-        new = {key: i for i, key in enumerate(keys) if key not in known}
-        names, places = list(new), list(new.values())
-        done = len(keys) - len(names)
+        if self.journal is None:
+            keys, known = list[str](), dict[str, Answer]()
+            places = list(range(len(fitting)))
+        else:
+            keys, known = [Journal.key(request) for request in fitting], self.journal.known
+            places = list({key: i for i, key in enumerate(keys) if key not in known}.values())
+        done = len(fitting) - len(places)
 
         def finished(numbers: Sequence[int], answers: Sequence[Answer]) -> None:
             nonlocal done
             done += len(numbers)
             if self.journal is not None:
-                self.journal.add([names[i] for i in numbers], answers)
+                self.journal.add([keys[places[i]] for i in numbers], answers)
             if self.progress is not None:
-                self.progress(done, len(keys), self.scorer.work)
+                self.progress(done, len(fitting), self.scorer.work)
 
-        answers = self.scorer.score([fitting[i] for i in places], finished=finished)
-        found = known | dict(zip(names, answers, strict=True))
-        return [(found[key].log_likelihood, found[key].is_greedy) for key in keys]
+        answers = self.scorer.score(
+            [fitting[i] for i in places],
+            finished=None if self.journal is None and self.progress is None else finished,
+        )
+        if self.journal is not None:
+            answers = [known[key] for key in keys]
+        return [(answer.log_likelihood, answer.is_greedy) for answer in answers]
 
     def _fit(self, requests: Sequence[Request]) -> list[Request]:
         """Cut contexts from the left to what the model takes, as the harness does."""
