@@ -344,7 +344,7 @@ class TreeScorer:
         if front.states is None:
             self._call(ids, None, None, place, asked, answers)
         else:
-            past = front.states.borrow(front.rows[part])
+            past = front.states.for_leaves(front.rows[part], width)
             self._call(ids, past, past.cache(self.model, last=True), place, asked, answers)
 
     def _call(
