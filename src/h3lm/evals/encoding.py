@@ -27,11 +27,29 @@ def encode_all(
         options: For the tokenizer.
     """
     unique = list(dict.fromkeys(texts))
+    if not unique:
+        return {}
     if not splits_at_newlines(tokenizer):
-        return _encode(tokenizer, unique, options)
-    lines = {text: _lines(text) for text in unique}
-    ids = _encode(tokenizer, list(dict.fromkeys(chain.from_iterable(lines.values()))), options)
-    return {text: np.concatenate([ids[line] for line in lines[text]]) for text in unique}
+        ids = tokenizer(unique, return_attention_mask=False, return_token_type_ids=False, **options)
+        rows = (np.array(x, dtype=np.int64) for x in ids["input_ids"])
+        return dict(zip(unique, rows, strict=True))
+    lines = [_lines(text) for text in unique]
+    each = list(dict.fromkeys(chain.from_iterable(lines)))
+    # without the offsets that the tokenizer's own call works out; there are no options left
+    found = tokenizer.backend_tokenizer.encode_batch_fast(each)
+    known = {line: np.array(x.ids, dtype=np.int64) for line, x in zip(each, found, strict=True)}
+    return {
+        text: known[parts[0]] if len(parts) == 1 else np.concatenate([known[x] for x in parts])
+        for text, parts in zip(unique, lines, strict=True)
+    }
+
+
+def stands_alone(text: str) -> bool:
+    """Whether a text's ids are its own behind any text that does not end in white space.
+
+    Where `splits_at_newlines`: a space in front of a word or mark begins a token.
+    """
+    return text[:1] == " " and text[1:2] != "" and not text[1].isspace()
 
 
 def splits_at_newlines(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -64,17 +82,6 @@ def splits_at_newlines(tokenizer: PreTrainedTokenizerFast) -> bool:
 def _described(part: Any) -> dict[str, Any]:
     """A part of a tokenizer as its file has it; all of the file has the vocabulary, and is slow."""
     return {} if part is None else dict(json.loads(part.__getstate__()))
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str], options: dict[str, bool]
-) -> dict[str, Ints]:
-    if not texts:
-        return {}
-    ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)
-    return {
-        text: np.array(x, dtype=np.int64) for text, x in zip(texts, ids["input_ids"], strict=True)
-    }
 
 
 def _lines(text: str) -> list[str]:

@@ -90,7 +90,9 @@ class PrefixTree:
         """
         if any(not len(r.context) or not len(r.continuation) for r in requests):
             raise ValueError("a request needs at least one token of context and of continuation")
-        inputs = [_big_endian(r.context) + _big_endian(r.continuation[:-1]) for r in requests]
+        contexts = {id(r.context): r.context for r in requests}  # many requests share one
+        begins = {name: _big_endian(context) for name, context in contexts.items()}
+        inputs = [begins[id(r.context)] + _big_endian(r.continuation[:-1]) for r in requests]
         # Big-endian bytes compare as the numbers do, at the speed of memcmp
         unique = sorted(set(inputs))
         lengths = np.array([len(x) // 4 for x in unique], dtype=np.int64)
