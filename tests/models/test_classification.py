@@ -147,6 +147,33 @@ def test_batch_norm_is_torchs_on_what_counts():
     for name, buffer in ours.named_buffers():
         assert torch.allclose(buffer, dict(theirs.named_buffers())[name])
     assert torch.allclose(ours.eval()(x, lengths)[valid], theirs.eval()(x[valid]), atol=1e-12)
+    whole = ours.train()(x).flatten(0, 1)
+    assert torch.allclose(whole, theirs.train()(x.flatten(0, 1)), atol=1e-12)
+    for name, buffer in ours.named_buffers():
+        assert torch.allclose(buffer, dict(theirs.named_buffers())[name])
+
+
+def test_rows_are_padded_to_lengths_that_kernels_like():
+    model = make(mixers="s4d", bidirectional=True, num_learned_positions=130)
+    ids = torch.randint(0, 20, (2, 200))
+    mask = torch.arange(200) < torch.tensor([[100], [70]])
+    assert model.model(ids, attention_mask=mask).last_hidden_state.shape[1] == 128
+    mask = torch.arange(200) < torch.tensor([[129], [70]])  # 192 would be too much
+    assert model.model(ids, attention_mask=mask).last_hidden_state.shape[1] == 130
+    alone = model(ids[1:, :70]).logits
+    assert torch.allclose(model(ids, attention_mask=mask).logits[1:], alone, atol=1e-11)
+
+
+def test_gates_of_h3_may_start_open():
+    for bias in (0.0, 1.0):
+        model = H3ForSequenceClassification(
+            H3ClassificationConfig(**SMALL, mixers=["h3", "attention"], h3_gate_bias=bias)
+        )
+        q, k, v = model.model.layers[0].mixer.qkv_proj.bias.chunk(3)
+        assert (q == bias).all()
+        assert (v == bias).all()
+        assert not k.any()
+        assert not model.model.layers[1].mixer.qkv_proj.bias.any()
 
 
 def test_half_precision_keeps_the_state_space_parameters_whole(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from h3lm import __version__
+from h3lm.cli.baseline import baseline
 from h3lm.cli.bench import bench
 from h3lm.cli.compare import compare
 from h3lm.cli.convert import convert
@@ -34,7 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (prepare, presets, recipes, train, generate, convert, compare, synthetics, doctor):
+for command in (
+    prepare, presets, recipes, train, generate, convert, compare, baseline, synthetics, doctor,
+):  # fmt: skip
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(bench)

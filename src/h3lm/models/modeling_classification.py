@@ -15,6 +15,9 @@ from h3lm.models.configuration_classification import H3ClassificationConfig
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3PreTrainedModel
 
+# kernels load rows of such lengths fastest, and few lengths mean few plans for FFTs
+LENGTH_UNIT = 64
+
 
 class H3EncoderLayer(GradientCheckpointingLayer):
     """A mixer and an MLP, if there is one, with their norms and residual sums.
@@ -30,6 +33,8 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         self.both_ways = config.bidirectional
         self.norm1 = _norm(config)
         self.mixer: Any = mixer(name).build(config.mixer_sizes)
+        if name == "h3":
+            self.mixer.qkv_proj.gate_bias = config.h3_gate_bias  # for the initialisation too
         residual: list[Any] = [] if name != "attention" else [self.mixer.output_proj]
         self.mlp = None
         inner_width = config.inner_width(layer_idx)
@@ -53,13 +58,15 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         self, r: Tensor, norm: nn.Module, sublayer: Any, lengths: Tensor | None
     ) -> Tensor:
         if self.pre_norm:
-            return r + self.dropout(sublayer(_normalise(norm, r, lengths), lengths))
+            # in what the sublayer reads, so that it turns and casts nothing
+            dtype = _dtype_of_mixing(r)
+            last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
+            u = _normalise(norm, r, lengths, dtype=dtype, positions_last=last)
+            return r + self.dropout(sublayer(u, lengths))
         return _normalise(norm, r + self.dropout(sublayer(r, lengths)), lengths)
 
     def _mix(self, u: Tensor, lengths: Tensor | None) -> Tensor:
-        if torch.is_autocast_enabled(u.device.type):
-            # as for a linear map: autocast knows no convolutions, and would leave them in float32
-            u = u.to(torch.get_autocast_dtype(u.device.type))
+        u = u.to(_dtype_of_mixing(u))
         # a causal mixer never sees the padding, since it stands behind
         return self.mixer(u, lengths=lengths)[0] if self.both_ways else self.mixer(u)[0]
 
@@ -86,6 +93,11 @@ class H3ClassificationPreTrainedModel(H3PreTrainedModel):
                 nn.init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+        gate_bias = getattr(module, "gate_bias", 0.0)
+        if isinstance(module, nn.Linear) and module.bias is not None and gate_bias:
+            q, _, v = module.bias.chunk(3)
+            for gate in (q, v):
+                nn.init.constant_(gate, gate_bias)
 
 
 class H3Encoder(H3ClassificationPreTrainedModel):
@@ -159,7 +171,8 @@ class H3Encoder(H3ClassificationPreTrainedModel):
         self, embeds: Tensor, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Hidden states, how many of each row count (None: all), and what each layer saw."""
-        r, lengths = _to_the_front(embeds, attention_mask)
+        most = self.config.num_learned_positions or None
+        r, lengths = _to_the_front(embeds, attention_mask, most)
         if self.config.num_learned_positions:
             if r.shape[1] > self.config.num_learned_positions:
                 raise ValueError(
@@ -193,8 +206,9 @@ class H3Encoder(H3ClassificationPreTrainedModel):
                 raise ValueError(
                     f"input_values has {input_values.shape[-1]} channels, the model {channels}"
                 )
-            embeds = self.embed_values(input_values)
-            return embeds.to(self.embed_values.weight.dtype)  # autocast narrows no residual stream
+            # autocast would leave 8 bits of a signal, and narrow the residual stream
+            with torch.autocast(input_values.device.type, enabled=False):
+                return self.embed_values(input_values.to(self.embed_values.weight.dtype))
         assert input_ids is not None
         if channels is not None:
             raise ValueError(f"this model takes input_values of {channels} channels, not input_ids")
@@ -305,17 +319,32 @@ def _norm(config: H3ClassificationConfig) -> nn.Module:
     return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
-def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None) -> Tensor:
-    return norm(r, lengths) if isinstance(norm, BatchNorm) else norm(r)
+def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None, **form: Any) -> Tensor:
+    return norm(r, lengths, **form) if isinstance(norm, BatchNorm) else norm(r)
 
 
-def _to_the_front(embeds: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _dtype_of_mixing(x: Tensor) -> torch.dtype:
+    """As for a linear map: autocast knows no convolutions, and would leave them in float32."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _to_the_front(
+    embeds: Tensor, attention_mask: Tensor | None, most: int | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Move what counts to the beginning of each row, in its order; padding stands behind it.
 
     A causal mixer then never sees padding, and one that runs both ways needs to know lengths only.
 
+    Args:
+        embeds: (B, L, D).
+        attention_mask: (B, L), zeros at padding.
+        most: Positions up to which rows may be padded.
+
     Returns:
-        (B, longest, D), and lengths (B,) or None where there is no padding.
+        (B, the longest in units of `LENGTH_UNIT` but at most L, D), and lengths (B,) or None where
+        there is no padding.
     """
     if attention_mask is None:
         return embeds, None
@@ -327,11 +356,13 @@ def _to_the_front(embeds: Tensor, attention_mask: Tensor | None) -> tuple[Tensor
     lengths = mask.sum(1)
     longest = embeds.shape[1]
     if not torch.compiler.is_compiling():
-        shortest, longest = lengths.aminmax()[0].item(), int(lengths.max())
+        shortest, longest = torch.stack(lengths.aminmax()).tolist()
         if shortest == embeds.shape[1]:
             return embeds, None
         if not shortest:
             raise ValueError("a row of the attention_mask hides everything: leave that row out")
+        padded = min(-LENGTH_UNIT * (-longest // LENGTH_UNIT), embeds.shape[1], most or 10**9)
+        longest = max(longest, padded)
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
     front = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
     # an FFT would spread the rounding of whatever stands behind over the row

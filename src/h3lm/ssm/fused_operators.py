@@ -15,10 +15,15 @@ CHUNK_LENGTHS = (16, 32, 64)
 _HAS_TRITON = find_spec("triton") is not None
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether kernels of this room run where a tensor is."""
+    usable = x.device.type == "cuda" and torch.version.hip is None and _HAS_TRITON
+    return usable and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
 def can_fuse(a: Tensor, taps: Tensor | None, chunk_length: int) -> bool:
     """Whether the kernels can make the operators of a system with this decay and these taps."""
-    usable = a.device.type == "cuda" and torch.version.hip is None and _HAS_TRITON
-    if not usable or torch.cuda.get_device_capability(a.device) < (8, 0):
+    if not has_kernels(a):
         return False
     single = a.dtype == torch.complex64 and (taps is None or taps.dtype == torch.float32)
     return single and a.shape[1] <= MAX_MODES and chunk_length in CHUNK_LENGTHS

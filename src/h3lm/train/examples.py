@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from h3lm.data.labelled import Example, Labelled, RowKind
 from h3lm.errors import UserError
+from h3lm.models.modeling_classification import LENGTH_UNIT
 from h3lm.train.corpus import BlockOrder
 
 LIMITS: dict[str, tuple[int, float]] = {  # from the first to below the second
@@ -163,16 +164,20 @@ class ExampleCollator:
 
     Args:
         kind: What the rows are.
+        unit: Where rows are of unequal lengths, the batch's is a multiple of this.
     """
 
-    def __init__(self, kind: RowKind) -> None:
-        self.kind = kind
+    def __init__(self, kind: RowKind, unit: int = LENGTH_UNIT) -> None:
+        self.kind, self.unit = kind, unit
 
     def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
         """`input_ids` or `input_values`, `labels`, and `attention_mask` where it hides anything."""
         rows = [row for example in examples for row in example.rows]
         lengths = np.array([len(row) for row in rows])
-        shape = (len(rows), int(lengths.max()), *rows[0].shape[1:])
+        longest = int(lengths.max())
+        if lengths.min() < longest:
+            longest = -self.unit * (-longest // self.unit)
+        shape = (len(rows), longest, *rows[0].shape[1:])
         padded = np.zeros(shape, rows[0].dtype)
         for i, row in enumerate(rows):
             padded[i, : len(row)] = row
@@ -180,7 +185,7 @@ class ExampleCollator:
             "input_ids" if self.kind.num_channels is None else "input_values": padded,
             "labels": np.array([example.label for example in examples]),
         }
-        if lengths.min() < lengths.max():
+        if lengths.min() < longest:
             batch["attention_mask"] = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         if self.kind.rows_per_example > 1:
