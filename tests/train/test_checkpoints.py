@@ -3,6 +3,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,21 @@ def test_what_does_not_decide_the_run_may_change(tiny, stopped_at, tmp_path):
     assert len(json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-2])) > 0
 
 
+@pytest.mark.parametrize("first", ["bf16", "fp32"])
+def test_a_run_keeps_the_precision_that_it_began_in(tiny, stopped_at, tmp_path, monkeypatch, first):
+    def machine_is_fast_in(precision):  # as it seems from one start to the next
+        times = {torch.float32: 1.0, torch.bfloat16: 0.5 if precision == "bf16" else 2.0}
+        monkeypatch.setattr("h3lm.train.arguments._time_product", times.__getitem__)
+
+    run(tiny(precision=first, output_dir=str(tmp_path / "straight")))
+    machine_is_fast_in(first)
+    recipe = tiny(precision="auto", save_every=2)
+    stopped_at(recipe, 2)
+    machine_is_fast_in("fp32" if first == "bf16" else "bf16")
+    run(recipe)
+    assert losses(recipe.folder) == losses(tmp_path / "straight")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -183,6 +199,11 @@ def test_data_prepared_anew_in_another_way_are_refused(tiny, stopped_at, tmp_pat
     )  # fmt: skip
     with pytest.raises(UserError, match="the prepared data are not the same"):
         run(tiny(data=str(tmp_path / "other")))
+    # the recipe has its own block length: that of the folder, and where it lies, decide nothing
+    shutil.copytree(tiny().data, tmp_path / "moved")
+    index = tmp_path / "moved" / "index.json"
+    index.write_text(index.read_text().replace('"block_length": 16', '"block_length": 8'))
+    run(tiny(data=str(tmp_path / "moved")))
 
 
 @pytest.mark.parametrize("kinds", checkpoints.NEEDED, ids=lambda kinds: kinds[0])
@@ -215,6 +236,18 @@ def test_a_half_written_newest_folder_is_passed_over(tiny, stopped_at, tmp_path)
     assert f"cut short: {folder / 'unfinished'}" in shown
     assert "resuming at step 2 " in shown
     assert losses(recipe.folder) == losses(tmp_path / "straight")
+
+
+def test_what_is_not_whole_takes_no_whole_checkpoints_place(tiny, stopped_at):
+    recipe = tiny(save_every=1, keep_checkpoints=1)
+    stopped_at(recipe, 2)
+    folder = recipe.folder / "checkpoints"
+    for step in (1, 9):  # a removal that was cut short, and what a copy left behind
+        (folder / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}" / "config.json").write_text("{}")
+    stopped_at(recipe, 4)
+    assert names(recipe.folder) == ["checkpoint-4", "checkpoint-9"]
+    assert checkpoints.newest(folder)[0].point.step == 4
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_there(tiny, stopped_at):

@@ -1,9 +1,10 @@
 import pytest
+import torch
 
 from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.train import run as run_module
-from h3lm.train.memory import Held
+from h3lm.train.memory import Held, short_of_memory
 from h3lm.train.mesh import Mesh
 
 from .conftest import TINY
@@ -34,6 +35,40 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_made(tiny, monkeypatch)
     monkeypatch.setattr(run_module, "_make_model", lambda *_: pytest.fail("it was made"))
     with pytest.raises(UserError, match="the model cannot fit: GB of a process: weights"):
         run(tiny())
+
+
+@pytest.mark.parametrize(
+    ("error", "changes", "remedy"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), {}, "GPU .* 4 x 16 .* take "
+         "micro_batch_size=2 or gradient_checkpointing=true or parallel=fsdp on several"),
+        (torch.OutOfMemoryError(), {"micro_batch_size": 1, "gradient_checkpointing": True},
+         "take parallel=fsdp on several GPUs;"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), {}, "the machine "),
+    ],
+)  # fmt: skip
+def test_memory_that_runs_out_is_one_line_with_what_to_change(
+    tiny, monkeypatch, error, changes, remedy
+):
+    forward, calls = H3ForCausalLM.forward, []
+
+    def failing(self, *arguments, **named):
+        calls.append(self.training)
+        if sum(calls) * (changes.get("micro_batch_size") or 4) > 12:  # in the fourth step
+            raise error
+        return forward(self, *arguments, **named)
+
+    monkeypatch.setattr(H3ForCausalLM, "forward", failing)
+    with pytest.raises(UserError, match=remedy) as caught:
+        run(tiny(save_every=2, **changes))
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert "resuming at step 2" in run(tiny(save_every=2, micro_batch_size=2))
+
+
+def test_other_faults_stay_what_they_are(tiny):
+    with pytest.raises(RuntimeError, match="ours"), short_of_memory(tiny(), 4):
+        raise RuntimeError("ours")
 
 
 def test_a_run_says_what_it_holds(tiny):

@@ -49,8 +49,8 @@ def synthetics(
     minutes: Annotated[
         float,
         Option(
-            help="Give up what is not finished by then; the same call goes on. With 0 nothing is "
-            "trained, only tables and pictures are made."
+            help="Give up what is not finished by then; the report keeps where it stood, marked, "
+            "and the same call trains it again. With 0 only tables and pictures are made."
         ),
     ] = math.inf,
     device: Annotated[str, Option(help="auto, cpu, cuda (all of them), cuda:0 or mps.")] = "auto",

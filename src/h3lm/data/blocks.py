@@ -15,8 +15,10 @@ text. numpy alone reads it.
 
 import hashlib
 import json
+import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,22 +88,38 @@ class File:
         """
         path = folder / self.name
         remedy = "prepare the data again, or copy this file again"
+        found = self.sha256
         try:
             size = path.stat().st_size
+            if contents and size == self.bytes:
+                with path.open("rb") as stream:
+                    found = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None
         if size != self.bytes:
             raise UserError(
                 f"{path}: truncated or altered: {size:,} bytes instead of {self.bytes:,}: {remedy}"
             )
-        if contents:
-            with path.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            if found != self.sha256:
-                raise UserError(
-                    f"{path}: altered: its sha256 is {found[:12]}... instead of "
-                    f"{self.sha256[:12]}...: {remedy}"
-                )
+        if found != self.sha256:
+            raise UserError(
+                f"{path}: altered: its sha256 is {found[:12]}... instead of "
+                f"{self.sha256[:12]}...: {remedy}"
+            )
+
+
+def check_contents(files: Iterable[File], folder: str | Path) -> None:
+    """Read files and compare their sha256, several at a time: hashing lets go of Python's lock.
+
+    Raises:
+        UserError: naming the first file that is missing, truncated or altered.
+    """
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        waiting = [pool.submit(file.check, Path(folder), contents=True) for file in files]
+        try:
+            for done in waiting:
+                done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -187,8 +205,16 @@ class Index:
         Raises:
             UserError: naming the first file that is missing, truncated or altered.
         """
-        for file in self.files():
-            file.check(Path(folder), contents=True)
+        check_contents(self.files(), folder)
+
+    def fingerprint(self, split: str) -> str:
+        """What tells a split's tokens and their meaning from any others, wherever they lie."""
+        digest = hashlib.sha256(f"{self.dtype} {self.vocab_size}".encode())
+        shards = self.splits[split]
+        files = [file for shard in shards for file in (shard.tokens, shard.documents)]
+        for file in (*self.tokenizer_files, *files):
+            digest.update(file.sha256.encode())
+        return digest.hexdigest()
 
     def files(self) -> Iterator[File]:
         """Go through all files that the index speaks of."""
@@ -290,9 +316,8 @@ class TokenStream:
         Raises:
             UserError: naming the first file that is missing, truncated or altered.
         """
-        for shard in self.shards:
-            shard.tokens.check(self.folder, contents=True)
-            shard.documents.check(self.folder, contents=True)
+        files = (file for shard in self.shards for file in (shard.tokens, shard.documents))
+        check_contents(files, self.folder)
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -12,6 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from h3lm.errors import UserError
+from h3lm.evals.figures import figure
+
+# Logits of a batch: 1 GiB in float32, of which about three are held at once
+BATCH_LOGITS = 2**28
 
 
 class Tokens(Protocol):
@@ -45,7 +49,7 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         """The exponential of the mean over all tokens; never a mean of perplexities."""
-        return math.exp(self.loss)
+        return figure("perplexity", self.nats, self.tokens)
 
     def bits_per(self, units: int) -> float:
         """Bits for each of so many units that the tokens stand for: bytes, characters, words."""
@@ -77,7 +81,7 @@ def score_tokens(
         stride: New predictions of each window, 1 <= stride <= context; `context` if None, which
             is the usual non-overlapping evaluation.
         first: First predicted position, at least 1; what stands before it is context only.
-        batch_size: Windows at a time.
+        batch_size: Windows at a time; fewer where their logits would be too many.
         progress: Called with the number of predicted tokens of each batch.
         share: (i, n) to score only every n-th batch from the i-th on, as the i-th of n processes
             that sum their `nats` and `tokens`. All n call the model equally often, as one that is
@@ -96,6 +100,8 @@ def score_tokens(
     was_training = model.training
     model.eval()
     nats, counted = 0.0, 0
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", 1)
+    batch_size = max(1, min(batch_size, BATCH_LOGITS // (stride * vocab_size)))
     batches = list(_batches(list(_windows(first, len(tokens), context, stride)), batch_size))
     number, of = share
     # not inference_mode: what a sharded model gathers in it could not be trained with afterwards

@@ -315,7 +315,7 @@ def _open(path: Path, split: str, limit: int | None) -> Text | TokenStream:
 def _read(text: Text | TokenStream, tokenizer: "PreTrainedTokenizerFast", model: str) -> _Stream:
     """Tokenise a text, or open its tokens, and count its parts."""
     if isinstance(text, TokenStream):
-        _check_same_tokenizer(text, tokenizer, model)
+        check_same_tokenizer(text, tokenizer, model)
         ends = [*text.document_ends(0, len(text)).tolist(), len(text)]
         ends = [e for e, before in zip(ends, [0, *ends], strict=False) if e > before]
         parts = [
@@ -462,9 +462,14 @@ class Prefixed:
         return np.concatenate([np.array([self.first], np.int64), rest])
 
 
-def _check_same_tokenizer(
+def check_same_tokenizer(
     stream: TokenStream, tokenizer: "PreTrainedTokenizerFast", model: str
 ) -> None:
+    """Check that prepared text has the tokens of a model's tokenizer.
+
+    Raises:
+        UserError: if it was made with another one.
+    """
     theirs = load_tokenizer_of(str(stream.tokenizer_folder))
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise UserError(

@@ -65,6 +65,7 @@ class LongFilter(SSMModule):
 
     def taps(self) -> Float[Tensor, "D n"]:
         """The filters, (D, n)."""
+        self.check_precision()
         return F.softshrink(self.w, self.threshold)
 
 

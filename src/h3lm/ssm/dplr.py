@@ -336,6 +336,7 @@ class DPLRSSM(SSMModule):
         Returns:
             complex64 (complex128 for a float64 module), differentiable in every parameter.
         """
+        self.check_precision()
         P, B, C = (torch.view_as_complex(x.contiguous()) for x in (self.P, self.B, self.C))
         return DPLRSystem(
             eigenvalues=torch.complex(-torch.exp(self.log_neg_A_real), self.A_imag),

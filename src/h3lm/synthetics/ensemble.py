@@ -84,7 +84,8 @@ class Member:
         data: Its rows.
         curve: Step, mean training loss since the last entry and test accuracy, at each look.
         steps: Steps taken.
-        model: The trained model, once done.
+        finished: Whether it took all steps that it was to take.
+        model: The trained model, at the end.
         test_loss: Mean loss of the answers, at the end.
     """
 
@@ -93,6 +94,7 @@ class Member:
     data: Dataset
     curve: list[tuple[int, float, float]] = field(default_factory=list)
     steps: int = 0
+    finished: bool = False
     model: H3ForCausalLM | None = None
     test_loss: float = math.nan
 
@@ -220,10 +222,11 @@ class Ensemble:
         Args:
             report: Called after each look at the test rows.
             looks_per_epoch: How often to look; a model may stop at a look only.
-            stop: Asked at each look whether to give up.
+            stop: Asked at each look whether to give up. The models are then what they are, and
+                `Member.finished` says of each whether its own training was over.
 
         Returns:
-            Whether it was not given up.
+            Whether there is a model: False where it was given up before the first look.
         """
         tests = [member.data.test for member in self.members]
         with TURN, self.on_stream():
@@ -232,9 +235,8 @@ class Ensemble:
             score = scorer.run if self.stream is None else capture(scorer.run, self.stream)
         start = time.perf_counter()
         every = max(1, trainer.steps_per_epoch // looks_per_epoch)
-        while not trainer.done:
-            if stop():
-                return False
+        test_losses: list[float] = []
+        while not trainer.done and not stop():
             with self.on_stream():
                 with _GATE.together():
                     count = trainer.run(every)
@@ -244,6 +246,8 @@ class Ensemble:
             if report is not None:
                 elapsed = time.perf_counter() - start
                 report(Look(trainer.step, trainer.total_steps, elapsed, losses, accuracies))
+        if not test_losses:
+            return False
         with TURN, self.on_stream():
             for i, member in enumerate(self.members):
                 member.model = self.model(i)
@@ -427,6 +431,7 @@ class _Trainer:
                 if stop < self.stops[i]:
                     self.stops[i] = stop
                     self.falls[i] = stop
+            member.finished = member.steps >= self.stops[i]
 
     def _reorder(self) -> None:
         width = self.steps_per_epoch * self.batch

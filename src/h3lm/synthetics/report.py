@@ -10,6 +10,7 @@ from typing import Any
 from h3lm.errors import UserError
 from h3lm.synthetics.settings import MIXERS_BY_DEFAULT, PAPER_LONGER, SETTINGS
 
+_CUT = "†"
 CURVE_POINTS = 40  # the whole grid of seven tasks stays below a megabyte
 _COLUMNS = (
     "mixer", "paper", "one recipe", "lr", "best of the search", "lr", "steps", "loss",
@@ -34,6 +35,8 @@ class Run:
         test_loss: Loss of the answers at the end, nats.
         longer: Accuracy at further lengths.
         curve: (step, training loss, test accuracy) at each look.
+        finished: Whether its schedule was over, or it stopped as a model that solved its task;
+            False where the time allowed was over first.
     """
 
     setting: str
@@ -48,6 +51,7 @@ class Run:
     test_loss: float
     longer: dict[str, float]
     curve: list[tuple[int, float, float]]
+    finished: bool = True
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -119,22 +123,30 @@ class Report:
         return report
 
     def __contains__(self, key: tuple[Any, ...]) -> bool:
-        """Whether there is a run of this `Run.key`."""
-        return any(run.key == key for run in self.runs)
+        """Whether there is a finished run of this `Run.key`."""
+        return any(run.key == key and run.finished for run in self.runs)
 
     def add(self, setting: str, mixer: str, runs: list[Run], size: dict[str, int]) -> None:
         """Take up the runs of a setting and mixer."""
-        self.runs += runs
+        self._take(runs)
         self.sizes[f"{setting} {mixer}"] = size
 
     def merge(self, other: "Report") -> None:
         """Take up what another report holds and this one lacks."""
-        known = {run.key for run in self.runs}
-        self.runs += [run for run in other.runs if run.key not in known]
+        self._take(other.runs)
         self.sizes = other.sizes | self.sizes
         self.baselines = other.baselines | self.baselines
         self.longer_baselines = other.longer_baselines | self.longer_baselines
         self.calls += [call for call in other.calls if call not in self.calls]
+
+    def _take(self, runs: list[Run]) -> None:
+        """Add runs; of two of the same key the one that came further stays."""
+        kept = {run.key: run for run in self.runs}
+        for run in runs:
+            held = kept.get(run.key)
+            if held is None or (run.finished, run.steps) > (held.finished, held.steps):
+                kept[run.key] = run
+        self.runs = list(kept.values())
 
     def write(self) -> None:
         """Write the JSON and the tables."""
@@ -217,12 +229,27 @@ class Report:
                 f"{size['state_floats']:,}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+        lines += self._unfinished(setting)
         lines += ["", "Rules that learn nothing, on the same test rows:", ""]
         lines += ["| rule | accuracy | loss |", "|---|---|---|"]
         for b in self.baselines[setting]:
             loss = "-" if b["loss"] is None else f"{b['loss']:.3f}"
             lines.append(f"| {b['rule']} | {100 * b['accuracy']:.1f} | {loss} |")
         return "\n".join([*lines, "", *self._longer(setting)])
+
+    def _unfinished(self, setting: str) -> list[str]:
+        """What the time allowed cut short, of what the table shows and what it chose among."""
+        lines = []
+        for mixer in self.mixers(setting):
+            runs = [r for r in self.runs if (r.setting, r.mixer) == (setting, mixer)]
+            cut = [r for r in runs if not r.finished]
+            if cut:
+                lines.append(
+                    f"{_CUT} {mixer}: {len(cut)} of {len(runs)} trainings were cut short by the "
+                    f"time allowed, at step {max(r.steps for r in cut):,} of "
+                    f"{max(r.planned_steps for r in cut):,}, their rate still high."
+                )
+        return ["", *lines] if lines else []
 
     def _longer(self, setting: str) -> list[str]:
         lengths = sorted({int(n) for r in self.runs if r.setting == setting for n in r.longer})
@@ -259,7 +286,8 @@ class Report:
 def _cells(runs: list[Run]) -> tuple[str, str]:
     if not runs:
         return "-", "-"
-    return _spread([r.accuracy for r in runs]), f"{runs[0].learning_rate:g}"
+    cut = "" if all(r.finished for r in runs) else f" {_CUT}"
+    return _spread([r.accuracy for r in runs]) + cut, f"{runs[0].learning_rate:g}"
 
 
 def _loss(runs: list[Run]) -> str:

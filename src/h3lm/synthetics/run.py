@@ -224,8 +224,8 @@ def run(
         workers: Jobs side by side: processes on a CPU, 0 for one on each core; threads with a
             stream each on a GPU, 0 for `SIDE_BY_SIDE` of them. With more than one process each
             shows its own progress.
-        minutes: Time after which what is not finished is given up, and said; 0 only writes anew
-            what there is.
+        minutes: Time after which what is not finished is given up, and said; the report keeps
+            where it stood, marked. 0 only writes anew what there is.
         others: Folders of further reports, of other machines perhaps, to take up first. Their
             models and traces stay where they are.
 
@@ -254,8 +254,9 @@ def run(
     jobs.sort(key=lambda job: -job.steps)  # stable: the longest first
     unfinished, call = [], _describe_call(plan, devices)
     for job, outcome in _outcomes(jobs, devices, workers, progress):
-        if outcome is None:
+        if outcome is None or not all(run.finished for run in outcome.runs):
             unfinished.append(f"{job.name} {job.mixer}")
+        if outcome is None:
             continue
         report.add(job.name, job.mixer, outcome.runs, outcome.size)
         if call not in report.calls:
@@ -270,7 +271,10 @@ def run(
         say(report.markdown())
         say(f"written: {out / 'report.md'}, {out / 'report.json'}")
     if unfinished:
-        say(f"not finished in {minutes:g} minutes: {', '.join(unfinished)}; the same call goes on")
+        say(
+            f"not finished in {minutes:g} minutes: {', '.join(unfinished)}; where they stood is in "
+            "the report, marked; the same call trains them again"
+        )
 
 
 def _outcomes(
@@ -399,7 +403,7 @@ def _outcome(job: Job, members: list[Member], longer: dict[int, list[float]]) ->
     from h3lm.synthetics import plots
     from h3lm.synthetics.trace import trace
 
-    best = max(members, key=lambda m: (m.last, -m.test_loss))
+    best = max(members, key=lambda m: (m.finished, m.last, -m.test_loss))
     assert best.model is not None
     _save(best.model, job.out / "models" / f"{job.name}-{_file_name(job.mixer)}")
     if set(job.mixer.split("+")) == {"h3"} and not job.name.startswith("mqar"):
@@ -419,6 +423,7 @@ def _outcome(job: Job, members: list[Member], longer: dict[int, list[float]]) ->
             test_loss=member.test_loss,
             longer={str(length): scores[i] for length, scores in longer.items()},
             curve=member.curve,
+            finished=member.finished,
         )
         for i, ((kind, _, _), member) in enumerate(zip(job.wanted, members, strict=True))
     ]

@@ -79,6 +79,15 @@ def held_out(
     return HeldOut(TokenStream(blocks.stream.folder, "valid"))
 
 
+def test_text(recipe: Recipe, blocks: Blocks) -> HeldOut | None:
+    """What a recipe's last weights are tested on, if it says so.
+
+    Raises:
+        UserError: if it says so and the data have no test split.
+    """
+    return HeldOut(TokenStream(blocks.stream.folder, "test")) if recipe.test else None
+
+
 def _shipped_text() -> Traversable:
     return files("h3lm.data") / "texts" / "tinyshakespeare.txt"
 
@@ -126,8 +135,9 @@ class BlockOrder(Sampler[int]):
     def _blocks(self) -> Iterator[int]:
         for number in range(-(-self.total // self.num_blocks)):
             left = self.total - number * self.num_blocks
-            order = np.random.default_rng([self.seed, number]).permutation(self.num_blocks)
-            yield from order[:left].tolist()
+            order = np.random.default_rng([self.seed, number]).permutation(self.num_blocks)[:left]
+            for start in range(0, len(order), 2**16):  # a whole list would take GBs for The Pile
+                yield from order[start : start + 2**16].tolist()
 
 
 class BlockDataset(Dataset[Block]):

@@ -1,6 +1,8 @@
 """What a model's weights, gradients and optimiser take, before any of it is allocated."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +64,35 @@ class Held:
         left = (self.total - self.bytes) / GB
         rest = f"leaves {left:.2f} for activations" if left > 0 else f"lacks {-left:.2f}"
         return f"{words}; of {self.total / GB:.2f} that {rest}"
+
+
+@contextmanager
+def short_of_memory(recipe: Recipe, rows: int) -> Iterator[None]:
+    """Say in one line what to do when a run has no memory left; nothing that was saved is lost.
+
+    Args:
+        recipe: The run.
+        rows: Blocks that a process takes through the model at once.
+
+    Raises:
+        UserError: naming keys that may change in the same run.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        on_cpu = "can't allocate memory" in str(error)
+        if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        fewer = next((n for n in range(rows // 2, 0, -1) if rows % n == 0), None)
+        ways = [] if fewer is None else [f"micro_batch_size={fewer}"]
+        ways += [] if recipe.gradient_checkpointing else ["gradient_checkpointing=true"]
+        ways += [] if recipe.parallel == "fsdp" else ["parallel=fsdp on several GPUs"]
+        remedy = " or ".join(ways) or "a shorter block_length in another output_dir"
+        where = "the machine" if on_cpu else "the GPU"
+        raise UserError(
+            f"{where} has no memory left for {rows} x {recipe.block_length} tokens at once: "
+            f"take {remedy}; checkpoints are kept, and the run goes on from the newest"
+        ) from error
 
 
 def device_memory() -> int | None:

@@ -4,6 +4,7 @@
 
 import contextlib
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from importlib.resources import files
@@ -27,6 +28,9 @@ POSITIVE = (
     "block_length", "batch_size", "learning_rate", "ssm_max_learning_rate", "log_every",
     "eval_every", "eval_stride", "save_every", "keep_checkpoints", "sample_tokens",
     "profile_steps",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "seed", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_start",
 )  # fmt: skip
 
 
@@ -133,6 +137,11 @@ class Recipe:
         "tokens",
         free=True,
     )
+    test: bool = key(
+        False,
+        "score the data's test text too, once, by the weights that a run ends with",
+        free=True,
+    )
     verify_data: bool = key(True, "compare the data's checksums at the start", free=True)
     save_every: int | None = key(None, "how often a checkpoint is written", "steps", free=True)
     keep_checkpoints: int = key(2, "how many of them are kept", "checkpoints", free=True)
@@ -151,9 +160,26 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name}={value} must be positive")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{f.name}={value} must be a finite number")
         for name in ("warmup_fraction", "decay_fraction", "floor_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)} must be from 0 to 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        for name in NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        if self.seed >= 2**32:
+            raise UserError(f"seed={self.seed} must be below 2**32")
+        if self.schedule != "constant" and self.decay_fraction < self.warmup_fraction:
+            raise UserError(
+                f"decay_fraction={self.decay_fraction} ends the schedule before the warm-up does, "
+                f"warmup_fraction={self.warmup_fraction}"
+            )
         if self.eval_stride is not None and self.eval_stride > self.block_length:
             raise UserError(
                 f"eval_stride={self.eval_stride} exceeds the context of an evaluation, "
@@ -337,9 +363,11 @@ def _convert(name: str, value: Any) -> Any:
     allowed = get_args(hint) if type(None) in get_args(hint) or name == "mixers" else (hint,)
     if value is None and type(None) in allowed:
         return None
-    if isinstance(value, str) and float in allowed:  # YAML reads 6e-4 as a string
-        with contextlib.suppress(ValueError):
+    if isinstance(value, str) and (float in allowed or int in allowed):
+        with contextlib.suppress(ValueError):  # YAML reads 6e-4 and 1e5 as strings
             value = float(value)
+    if isinstance(value, float) and float not in allowed and value.is_integer():
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
         return float(value)
     plain = tuple(t if isinstance(t, type) else t.__origin__ for t in allowed)

@@ -1,7 +1,6 @@
 """A recipe run from data to a trained model folder, or from where it was interrupted."""
 
 import errno
-import hashlib
 import math
 import os
 import signal
@@ -13,13 +12,14 @@ from rich.console import Console
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as library_logging
 
-from h3lm.data.blocks import INDEX_FILE, Blocks
+from h3lm.data.blocks import Blocks
 from h3lm.data.lock import only_writer
 from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.folders import fit_tokenizer, load_model
+from h3lm.models.generation import load_tokenizer_of
 from h3lm.train import checkpoints
-from h3lm.train.arguments import NO_LIMIT, training_arguments
+from h3lm.train.arguments import NO_LIMIT, precision_of, training_arguments
 from h3lm.train.checkpoints import Checkpoint
 from h3lm.train.corpus import (
     BlockCollator,
@@ -27,16 +27,17 @@ from h3lm.train.corpus import (
     blocks_folder,
     held_out,
     prepare_shipped_text,
+    test_text,
     tokenizer_of,
 )
 from h3lm.train.interrupt import RunStopped, StopOnSignal
-from h3lm.train.memory import Held, device_memory
+from h3lm.train.memory import Held, device_memory, short_of_memory
 from h3lm.train.mesh import Mesh, check_same_recipe
 from h3lm.train.outcome import Result, finish
 from h3lm.train.param_groups import describe_groups, parameter_groups
 from h3lm.train.processes import is_first, rank, wait_for_all, world_size
 from h3lm.train.profiling import Profiler
-from h3lm.train.progress import Clock, ProgressLine, Speed, write_log
+from h3lm.train.progress import Clock, LogFile, ProgressLine, Speed
 from h3lm.train.recipe import Recipe
 from h3lm.train.throughput import FORMULA, flops_per_token, peak_flops
 from h3lm.train.trainer import H3Trainer
@@ -72,13 +73,15 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
 def _train(recipe: Recipe, console: Console) -> Result:
     if recipe.deterministic:
         compute_the_same_bits()
-    arguments = training_arguments(recipe)  # several processes find each other here
+    checkpoint = find_checkpoint(recipe, console)
+    before = checkpoint.point.precision if checkpoint else ""
+    arguments = training_arguments(recipe, before)  # several processes find each other here
     check_same_recipe(recipe)
     mesh = Mesh.of(recipe)
     library_logging.disable_progress_bar()
-    checkpoint = find_checkpoint(recipe, console)
     blocks = _open_blocks(recipe)
     tokenizer = tokenizer_of(blocks)
+    valid, test = held_out(recipe, blocks, tokenizer), test_text(recipe, blocks)
     if recipe.init_from is None:  # such a model's size is known when it is loaded
         held = Held.of(build_config(recipe, len(tokenizer)), recipe, mesh, device_memory())
         console.print(str(held), highlight=False)
@@ -86,6 +89,8 @@ def _train(recipe: Recipe, console: Console) -> Result:
     set_seed(recipe.seed)
     model = _make_model(recipe, len(tokenizer))
     blocks.stream.check_vocabulary(model.config.vocab_size)
+    if recipe.init_from is not None:
+        _check_tokenizer(blocks, recipe.init_from)
     fit_tokenizer(model, tokenizer)
     mesh.check(model, recipe)
     if world_size() > 1:
@@ -98,16 +103,16 @@ def _train(recipe: Recipe, console: Console) -> Result:
     stop = StopOnSignal()
     callbacks: list[TrainerCallback] = [clock, speed, stop]
     if is_first():
-        callbacks += [line, *tensorboard(recipe.folder)]
+        callbacks += [line, *logs(recipe.folder)]
         if recipe.profile_steps is not None:
             label = recipe.compile is None
             callbacks.append(Profiler(recipe.profile_steps, recipe.folder, label=label))
     trainer = H3Trainer(
         recipe,
-        held_out(recipe, blocks, tokenizer),
+        valid,
         clock=clock,
         speed=speed,
-        data=_fingerprint(blocks),
+        data=blocks.stream.index.fingerprint("train"),
         model=model,
         args=arguments,
         train_dataset=BlockDataset(blocks),
@@ -118,19 +123,18 @@ def _train(recipe: Recipe, console: Console) -> Result:
     )
     if checkpoint is not None:
         checkpoint.point.check_same_run(trainer.point(checkpoint.point.step), checkpoint.folder)
-        say_resumed(checkpoint, console)
+        say_resumed(checkpoint, precision_of(arguments), console)
     write_recipe(recipe)
     _describe(trainer, len(blocks), console)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        with short_of_memory(recipe, arguments.per_device_train_batch_size):
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
     finally:
         stop.close()
         line.close()
-        if is_first() and trainer.state.log_history:
-            write_log(trainer.state.log_history, recipe.folder / "log.jsonl")
     if stop.agreed:
         raise stopped(trainer, stop.agreed)
-    return finish(trainer, tokenizer, console)
+    return finish(trainer, test, tokenizer, console)
 
 
 def build_config(recipe: Recipe, vocab_size: int) -> H3Config:
@@ -198,14 +202,21 @@ def _open_blocks(recipe: Recipe) -> Blocks:
     return Blocks(folder, "train", recipe.block_length)
 
 
-def _fingerprint(blocks: Blocks) -> str:
-    return hashlib.sha256((blocks.stream.folder / INDEX_FILE).read_bytes()).hexdigest()
-
-
 def _make_model(recipe: Recipe, vocab_size: int) -> H3ForCausalLM:
     if recipe.init_from is not None:
         return load_model(recipe.init_from)
     return H3ForCausalLM(build_config(recipe, vocab_size))
+
+
+def _check_tokenizer(blocks: Blocks, model: str) -> None:
+    """Check that a model to start from knows the data's tokens, if it has a tokenizer."""
+    from h3lm.evals.text import check_same_tokenizer
+
+    try:
+        tokenizer = load_tokenizer_of(model)
+    except UserError:
+        return
+    check_same_tokenizer(blocks.stream, tokenizer, model)
 
 
 def number_of_steps(
@@ -228,19 +239,19 @@ def _peak_rate(recipe: Recipe, model: H3ForCausalLM) -> float | None:
     return peak * world_size() / flops_per_token(model, recipe.block_length)
 
 
-def tensorboard(folder: Path) -> list[TrainerCallback]:
-    """The callback that writes TensorBoard's files, if it is installed."""
+def logs(folder: Path) -> list[TrainerCallback]:
+    """What writes `log.jsonl`, and TensorBoard's files if it is installed."""
     from transformers.integrations import TensorBoardCallback
 
     try:
         callback = TensorBoardCallback()
     except RuntimeError:  # not installed
-        return []
+        return [LogFile(folder / "log.jsonl")]
     callback.logging_dir = str(folder / "tensorboard")
-    return [callback]
+    return [LogFile(folder / "log.jsonl"), callback]
 
 
-def say_resumed(checkpoint: Checkpoint, console: Console) -> None:
+def say_resumed(checkpoint: Checkpoint, precision: str, console: Console) -> None:
     """Tell where a run goes on from."""
     point = checkpoint.point
     words = f"resuming at step {point.step:,} from {checkpoint.folder}"
@@ -249,6 +260,8 @@ def say_resumed(checkpoint: Checkpoint, console: Console) -> None:
             f", written by {point.processes} processes and read by {world_size()}: "
             "random numbers (dropout) will be others"
         )
+    if point.precision not in ("", precision):
+        words += f", trained in {point.precision} and from here on in {precision}"
     console.print(words, highlight=False)
 
 

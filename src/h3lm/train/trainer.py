@@ -22,6 +22,7 @@ from h3lm.evals.perplexity import TextScore, score_tokens
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.slices import share_rows, whole_rows
 from h3lm.train import checkpoints
+from h3lm.train.arguments import precision_of
 from h3lm.train.checkpoints import RunPoint
 from h3lm.train.compiling import compile_model, eagerly
 from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut
@@ -159,20 +160,21 @@ class H3Trainer(Trainer):
             return {}
         if self.evaluated[0] == self.state.global_step:
             return self.evaluated[1]
-        score = self._score(self.valid)
+        with self.speed.aside():
+            score = self.score(self.valid)
         metrics = {"eval_loss": score.loss, "eval_perplexity": score.perplexity}
         self.evaluated = self.state.global_step, metrics
         self.log(metrics)
         return metrics
 
-    def _score(self, valid: HeldOut) -> TextScore:
-        """The score of all processes together, each on its share."""
+    def score(self, text: HeldOut) -> TextScore:
+        """The score of all processes together, each on its share; all must come here."""
         eager = eagerly() if self.recipe.compile is not None else nullcontext()
         with eager, whole_rows(self.model):
             part = score_tokens(
                 self.model,
-                valid.tokens,
-                first=valid.first,
+                text.tokens,
+                first=text.first,
                 context=self.recipe.block_length,
                 stride=self.recipe.eval_stride,
                 batch_size=max(1, self.args.per_device_train_batch_size),
@@ -187,6 +189,7 @@ class H3Trainer(Trainer):
         taken = self.state.global_step * self.recipe.batch_size
         self.state.epoch = taken / len(self.train_dataset)
         if "loss" in logs:
+            self.speed.mark(self.state)
             logs = logs | self.speed.figures(self.state)
         super().log(logs)
 
@@ -224,9 +227,11 @@ class H3Trainer(Trainer):
             return
         good, _ = checkpoints.newest(self.checkpoints_folder)
         kept = f"the last good checkpoint is {good.folder}" if good else "no checkpoint was written"
+        start = ", and init_from=CHECKPOINT to start from its weights" if good else ""
         raise UserError(
             f"the loss or its gradient is not finite at step {step}; {kept}. A lower "
-            "learning_rate or max_grad_norm, or a longer warm-up, may help"
+            "learning_rate or max_grad_norm, or a longer warm-up, may help: that is another run, "
+            f"so give it another output_dir{start}"
         )
 
     # Checkpoints
@@ -242,12 +247,13 @@ class H3Trainer(Trainer):
             recipe=json.loads(json.dumps(self.recipe.decisive())),
             data=self.data,
             model=json.loads(json.dumps(model)),
+            precision=precision_of(self.args),
         )
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         point = self.point(self.state.global_step)
         folder = self.checkpoints_folder
-        with checkpoints.failing_in_one_line(folder):
+        with self.speed.aside(), checkpoints.failing_in_one_line(folder):
             if is_first():
                 checkpoints.begin(folder)
             wait_for_all()
