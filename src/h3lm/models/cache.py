@@ -355,7 +355,7 @@ class DecodingCache(Cache):
     def make_room(self, row: "DecodingCache") -> None:
         """Take memory for all rows, of the kinds that another cache of one row has."""
 
-        def for_all(x: Tensor | None) -> Tensor | None:
+        def for_all(x: Any) -> Any:
             return None if x is None else x.expand(self.rows, *x.shape[1:])
 
         for mine, theirs in zip(self.layers, row.layers, strict=True):

@@ -535,7 +535,7 @@ def _mean_baselines(setting: Setting, seeds: list[int], length: int) -> list[dic
 def _altered(setting: Setting, options: dict[str, int]) -> Setting:
     old = setting.task
     fields = {f.name: getattr(old, f.name) for f in dataclasses.fields(old)}  # type: ignore[arg-type]
-    rows = {option: options[option] for option in _ROWS if option in options}
+    rows: dict[str, Any] = {option: options[option] for option in _ROWS if option in options}
     chosen = {option: value for option, value in options.items() if option not in rows}
     for option in chosen:
         check_known(f"option of {old.name}", option, fields)

@@ -49,9 +49,9 @@ class Group:
 
     def mean(self, key: str) -> tuple[float, float | None] | None:
         """Mean and standard deviation (None of a single run) of a figure that all runs have."""
-        values = [run.summary.get(key) for run in self.runs]
-        if any(value is None for value in values):
+        if any(run.summary.get(key) is None for run in self.runs):
             return None
+        values = [float(run.summary[key]) for run in self.runs]
         return fmean(values), stdev(values) if len(values) > 1 else None
 
 
@@ -182,7 +182,7 @@ def _name(run: Run, groups: list[list[Run]]) -> str:
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in recipe.items():
         if isinstance(value, dict):
             flat |= {f"{key}.{inner}": x for inner, x in value.items()}
