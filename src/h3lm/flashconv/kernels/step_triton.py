@@ -29,12 +29,12 @@ class StepSize:
     Attributes:
         columns: Channels of a program: 256 bytes of state for each row with 32 modes.
         rows: Rows of a program.
-        warps: Warps of a program.
+        warps: Warps of a program; a single one needs no barrier.
     """
 
-    columns: int = 8
-    rows: int = 4
-    warps: int = 4
+    columns: int = 4
+    rows: int = 2
+    warps: int = 1
 
 
 SIZE = StepSize()
@@ -176,12 +176,13 @@ def step(
     diagonal: Tensor,
     head_dim: int,
     early: bool = False,
-    size: StepSize = SIZE,
+    size: StepSize | None = None,
 ) -> Tensor:
-    """Launch the kernel; see `flashconv.h3_step_in_place` for shapes.
+    """Launch the kernel; see `flashconv.h3_step_in_place` for shapes; `SIZE` if no size is given.
 
     Everything but q, k and v is contiguous; these have contiguous channels and any row stride.
     """
+    size = size or SIZE
     B, D = q.shape
     H, modes, n_taps = D // head_dim, a.shape[1], taps.shape[1]
     heads = max(1, size.columns // head_dim)
