@@ -187,12 +187,13 @@ def step(
     H, modes, n_taps = D // head_dim, a.shape[1], taps.shape[1]
     heads = max(1, size.columns // head_dim)
     rows = min(size.rows, triton.next_power_of_2(B))
+    warps = size.warps * max(1, head_dim // size.columns)  # a head is not divided
     o = torch.empty((B, D), dtype=q.dtype, device=q.device)
     h3_step_kernel[(triton.cdiv(H, heads), triton.cdiv(B, rows))](
         q, k, v, o, ring, position, diagonal, taps, a, b, c, skip,
         B, H, q.stride(0), k.stride(0), v.stride(0),
         HEAD_DIM=head_dim, N_TAPS=n_taps, MODES=modes, ROWS=rows, HEADS=heads,
         SLOTS=triton.next_power_of_2(n_taps), WIDTH=triton.next_power_of_2(modes),
-        EARLY=early, num_warps=size.warps, **launch_options(early),
+        EARLY=early, num_warps=warps, **launch_options(early),
     )  # fmt: skip
     return o
