@@ -33,7 +33,7 @@ from h3lm.models.sampling import Chooser
 NEW_TOKENS = 128
 # rows and prompt length, the most telling first
 SHAPES = ((64, 1536), (64, 512), (64, 1024), (1, 512), (16, 8192), (4, 65536))
-LIBRARY_SHAPES = SHAPES[:3]  # its GPT-2 has learned positions up to 2048
+LIBRARY_SHAPES = ((64, 1024), (64, 512))  # besides the first; up to its 2048 positions
 FITTING = 8192  # positions of which as many rows as fit are run
 LONG = 2**18  # tokens of prompts from which they are read once
 CONTEXTS = ((1, 1024), (1, 2**20))  # of pure H3 alone: its step must not care
@@ -106,12 +106,14 @@ def _jobs(
         for name, model in models.items():
             yield partial(_row, name, model, rows, prompt, bandwidth)
         yield partial(_independent, models["Transformer"].config, rows, prompt, bandwidth)
-        if (rows, prompt) in LIBRARY_SHAPES:
+        if i == 0:
             yield partial(_library, preset, rows, prompt)
         if i == 0 and parts:
             yield partial(_parts, models, bandwidth)
     for name, model in models.items():
         yield partial(_fitting, name, model, bandwidth)
+    for rows, prompt in LIBRARY_SHAPES:
+        yield partial(_library, preset, rows, prompt)
     for rows, prompt in CONTEXTS:
         yield partial(_row, "pure H3", models["pure H3"], rows, prompt, bandwidth)
 

@@ -64,7 +64,7 @@ def _h3_core(block: Block, state: tuple[Tensor, Tensor]) -> Callable[[Tensor], T
     shift, diagonal = state
     ring = torch.cat([shift, torch.zeros_like(shift[..., :1])], 2)  # goes on at its last slot
     position = torch.full((ROWS,), SEEN, device=shift.device)
-    pairs = as_real_pairs(diagonal).clone()
+    pairs = as_real_pairs(diagonal).clone(memory_format=torch.contiguous_format)
     return lambda qkv: block.mixer.step_core(qkv, RingState(ring, position, pairs), early=True)
 
 

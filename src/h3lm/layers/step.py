@@ -99,8 +99,9 @@ def add_norm(stream: Stream, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
 
 def product(linear: nn.Linear, x: Tensor, *, gelu: bool = False) -> Tensor:
     """A linear map of (rows, d_in), perhaps with GELU behind it."""
-    if _is_small(x):
-        return _small_product(linear, x, gelu=gelu, in_parts=False)
+    y = _small_product(linear, x, gelu=gelu, in_parts=False)
+    if y is not None:
+        return y
     if gelu and linear.bias is not None and x.is_cuda:  # elsewhere it is the exact GELU
         return torch._addmm_activation(linear.bias, x, linear.weight.T, use_gelu=True)
     y = linear(x)
@@ -109,24 +110,20 @@ def product(linear: nn.Linear, x: Tensor, *, gelu: bool = False) -> Tensor:
 
 def product_in_parts(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """A linear map of (rows, d_in) in parts that are still to be added, and its bias."""
-    if _is_small(x):
-        return _small_product(linear, x, gelu=False, in_parts=True), linear.bias
-    return F.linear(x, linear.weight)[None], linear.bias
+    y = _small_product(linear, x, gelu=False, in_parts=True)
+    return F.linear(x, linear.weight)[None] if y is None else y, linear.bias
 
 
-def _is_small(x: Tensor) -> bool:
-    """Whether reading the weights is all that a product costs."""
-    from h3lm.layers.step_triton import MAX_ROWS
-
-    return len(x) <= MAX_ROWS and x.dtype != torch.float32
-
-
-def _small_product(linear: nn.Linear, x: Tensor, *, gelu: bool, in_parts: bool) -> Tensor:
+def _small_product(linear: nn.Linear, x: Tensor, *, gelu: bool, in_parts: bool) -> Tensor | None:
+    """A product that costs as much as reading its weights; None for others."""
     from h3lm.flashconv.kernels.overlap import can_overlap
     from h3lm.layers import step_triton
 
-    size = step_triton.product_size(len(x), linear.weight, in_parts)
-    assert size is not None
+    if len(x) > step_triton.MAX_ROWS or x.dtype == torch.float32:
+        return None
+    size = step_triton.SIZES[step_triton.product_kind(len(x), linear.weight, in_parts)]
+    if size is None:
+        return None
     bias = None if in_parts else linear.bias
     return step_triton.product(x, linear.weight, bias, gelu, in_parts, can_overlap(x.device), size)
 

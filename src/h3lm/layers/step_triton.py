@@ -31,8 +31,8 @@ class AttendSize:
         programs_per_sm: The keys of the batch are spread over about so many.
     """
 
-    keys: int = 64
-    stages: int = 1
+    keys: int = 32
+    stages: int = 4
     warps: int = 4
     programs_per_sm: int = 4
 
@@ -45,7 +45,7 @@ class ProductSize:
         columns: Outputs of a program.
         depth: Inputs that it takes at a time.
         parts: Programs that share the inputs of an output.
-        stages: How many tiles of weights are on their way.
+        stages: How many tiles of weights are on their way; of several rows alone.
         warps: Warps of a program.
     """
 
@@ -58,23 +58,24 @@ class ProductSize:
 
 ATTEND = AttendSize()
 MAX_ROWS = 64  # of products; with more, the libraries' kernels are as good
-FEW_ROWS = 16
-# Chosen by hand, not yet measured: 96 KB of shared memory at most, so that the programs of the next
-# product fit beside those of this one and have their weights fetched
-SIZES = {
-    (True, "whole"): ProductSize(32),
-    (True, "square"): ProductSize(32, parts=4),
-    (True, "deep"): ProductSize(32, parts=8),
-    (False, "whole"): ProductSize(64),
-    (False, "square"): ProductSize(64, parts=4),
-    (False, "deep"): ProductSize(64, parts=8),
+# By rows at most and kind of product; None for the library's
+SIZES: dict[tuple[int, str], ProductSize | None] = {
+    (1, "whole"): ProductSize(8, 1024),
+    (1, "square"): ProductSize(8, 1024, parts=2),
+    (1, "deep"): ProductSize(8, 1024, parts=4),
+    (16, "whole"): ProductSize(64, 128, stages=4),
+    (16, "square"): ProductSize(64, 128, parts=4, stages=4),
+    (16, "deep"): ProductSize(64, 128, parts=4, stages=4),
+    (64, "whole"): ProductSize(64, 128, stages=4),
+    (64, "square"): ProductSize(64, 128, parts=4, stages=4),
+    (64, "deep"): ProductSize(64, 128, parts=4, stages=4),
 }
 
 
-def product_size(rows: int, weight: Tensor, in_parts: bool) -> ProductSize:
-    """The size that measured best for products like this one."""
+def product_kind(rows: int, weight: Tensor, in_parts: bool) -> tuple[int, str]:
+    """The key of `SIZES` for a product."""
     kind = "whole" if not in_parts else "deep" if weight.shape[1] > weight.shape[0] else "square"
-    return SIZES[rows <= FEW_ROWS, kind]
+    return (1 if rows == 1 else 16 if rows <= 16 else MAX_ROWS), kind
 
 
 @triton.jit
@@ -319,6 +320,12 @@ def attend_step(
 
 
 @triton.jit
+def tanh_gelu(x):
+    """GELU in its tanh approximation: tanh z = 2 sigmoid(2 z) - 1."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
 def product_kernel(
     x,
     weight,
@@ -370,12 +377,60 @@ def product_kernel(
     if WHOLE:
         if BIAS:
             total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-        if GELU:  # its tanh approximation: tanh z = 2 sigmoid(2 z) - 1
-            inner = 1.5957691216057308 * (total + 0.044715 * total * total * total)
-            total = total * tl.sigmoid(inner)
+        if GELU:
+            total = tanh_gelu(total)
         tl.store(y + y_at, total.to(y.dtype.element_ty), mask=mask)
     else:
         tl.store(y + part.to(tl.int64) * M * N + y_at, total, mask=mask)
+
+
+@triton.jit
+def row_product_kernel(
+    x,
+    weight,
+    bias,
+    y,
+    N,
+    K,
+    depth_of_part,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """`product_kernel` for one row, without matrix units: weights go from memory to registers.
+
+    The first of them are on their way before the program waits for x.
+    """
+    part = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    inside = (column < N)[:, None]
+    begin = part * depth_of_part
+    end = tl.minimum(begin + depth_of_part, K)
+    weight_row = weight + column.to(tl.int64)[:, None] * K
+    at = begin + depth
+    weights = tl.load(weight_row + at[None, :], mask=inside & (at < end)[None, :], other=0.0)
+    wait_for_inputs(EARLY)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in tl.range(begin, end, DEPTH, num_stages=1):
+        at = start + depth
+        values = tl.load(x + at, mask=at < end, other=0.0).to(tl.float32)
+        if start > begin:
+            weights = tl.load(
+                weight_row + at[None, :], mask=inside & (at < end)[None, :], other=0.0
+            )
+        total += tl.sum(weights.to(tl.float32) * values[None, :], 1)
+    if WHOLE:
+        if BIAS:
+            total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
+        if GELU:
+            total = tanh_gelu(total)
+        tl.store(y + column, total.to(y.dtype.element_ty), mask=column < N)
+    else:
+        tl.store(y + part * N + column, total, mask=column < N)
 
 
 def product(
@@ -407,12 +462,20 @@ def product(
     assert in_parts or parts == 1
     shape, dtype = ((parts, M, N), torch.float32) if in_parts else ((M, N), x.dtype)
     y = torch.empty(shape, dtype=dtype, device=x.device)
-    product_kernel[(triton.cdiv(N, size.columns), parts)](
-        x, weight, weight if bias is None else bias, y, M, N, K, depth_of_part,
-        ROWS=max(16, triton.next_power_of_2(M)), COLUMNS=size.columns, DEPTH=size.depth,
-        WHOLE=not in_parts, BIAS=bias is not None, GELU=gelu, STAGES=size.stages, EARLY=early,
-        num_warps=size.warps, **launch_options(early),
-    )  # fmt: skip
+    columns = triton.cdiv(N, size.columns)
+    tensors = x, weight, weight if bias is None else bias, y
+    choices = {"WHOLE": not in_parts, "BIAS": bias is not None, "GELU": gelu, "EARLY": early}
+    launch = {"num_warps": size.warps, **launch_options(early)}
+    if M == 1:
+        row_product_kernel[(columns, parts)](
+            *tensors, N, K, depth_of_part,
+            COLUMNS=size.columns, DEPTH=size.depth, **choices, **launch,
+        )  # fmt: skip
+    else:
+        product_kernel[(columns, parts)](
+            *tensors, M, N, K, depth_of_part, ROWS=max(16, triton.next_power_of_2(M)),
+            COLUMNS=size.columns, DEPTH=size.depth, STAGES=size.stages, **choices, **launch,
+        )  # fmt: skip
     return y
 
 
