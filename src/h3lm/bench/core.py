@@ -236,7 +236,7 @@ def _to_heads(x: Tensor) -> Tensor:
 
 def _retention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Linear attention with a fixed decay for each head, by flash-linear-attention."""
-    from fla.ops.retention import chunk_retention  # type: ignore[import-not-found]
+    from fla.ops.retention import chunk_retention
 
     return chunk_retention(q, k, v)[0]
 
