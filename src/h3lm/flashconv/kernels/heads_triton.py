@@ -47,8 +47,8 @@ from h3lm.flashconv.kernels.tile import T, span_of
 
 PAIRS = tl.constexpr(64)  # rows of a product
 # of a launch, the best on an H200
-FORWARD = {"num_warps": 4, "STAGES": 2}
-BACKWARD = {"num_warps": 4, "num_stages": 1}
+FORWARD = {"num_warps": 4, "STAGES": 3}
+BACKWARD = {"num_warps": 4, "STAGES": 3}
 
 
 @triton.jit
@@ -61,21 +61,12 @@ def spans_of(row, B, L, total, segments, bounds, SEGMENTED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, position, length, EVEN: tl.constexpr):
-    """Values of channels at the positions of a chunk; 0 outside of their rows."""
-    if EVEN:
-        return tl.load(base + position)
+def where_inside(position, length, WHOLE: tl.constexpr):
+    """Which positions of rows exist. WHOLE: all chunks of a row do; then copies are wide."""
+    if WHOLE:
+        return length > 0
     else:
-        return tl.load(base + position, (position >= 0) & (position < length), 0.0)
-
-
-@triton.jit
-def store_rows(base, position, length, x, EVEN: tl.constexpr):
-    """The inverse of `load_rows`."""
-    if EVEN:
-        tl.store(base + position, x)
-    else:
-        tl.store(base + position, x, (position >= 0) & (position < length))
+        return (position >= 0) & (position < length)
 
 
 @triton.jit
@@ -162,7 +153,7 @@ def forward_kernel(
     q, s, v, o, M, K, P, decay, start, end, bounds,
     q_row, q_channel, s_row, s_channel, v_row, v_channel,
     B, H, L, groups, total, segments,
-    N: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
+    N: tl.constexpr, HEAD_DIM: tl.constexpr, WHOLE: tl.constexpr, SEGMENTED: tl.constexpr,
     REVERSED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Outputs, without `o` only end states: those after the last full chunk of each row.
@@ -191,7 +182,7 @@ def forward_kernel(
         inside = length[:, None]
         chunks = (length + T - 1) // T if REVERSED else length // T  # that an end state covers
         last = (tl.max(length, 0) + T - 1) // T
-        if not EVEN:
+        if not WHOLE:
             of_pair = first + tl.arange(0, PAIRS) // (HEAD_DIM * HEAD_DIM)
             _, _, pair_length = spans_of(of_pair, B, L, total, segments, bounds, SEGMENTED)
             covered = (pair_length + T - 1) // T if REVERSED else pair_length // T
@@ -205,19 +196,20 @@ def forward_kernel(
                 position = (chunks - 1 - c)[:, None] * T + i
             else:
                 position = c * T + i
-            s_tile = load_rows(s_base, position, inside, EVEN)
-            v_tile = load_rows(v_base, position, inside, EVEN)
+            mask = where_inside(position, inside, WHOLE)
+            s_tile = tl.load(s_base + position, mask, 0.0)
+            v_tile = tl.load(v_base + position, mask, 0.0)
             w = of_keys(s_tile, HEAD_DIM).to(tl.float32) * of_values(v_tile, HEAD_DIM)
             w = w.to(dtype)
             if o is not None:
                 y = tl.dot(w, tl.trans(M_h), input_precision=PRECISION)
                 y = tl.dot(x.to(dtype), tl.trans(P_h), y, input_precision=PRECISION)
-                gate = of_keys(load_rows(q_base, position, inside, EVEN), HEAD_DIM)
+                gate = of_keys(tl.load(q_base + position, mask, 0.0), HEAD_DIM)
                 out = sum_over_keys(y * gate.to(tl.float32), HEAD_DIM).to(dtype)
-                store_rows(o_base, position, inside, out, EVEN)
+                tl.store(o_base + position, out, mask)
             after = times(x, decay_re, decay_im, N)
             after = tl.dot(w, tl.trans(K_h), after, input_precision=PRECISION)
-            if EVEN:
+            if WHOLE:
                 x = after
             else:
                 x = tl.where((c < covered)[:, None], after, x)
@@ -230,8 +222,8 @@ def left_to_right_kernel(
     q, s, v, do, dq, M, K, P, decay, start, dend, dP, ddecay, bounds,
     q_row, q_channel, s_row, s_channel, v_row, v_channel, do_row, do_channel,
     B, H, L, groups, total, segments,
-    N: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    N: tl.constexpr, HEAD_DIM: tl.constexpr, WHOLE: tl.constexpr, SEGMENTED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q, P and the decay; each program writes its own sums of the latter two."""
     ROWS: tl.constexpr = PAIRS // (HEAD_DIM * HEAD_DIM)
@@ -259,7 +251,7 @@ def left_to_right_kernel(
         dq_base = (dq + (source * H * HEAD_DIM + channel) * total + begin)[:, None]
         inside = length[:, None]
         last = (tl.max(length, 0) + T - 1) // T
-        if not EVEN:
+        if not WHOLE:
             of_pair = first + tl.arange(0, PAIRS) // (HEAD_DIM * HEAD_DIM)
             _, _, pair_length = spans_of(of_pair, B, L, total, segments, bounds, SEGMENTED)
             covered = pair_length // T
@@ -269,20 +261,21 @@ def left_to_right_kernel(
         else:
             x = tl.zeros([PAIRS, N], tl.float32)
         tangent = tl.zeros([PAIRS, N], tl.float32)
-        for c in range(0, last):
+        for c in tl.range(0, last, num_stages=STAGES):
             position = c * T + i
-            s_tile = load_rows(s_base, position, inside, EVEN)
-            v_tile = load_rows(v_base, position, inside, EVEN)
+            mask = where_inside(position, inside, WHOLE)
+            s_tile = tl.load(s_base + position, mask, 0.0)
+            v_tile = tl.load(v_base + position, mask, 0.0)
             w = of_keys(s_tile, HEAD_DIM).to(tl.float32) * of_values(v_tile, HEAD_DIM)
             w = w.to(dtype)
-            gate = of_keys(load_rows(q_base, position, inside, EVEN), HEAD_DIM)
-            d_out = of_values(load_rows(do_base, position, inside, EVEN), HEAD_DIM).to(tl.float32)
+            gate = of_keys(tl.load(q_base + position, mask, 0.0), HEAD_DIM)
+            d_out = of_values(tl.load(do_base + position, mask, 0.0), HEAD_DIM).to(tl.float32)
             dy = (gate.to(tl.float32) * d_out).to(dtype)
             half = x.to(dtype)
             y = tl.dot(w, tl.trans(M_h), input_precision=PRECISION)
             y = tl.dot(half, tl.trans(P_h), y, input_precision=PRECISION)
             d_q = sum_over_values(y * d_out, HEAD_DIM).to(dtype)
-            store_rows(dq_base, position, inside, d_q, EVEN)
+            tl.store(dq_base + position, d_q, mask)
             sum_P = tl.dot(tl.trans(dy), half, sum_P, input_precision=PRECISION)
             p = tl.dot(dy, P_h, input_precision=PRECISION)
             p_re, p_im = conjugate_products(p, tangent, N)
@@ -291,7 +284,7 @@ def left_to_right_kernel(
             next_tangent = times(tangent, decay_re, decay_im, N) + x
             after = times(x, decay_re, decay_im, N)
             after = tl.dot(w, tl.trans(K_h), after, input_precision=PRECISION)
-            if EVEN:
+            if WHOLE:
                 x = after
                 tangent = next_tangent
             else:
@@ -316,8 +309,8 @@ def right_to_left_kernel(
     q, s, v, do, ds, dv, M, K, P, decay, dend, dstart, dM, dK, bounds,
     q_row, q_channel, s_row, s_channel, v_row, v_channel, do_row, do_channel,
     B, H, L, groups, total, segments,
-    N: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    N: tl.constexpr, HEAD_DIM: tl.constexpr, WHOLE: tl.constexpr, SEGMENTED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of s, v, M, K and the start; each program writes its own sums of dM and dK."""
     ROWS: tl.constexpr = PAIRS // (HEAD_DIM * HEAD_DIM)
@@ -352,14 +345,15 @@ def right_to_left_kernel(
         g = tl.zeros([PAIRS, N], tl.float32)
         if dend is not None:
             g = tl.load(dend + state_at, here & (covered == last), 0.0)
-        for step in range(0, last):
+        for step in tl.range(0, last, num_stages=STAGES):
             c = last - 1 - step
             position = c * T + i
-            s_rows = of_keys(load_rows(s_base, position, inside, EVEN), HEAD_DIM).to(tl.float32)
-            v_rows = of_values(load_rows(v_base, position, inside, EVEN), HEAD_DIM).to(tl.float32)
+            mask = where_inside(position, inside, WHOLE)
+            s_rows = of_keys(tl.load(s_base + position, mask, 0.0), HEAD_DIM).to(tl.float32)
+            v_rows = of_values(tl.load(v_base + position, mask, 0.0), HEAD_DIM).to(tl.float32)
             w = (s_rows * v_rows).to(dtype)
-            gate = of_keys(load_rows(q_base, position, inside, EVEN), HEAD_DIM)
-            d_out = of_values(load_rows(do_base, position, inside, EVEN), HEAD_DIM)
+            gate = of_keys(tl.load(q_base + position, mask, 0.0), HEAD_DIM)
+            d_out = of_values(tl.load(do_base + position, mask, 0.0), HEAD_DIM)
             dy = (gate.to(tl.float32) * d_out).to(dtype)
             half = g.to(dtype)
             dw = tl.dot(dy, M_h, input_precision=PRECISION)
@@ -367,13 +361,13 @@ def right_to_left_kernel(
             sum_M = tl.dot(tl.trans(dy), w, sum_M, input_precision=PRECISION)
             sum_K = tl.dot(tl.trans(half), w, sum_K, input_precision=PRECISION)
             d_s = sum_over_values(dw * v_rows, HEAD_DIM).to(dtype)
-            store_rows((ds + out)[:, None], position, inside, d_s, EVEN)
+            tl.store((ds + out)[:, None] + position, d_s, mask)
             d_v = sum_over_keys(dw * s_rows, HEAD_DIM).to(dtype)
-            store_rows((dv + out)[:, None], position, inside, d_v, EVEN)
+            tl.store((dv + out)[:, None] + position, d_v, mask)
             g = times(g, decay_re, -decay_im, N)
             g = tl.dot(dy, P_h, g, input_precision=PRECISION)
             if dend is not None:
-                if not EVEN:
+                if not WHOLE:
                     g += tl.load(dend + state_at, here & (covered == c), 0.0)
         if dstart is not None:
             tl.store(dstart + state_at, g, here)
@@ -390,13 +384,18 @@ def wide_warps(dtype: torch.dtype) -> dict[str, int]:
     return {"num_warps": 8} if dtype == torch.float32 else {}
 
 
-def _walk(B: int, H: int, head_dim: int, slots: int) -> tuple[int, int, bool]:
-    """Groups of rows of a program, programs of a head, and whether they are all full."""
+def is_whole(L: int, total: int, segments: int, bounds: Tensor | None) -> bool:
+    """Whether no row, segment or sequence ends within a chunk."""
+    return L % T.value == 0 and total == segments * L and bounds is None
+
+
+def _walk(B: int, H: int, head_dim: int, slots: int) -> tuple[int, int]:
+    """Groups of rows of a program, and programs of a head, with equal work if that can be."""
     rows = PAIRS.value // head_dim**2
     groups = -(-B // rows)
-    each = -(-groups // min(groups, -(-slots // H)))
-    programs = -(-groups // each)
-    return each, programs, programs * each * rows == B
+    least = -(-groups // min(groups, -(-slots // H)))
+    each = next((n for n in range(least, 2 * least) if groups % n == 0), least)
+    return each, -(-groups // each)
 
 
 def forward(
@@ -423,7 +422,7 @@ def forward(
     head_dim = D // H
     s = k if operators.F is None else filter_triton.forward(k, operators.F, carry, bounds)
     B, L = rows_of_walk(k, segments, bounds), segment_length(total, segments)
-    groups, programs, full = _walk(B, H, head_dim, 8 * multiprocessors(k.device))
+    groups, programs = _walk(B, H, head_dim, 8 * multiprocessors(k.device))
     o = k.new_empty(k.shape if with_output else (0,))
     end = k.new_empty((B, D * head_dim, N // 2, 2) if with_end else (0,), dtype=torch.float32)
     rounded = operators.rounded(k.dtype)
@@ -431,8 +430,8 @@ def forward(
         q, s, v, o if with_output else None, rounded.M, rounded.K, rounded.P, rounded.decay,
         start, end if with_end else None, bounds,
         *strides(q), *strides(s), *strides(v), B, H, L, groups, total, segments,
-        N=N, HEAD_DIM=head_dim, EVEN=full and L % T.value == 0 and total == segments * L
-        and bounds is None, SEGMENTED=segments > 1, REVERSED=leftwards,
+        N=N, HEAD_DIM=head_dim, WHOLE=is_whole(L, total, segments, bounds),
+        SEGMENTED=segments > 1, REVERSED=leftwards,
         PRECISION=product_precision(k.dtype), **(FORWARD | wide_warps(k.dtype)),
     )  # fmt: skip
     shape = saved_states_shape(k, H, N // 2, segments) if save_states else (0,)
@@ -462,7 +461,7 @@ def backward(
     head_dim = D // H
     s = k if operators.F is None else filter_triton.forward(k, operators.F, carry, bounds)
     B, L = rows_of_walk(k, segments, bounds), segment_length(total, segments)
-    groups, programs, full = _walk(B, H, head_dim, 2 * multiprocessors(k.device))
+    groups, programs = _walk(B, H, head_dim, 2 * multiprocessors(k.device))
     _, M, K, P, decay = operators.rounded(k.dtype)
 
     def partial(x: Tensor) -> Tensor:
@@ -476,7 +475,7 @@ def backward(
     sizes = (*strides(q), *strides(s), *strides(v), *strides(do), B, H, L, groups, total, segments)
     options = {
         "N": N, "HEAD_DIM": head_dim, "SEGMENTED": segments > 1,
-        "EVEN": full and L % T.value == 0 and total == segments * L and bounds is None,
+        "WHOLE": is_whole(L, total, segments, bounds),
         "PRECISION": product_precision(k.dtype), **BACKWARD, **wide_warps(k.dtype),
     }  # fmt: skip
     before = states[:, :, 0].contiguous() if states.numel() else start
