@@ -4,14 +4,13 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from h3lm import flashconv
-from h3lm.flashconv.dispatch import BACKENDS, ConvAlgorithm
-from h3lm.flashconv.kernels.conv_plan import fault
+from h3lm.flashconv.dispatch import BACKENDS
+from h3lm.flashconv.kernels.conv_plan import checks, fault
 from h3lm.layers.self_test import step_fault
 from h3lm.models.generation import pick_device
 from h3lm.ssm import DiagonalSSM, DiagonalSystem, ShiftSSM
@@ -59,12 +58,13 @@ def examine(device: str, say: Callable[[str], None]) -> bool:
         good &= check.passed
         mark = "ok  " if check.passed else "FAIL"
         say(f"  {mark}  {check.name}: error {check.error:.1e}, allowed {check.allowed:.1e}")
-    for algorithm in get_args(ConvAlgorithm) if where.type == "cuda" else ():
-        if wrong := fault(algorithm, where):
+    for algorithm, length in checks(where) if where.type == "cuda" else ():
+        name = f"fft_conv by {algorithm}, rows of {length}"
+        if wrong := fault(algorithm, where, length):
             good = False
-            say(f"  FAIL  fft_conv by {algorithm}: {wrong}; torch.fft runs in its place")
+            say(f"  FAIL  {name}: {wrong}; torch.fft runs in its place")
         else:
-            say(f"  ok    fft_conv by {algorithm}: agrees with torch.fft")
+            say(f"  ok    {name}: agrees with torch.fft")
     if where.type == "cuda":
         wrong = step_fault(where)
         good &= not wrong
