@@ -134,7 +134,7 @@ def test_a_kept_filter_does_what_the_filter_does(algorithm: str, monkeypatch) ->
 
 def test_kernels_that_fail_their_check_are_not_used(monkeypatch) -> None:
     leaves = _leaves((2, 2, 90, 50, 30, "ab"), torch.float16)
-    monkeypatch.setattr(conv_plan, "works", lambda algorithm, device: False)
+    monkeypatch.setattr(conv_plan, "works", lambda algorithm, device, length: False)
     exact = _everything(fft.fft_conv, leaves, "causal")
     found = _everything(fft_library.fft_conv, leaves, "causal")
     for name, expected in exact.items():
@@ -148,14 +148,21 @@ def test_backward_has_a_table_of_its_own() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT", "block FFT through memory"])
-def test_the_check_passes_here_and_finds_a_wrong_kernel(algorithm, monkeypatch, caplog) -> None:
+def test_every_check_passes_here() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    assert conv_plan.fault.__wrapped__(algorithm, device) == ""
+    for algorithm, length in conv_plan.checks(device):
+        assert conv_plan.fault(algorithm, device, length) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT", "block FFT through memory"])
+def test_the_check_finds_a_wrong_kernel(algorithm, monkeypatch, caplog) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
     made = conv_plan.plan(algorithm, device, 304, 200, None).kernels
     right = made.forward
     monkeypatch.setattr(made, "forward", lambda *inputs: right(*inputs) * 1.02)
-    assert "differs" in conv_plan.fault.__wrapped__(algorithm, device)
+    length = dict(conv_plan.checks(device))[algorithm]
+    assert "differs" in conv_plan.fault.__wrapped__(algorithm, device, length)
     assert "torch.fft takes over" in caplog.text
 
 
@@ -337,7 +344,7 @@ def test_any_strides_of_rows_and_channels() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_opcheck_where_torch_fft_takes_over(gated: bool, monkeypatch) -> None:
-    monkeypatch.setattr(conv_plan, "works", lambda algorithm, device: False)
+    monkeypatch.setattr(conv_plan, "works", lambda algorithm, device, length: False)
     leaves = _leaves((2, 3, 100, 100, 7, "ab"), torch.float32)
     gates = (leaves["pre_gate"], leaves["post_gate"]) if gated else (None, None)
     inputs = (leaves["u"], leaves["f"], leaves["f_reverse"], *gates)

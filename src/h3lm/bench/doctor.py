@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from h3lm import flashconv
-from h3lm.flashconv.dispatch import BACKENDS, ConvAlgorithm
-from h3lm.flashconv.kernels.conv_plan import fault
+from h3lm.flashconv.dispatch import BACKENDS
+from h3lm.flashconv.kernels.conv_plan import checks, fault
 from h3lm.flashconv.kernels.self_test import hopper_fault, segments_fault
 from h3lm.layers.self_test import step_fault
 from h3lm.models.generation import pick_device
@@ -64,12 +63,13 @@ def examine(device: str, say: Callable[[str], None]) -> bool:
         good &= check.passed
         mark = "ok  " if check.passed else "FAIL"
         say(f"  {mark}  {check.name}: error {check.error:.1e}, allowed {check.allowed:.1e}")
-    for algorithm in get_args(ConvAlgorithm) if where.type == "cuda" else ():
-        if wrong := fault(algorithm, where):
+    for algorithm, length in checks(where) if where.type == "cuda" else ():
+        name = f"fft_conv by {algorithm}, rows of {length}"
+        if wrong := fault(algorithm, where, length):
             good = False
-            say(f"  FAIL  fft_conv by {algorithm}: {wrong}; torch.fft runs in its place")
+            say(f"  FAIL  {name}: {wrong}; torch.fft runs in its place")
         else:
-            say(f"  ok    fft_conv by {algorithm}: agrees with torch.fft")
+            say(f"  ok    {name}: agrees with torch.fft")
     for name, agrees, wrong in _self_tests(where) if where.type == "cuda" else ():
         good &= not wrong
         say(f"  FAIL  {name}: {wrong}" if wrong else f"  ok    {name}: {agrees}")
