@@ -98,6 +98,27 @@ def test_each_token_is_predicted_once_with_the_context_that_is_promised(length, 
     assert score.loss == pytest.approx(math.log(length))
 
 
+def test_logits_of_a_batch_are_bounded(model, tokens, monkeypatch):
+    whole = score_tokens(model, tokens, context=8, stride=4, batch_size=5)
+    shapes, forward = [], model.forward
+
+    def watched(**inputs):
+        output = forward(**inputs)
+        shapes.append(tuple(output.logits.shape))
+        return output
+
+    monkeypatch.setattr("h3lm.evals.perplexity.BATCH_LOGITS", 2 * 4 * 24 + 1)
+    monkeypatch.setattr(model, "forward", watched)
+    assert score_tokens(model, tokens, context=8, stride=4, batch_size=5).nats == pytest.approx(
+        whole.nats, rel=1e-6
+    )
+    assert max(shapes) == (2, 4, 24)
+    shapes.clear()
+    monkeypatch.setattr("h3lm.evals.perplexity.BATCH_LOGITS", 1)  # one window at least
+    score_tokens(model, tokens, context=8, batch_size=5)
+    assert max(shapes) == (1, 8, 24)
+
+
 def test_the_model_is_left_as_it_was(model, tokens):
     model.train()
     score_tokens(model, tokens, context=8)

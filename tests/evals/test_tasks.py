@@ -11,6 +11,7 @@ import torch
 from h3lm import H3Config, H3ForCausalLM
 from h3lm.data.tokenizers import byte_tokenizer, train_bpe
 from h3lm.errors import UserError
+from h3lm.evals import squad
 from h3lm.evals.harness import load_tasks, run_tasks
 from h3lm.evals.journal import Journal
 from h3lm.evals.prefix_tree import Request
@@ -105,6 +106,42 @@ def test_multirc_is_told_the_right_way_round_too(report):
     assert labels_first == [float(y == t) for y, t in zip(yes_is_likelier, truth, strict=True)]
 
 
+def test_record_is_in_the_average_on_its_own_validation_split_only(model, data, tmp_path):
+    folder = tmp_path / "superglue" / "ReCoRD"
+    folder.mkdir(parents=True)
+    (folder / "val.jsonl").write_bytes(
+        (data / "superglue" / "ReCoRD" / "fewglue_dev32.jsonl").read_bytes()
+    )
+    official = evaluate_tasks(model, ["record"], data_dir=tmp_path)
+    substitute = evaluate_tasks(model, ["record"], data_dir=data)
+    for found, average in ((official, "average of 1"), (substitute, "average of 0")):
+        result = found.results["record"]
+        assert average in found.markdown()
+        assert not found.left_out
+        for document in result.documents:
+            right = document["log_likelihoods"][1] > document["log_likelihoods"][0]  # Paris, Rome
+            assert document["metrics"] == {"f1": float(right), "em": float(right)}
+    assert substitute.results["record"].notes[0].startswith("NO ReCoRD RESULT")
+    assert not official.results["record"].notes
+    assert "†" in substitute.markdown()
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "exact", "f1"),
+    [
+        ("The Beatles!", "beatles", 1, 1.0),
+        ("New York City", "York", 0, 0.5),
+        ("a b", "x y z", 0, 0.0),
+        ("one one two", "one two two", 0, 2 / 3),
+        ("", "", 1, 1.0),
+        ("the", "no", 0, 0.0),
+    ],
+)
+def test_answers_are_compared_as_by_squad(gold, answer, exact, f1):
+    assert squad.compute_exact(gold, answer) == exact
+    assert squad.compute_f1(gold, answer) == pytest.approx(f1)
+
+
 def test_answers_on_disk_are_not_asked_again(report, model, data, monkeypatch):
     found, folder = report
     again = evaluate_tasks(model, ALL, data_dir=data, output=folder)
@@ -139,6 +176,8 @@ def test_what_a_set_cannot_give_is_said(data):
 def test_mistakes_are_one_line(model, data, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "piqa_valid.jsonl").write_text('{"goal": "x", "sol1": "a"}\n{"goal"')
+    (tmp_path / "superglue" / "CB").mkdir(parents=True)
+    (tmp_path / "superglue" / "CB" / "val.jsonl").write_text('{"label"\n')
     learned = tmp_path / "learned"
     save_model(tiny(num_learned_positions=32), learned, byte_tokenizer())
     foreign = tmp_path / "foreign"
@@ -159,6 +198,7 @@ def test_mistakes_are_one_line(model, data, tmp_path):
         ((model, ["copa"]), {"data_dir": tmp_path / "no"}, "no such folder"),
         ((model, ["copa"]), {"data_dir": tmp_path}, "has no files for copa"),
         ((model, ["piqa"]), {"data_dir": tmp_path}, r"piqa_valid.jsonl, line 1.*label"),
+        ((model, ["cb"]), {"data_dir": tmp_path}, r"CB/val.jsonl, line 1: is not JSON"),
         ((model, ["piqa"]), {"data_dir": data, "num_fewshot": 2}, "no labelled document is left"),
         ((model, ["boolq"]), {"data_dir": data, "num_fewshot": 5}, "no labelled document is left"),
         ((str(learned), ["copa"]), {"data_dir": data}, "32 learned positions"),

@@ -147,6 +147,49 @@ def test_batch_norm_is_torchs_on_what_counts():
     for name, buffer in ours.named_buffers():
         assert torch.allclose(buffer, dict(theirs.named_buffers())[name])
     assert torch.allclose(ours.eval()(x, lengths)[valid], theirs.eval()(x[valid]), atol=1e-12)
+    whole = ours.train()(x).flatten(0, 1)
+    assert torch.allclose(whole, theirs.train()(x.flatten(0, 1)), atol=1e-12)
+    for name, buffer in ours.named_buffers():
+        assert torch.allclose(buffer, dict(theirs.named_buffers())[name])
+
+
+def test_rows_are_padded_to_lengths_that_kernels_like():
+    model = make(mixers="s4d", bidirectional=True, num_learned_positions=130)
+    ids = torch.randint(0, 20, (2, 200))
+    mask = torch.arange(200) < torch.tensor([[100], [70]])
+    assert model.model(ids, attention_mask=mask).last_hidden_state.shape[1] == 128
+    mask = torch.arange(200) < torch.tensor([[129], [70]])  # 192 would be too much
+    assert model.model(ids, attention_mask=mask).last_hidden_state.shape[1] == 130
+    alone = model(ids[1:, :70]).logits
+    assert torch.allclose(model(ids, attention_mask=mask).logits[1:], alone, atol=1e-11)
+
+
+def test_lengths_are_a_mask_whose_padding_stands_behind(case):
+    model = make(**case, two_documents=True)
+    ids = torch.randint(0, 20, (2, 2, LENGTH))
+    lengths = torch.tensor([[LENGTH, 4], [7, 1]])
+    mask = torch.arange(LENGTH) < lengths[..., None]
+    expected = model(ids, attention_mask=mask).logits
+    for training in (False, True):
+        model.train(training)
+        expected = model(ids, attention_mask=mask).logits
+        assert torch.allclose(model(ids, lengths=lengths).logits, expected, atol=1e-11)
+    with pytest.raises(ValueError, match="in place of an attention_mask"):
+        model(ids, attention_mask=mask, lengths=lengths)
+    with pytest.raises(ValueError, match=r"lengths \(B,\)"):
+        model.model(ids[:, 0], lengths=lengths[:1, 0])
+
+
+def test_gates_of_h3_may_start_open():
+    for bias in (0.0, 1.0):
+        model = H3ForSequenceClassification(
+            H3ClassificationConfig(**SMALL, mixers=["h3", "attention"], h3_gate_bias=bias)
+        )
+        q, k, v = model.model.layers[0].mixer.qkv_proj.bias.chunk(3)
+        assert (q == bias).all()
+        assert (v == bias).all()
+        assert not k.any()
+        assert not model.model.layers[1].mixer.qkv_proj.bias.any()
 
 
 def test_half_precision_keeps_the_state_space_parameters_whole(tmp_path):

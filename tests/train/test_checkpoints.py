@@ -3,6 +3,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from torch.distributed.checkpoint import CheckpointException
 
 from h3lm.data.lock import LOCK_FILE, only_writer
 from h3lm.errors import UserError
+from h3lm.evals.perplexity import TextScore
 from h3lm.models import H3ForCausalLM
 from h3lm.train import checkpoints
 from h3lm.train.run import train
+from h3lm.train.trainer import H3Trainer
 
 from .conftest import TINY, h3lm
 
@@ -151,6 +154,21 @@ def test_what_does_not_decide_the_run_may_change(tiny, stopped_at, tmp_path):
     assert len(json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-2])) > 0
 
 
+@pytest.mark.parametrize("first", ["bf16", "fp32"])
+def test_a_run_keeps_the_precision_that_it_began_in(tiny, stopped_at, tmp_path, monkeypatch, first):
+    def machine_is_fast_in(precision):  # as it seems from one start to the next
+        times = {torch.float32: 1.0, torch.bfloat16: 0.5 if precision == "bf16" else 2.0}
+        monkeypatch.setattr("h3lm.train.arguments._time_product", times.__getitem__)
+
+    run(tiny(precision=first, output_dir=str(tmp_path / "straight")))
+    machine_is_fast_in(first)
+    recipe = tiny(precision="auto", save_every=2)
+    stopped_at(recipe, 2)
+    machine_is_fast_in("fp32" if first == "bf16" else "bf16")
+    run(recipe)
+    assert losses(recipe.folder) == losses(tmp_path / "straight")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -183,6 +201,11 @@ def test_data_prepared_anew_in_another_way_are_refused(tiny, stopped_at, tmp_pat
     )  # fmt: skip
     with pytest.raises(UserError, match="the prepared data are not the same"):
         run(tiny(data=str(tmp_path / "other")))
+    # the recipe has its own block length: that of the folder, and where it lies, decide nothing
+    shutil.copytree(tiny().data, tmp_path / "moved")
+    index = tmp_path / "moved" / "index.json"
+    index.write_text(index.read_text().replace('"block_length": 16', '"block_length": 8'))
+    run(tiny(data=str(tmp_path / "moved")))
 
 
 @pytest.mark.parametrize("kinds", checkpoints.NEEDED, ids=lambda kinds: kinds[0])
@@ -202,6 +225,23 @@ def test_a_missing_or_shortened_file_of_a_checkpoint_is_named(tiny, stopped_at, 
     assert names(recipe.folder) == ["checkpoint-2", "checkpoint-4"]
 
 
+def test_all_missing_shards_of_a_checkpoint_are_named(tiny, stopped_at):
+    recipe = tiny(save_every=2)
+    stopped_at(recipe, 4)
+    folder = recipe.folder / "checkpoints" / "checkpoint-4"
+    manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
+    for number in (1, 2, 3):  # as four processes write it
+        manifest["files"][f"optimizer/__{number}_0.distcp"] = 7
+        (folder / "optimizer" / f"__{number}_0.distcp").write_bytes(b"written")
+    (folder / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    for number in (1, 3):
+        (folder / "optimizer" / f"__{number}_0.distcp").unlink()
+    with pytest.raises(
+        UserError, match=r"lacks optimizer/__1_0\.distcp, optimizer/__3_0\.distcp: bring it back"
+    ):
+        run(recipe)
+
+
 def test_a_half_written_newest_folder_is_passed_over(tiny, stopped_at, tmp_path):
     run(tiny(output_dir=str(tmp_path / "straight")))
     recipe = tiny(save_every=2)
@@ -215,6 +255,41 @@ def test_a_half_written_newest_folder_is_passed_over(tiny, stopped_at, tmp_path)
     assert f"cut short: {folder / 'unfinished'}" in shown
     assert "resuming at step 2 " in shown
     assert losses(recipe.folder) == losses(tmp_path / "straight")
+
+
+def test_the_best_weights_are_kept_through_a_resumption(tiny, stopped_at, monkeypatch):
+    told = {2: 3.0, 4: 1.0, 6: 2.0}
+
+    def score(self, _):
+        return TextScore(told[self.state.global_step] * 10, 10, 16, 16)
+
+    monkeypatch.setattr(H3Trainer, "score", score)
+    recipe = tiny(save_every=2, eval_every=2, keep_best=True)
+    with monkeypatch.context():
+        stopped_at(recipe, 4)
+    monkeypatch.setattr(H3Trainer, "score", score)
+    best = load_file(recipe.folder / "best" / "model.safetensors")
+    step4 = load_file(recipe.folder / "checkpoints" / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(best[name], step4[name]) for name in best)
+    run(recipe)
+    again = load_file(recipe.folder / "best" / "model.safetensors")
+    assert all(torch.equal(best[name], again[name]) for name in best)
+    assert not all(torch.equal(best[name], w) for name, w in weights(recipe.folder).items())
+    summary = json.loads((recipe.folder / "summary.json").read_text())
+    assert (summary["best_step"], summary["best_val_loss"], summary["val_loss"]) == (4, 1.0, 2.0)
+    assert H3ForCausalLM.from_pretrained(recipe.folder / "best").num_parameters() > 0
+
+
+def test_what_is_not_whole_takes_no_whole_checkpoints_place(tiny, stopped_at):
+    recipe = tiny(save_every=1, keep_checkpoints=1)
+    stopped_at(recipe, 2)
+    folder = recipe.folder / "checkpoints"
+    for step in (1, 9):  # a removal that was cut short, and what a copy left behind
+        (folder / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}" / "config.json").write_text("{}")
+    stopped_at(recipe, 4)
+    assert names(recipe.folder) == ["checkpoint-4", "checkpoint-9"]
+    assert checkpoints.newest(folder)[0].point.step == 4
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_there(tiny, stopped_at):

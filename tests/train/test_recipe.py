@@ -36,7 +36,23 @@ def test_unknown_keys_are_errors_that_name_the_nearest():
         ({"steps": 1, "model": "large"}, "model='large' must be dict"),
         ({"steps": 1, "eval_stride": 9, "block_length": 8}, "eval_stride=9 exceeds"),
         ({"steps": 1, "warmup_fraction": 1.5}, "warmup_fraction=1.5 must be from 0 to 1"),
+        ({"steps": 1, "task": "classification", "keep_best": True}, "keep_best is for language"),
         ({"steps": 1, "save_every": 0}, "save_every=0 must be positive"),
+        ({"steps": 1.5}, "steps=1.5 must be int"),
+        ({"steps": "1e400"}, "steps=inf must be int"),
+        ({"steps": 1, "learning_rate": float("inf")}, "learning_rate=inf must be a finite"),
+        ({"steps": 1, "learning_rate": float("nan")}, "learning_rate=nan must be positive"),
+        ({"steps": 1, "warmup_start": float("nan")}, "warmup_start=nan must be a finite"),
+        ({"steps": 1, "beta2": 1.0}, "beta2=1.0 must be at least 0 and below 1"),
+        ({"steps": 1, "beta1": -0.1}, "beta1=-0.1 must be at least 0 and below 1"),
+        ({"steps": 1, "weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
+        ({"steps": 1, "max_grad_norm": -1}, "max_grad_norm=-1.0 must not be negative"),
+        ({"steps": 1, "seed": -1}, "seed=-1 must not be negative"),
+        ({"steps": 1, "seed": 2**32}, "seed=4294967296 must be below"),
+        (
+            {"steps": 1, "warmup_fraction": 0.5, "decay_fraction": 0.4},
+            "decay_fraction=0.4 ends the schedule before the warm-up does",
+        ),
         ({"steps": 1, "init_from": "m", "preset": "125m"}, "no preset and no model"),
     ],
 )
@@ -55,6 +71,7 @@ def test_overrides_replace_values_and_fields_of_the_model(tmp_path):
     assert recipe.model == {"hidden_size": 32, "d_state": 8}
     assert recipe.mixers == ["h3", "h3"]
     assert load_recipe(str(path), ["epochs=2"]).steps is None
+    assert load_recipe(str(path), ["steps=1e5"]).steps == 100_000
     with pytest.raises(UserError, match="it has steps and epochs"):
         load_recipe(str(path), ["epochs=2", "steps=3"])
     with pytest.raises(UserError, match="write an override as key=value"):

@@ -41,6 +41,11 @@ def test_the_peak_of_a_cpu_is_not_known_and_that_of_a_gpu_goes_by_its_name(monke
         "NVIDIA H100 PCIe": 756e12,
         "NVIDIA A100-SXM4-80GB": 312e12,
         "NVIDIA GeForce RTX 4090": 165e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA GH200 480GB": 989e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA A10": 125e12,
+        "NVIDIA RTX A1000": None,
         "Another": None,
     }
     for name, peak in names.items():
@@ -48,7 +53,7 @@ def test_the_peak_of_a_cpu_is_not_known_and_that_of_a_gpu_goes_by_its_name(monke
         assert peak_flops(torch.device("cuda")) == peak
 
 
-def test_figures_are_of_this_start_and_time_left_of_the_whole_run(monkeypatch):
+def test_figures_are_of_steps_without_their_start_and_pauses_and_time_left_of_all(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("h3lm.train.progress.time.monotonic", lambda: now[0])
     clock = Clock(None, before_s=50.0)
@@ -57,10 +62,26 @@ def test_figures_are_of_this_start_and_time_left_of_the_whole_run(monkeypatch):
     for callback in (clock, speed):
         callback.on_train_begin(None, state, None)
     assert speed.figures(state) == {}
-    now[0], state.global_step = 105.0, 20
-    assert clock.elapsed_s == 55.0
-    assert speed.figures(state) == {"tokens_per_s": 2000.0, "seconds_left": 10.0, "mfu": 0.5}
-    assert speed.done(state) == 0.5
+    now[0], state.global_step = 110.0, 11  # compiled meanwhile
+    assert speed.figures(state) == {}
+    speed.mark(state)
+    assert clock.elapsed_s == 60.0
+    assert speed.figures(state)["tokens_per_s"] == 100.0
+    now[0], state.global_step = 112.0, 15
+    speed.mark(state)
+    assert speed.figures(state) == {"tokens_per_s": 2000.0, "seconds_left": 12.5, "mfu": 0.5}
+    with speed.aside():
+        now[0] += 4.0
+    now[0], state.global_step = 120.0, 23
+    speed.mark(state)
+    found = speed.figures(state)
+    assert (found["tokens_per_s"], found["mfu"]) == (2000.0, 0.5)
+    assert found["seconds_left"] == 8.5 * 20 / 16  # 17 steps, and as much besides as there was
+    assert speed.done(state) == 23 / 40
+    for _ in range(20):  # of the last ten logs alone
+        now[0], state.global_step = now[0] + 1.0, state.global_step + 4
+        speed.mark(state)
+    assert speed.figures(state)["tokens_per_s"] == 4000.0
     limited = Clock(100.0, before_s=50.0)
     limited.on_train_begin(None, state, None)
     now[0] += 10.0

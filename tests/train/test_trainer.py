@@ -2,9 +2,12 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,12 +19,17 @@ from torch.nn.functional import cross_entropy
 from h3lm import H3ForCausalLM
 from h3lm.cli import main
 from h3lm.data.blocks import Blocks, TokenStream
+from h3lm.data.order import Order
+from h3lm.data.prepare import prepare
 from h3lm.errors import UserError
+from h3lm.evals.perplexity import score_tokens
 from h3lm.models.folders import load_model
+from h3lm.train.building import build_model
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
 from h3lm.train.interrupt import RunStopped
 from h3lm.train.profiling import BACKWARD, summarise
 from h3lm.train.run import build_config, train
+from h3lm.train.trainer import H3Trainer
 
 
 def run(recipe):
@@ -53,6 +61,29 @@ def test_a_run_leaves_model_tokenizer_curve_log_recipe_and_summary(tiny):
         assert shown_text in shown
 
 
+def test_the_test_text_is_scored_by_the_last_weights_if_the_recipe_says_so(tiny, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i, split in enumerate(("train", "valid", "test")):
+        (texts / f"{split}.txt").write_text("it was the age of wisdom " * (30 + i))
+    prepare(texts, tmp_path / "blocks", block_length=16, progress=False)
+    result, shown = run(tiny(data=str(tmp_path / "blocks"), test=True, eval_stride=4))
+    summary = result.summary
+    stream = TokenStream(tmp_path / "blocks", "test")
+    assert summary["test_tokens"] == len(stream) - 1
+    model = load_model(result.folder / "model")
+    score = score_tokens(model, stream, context=16, stride=4)
+    assert summary["test_loss"] == pytest.approx(score.loss, abs=1e-6)
+    assert summary["test_perplexity"] == pytest.approx(score.perplexity, rel=1e-6)
+    assert summary["test_loss"] != summary["val_loss"]
+    assert f"test loss {summary['test_loss']:.4f} nats" in shown
+
+
+def test_a_recipe_that_wants_a_test_needs_a_test_text(tiny):
+    with pytest.raises(UserError, match="no split 'test' here, only train, valid"):
+        run(tiny(test=True))
+
+
 def test_the_same_recipe_gives_the_same_run(tiny, tmp_path):
     run(tiny(output_dir=str(tmp_path / "a")))
     run(tiny(output_dir=str(tmp_path / "b")))
@@ -67,13 +98,13 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(tiny):
     recipe.model["embedding_dropout"] = 0.0
     result, _ = run(recipe)
     torch.manual_seed(recipe.seed)
-    model = H3ForCausalLM(build_config(recipe, len(_tokenizer(recipe))))
+    model = build_model(build_config(recipe, len(_tokenizer(recipe))))
     own = [p for n, p in model.named_parameters() if _own_rate(n)]
     rest = [p for n, p in model.named_parameters() if not _own_rate(n)]
     groups = [{"params": rest, "weight_decay": 0.1}, {"params": own, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     blocks = Blocks(recipe.data, "train", 16)
-    order = list(BlockOrder(len(blocks), 12, recipe.seed))
+    order = list(BlockOrder(Order([len(blocks)], recipe.seed), 12))
     expected = []
     for step in range(3):
         ids = torch.stack(
@@ -101,7 +132,7 @@ def _own_rate(name):
 def _tokenizer(recipe):
     from h3lm.train.corpus import tokenizer_of
 
-    return tokenizer_of(Blocks(recipe.data, "train", recipe.block_length))
+    return tokenizer_of(Path(recipe.data) / "tokenizer")
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, tmp_path):
@@ -139,6 +170,40 @@ def test_documents_of_a_block_do_not_leak_into_each_other(tiny):
         assert torch.equal(*same) == apart
 
 
+def test_a_run_that_resets_states_has_the_loss_of_documents_one_by_one(tiny, tmp_path):
+    model = tiny().model | {"embedding_dropout": 0.0}
+    changes = {"model": model, "block_length": 64, "steps": 1, "reset_state_at_documents": True}
+    result, _ = run(tiny(**changes))
+    recipe = tiny(**changes)
+    torch.manual_seed(recipe.seed)
+    alone = build_model(build_config(recipe, len(_tokenizer(recipe)))).train()
+    blocks = Blocks(recipe.data, "train", 64)
+    total = documents = 0
+    for number in list(BlockOrder(Order([len(blocks)], recipe.seed), 4)):
+        tokens = torch.from_numpy(blocks[number].tokens)
+        starts = [0, *blocks[number].document_starts.tolist(), 64]
+        for start, stop in pairwise(starts):
+            logits = alone(tokens[None, start:stop]).logits[0]
+            total += cross_entropy(logits, tokens[start + 1 : stop + 1], reduction="sum").item()
+        documents += len(starts) - 1
+    assert documents > 4
+    assert losses(result.folder) == pytest.approx([total / (4 * 64)], abs=1e-5)
+    together, _ = run(tiny(**changes | {"reset_state_at_documents": False,
+                                        "output_dir": str(tmp_path / "together")}))  # fmt: skip
+    assert losses(together.folder) != pytest.approx([total / (4 * 64)], abs=1e-5)
+
+
+def test_every_pass_takes_every_block_once_in_an_order_of_the_seed_alone():
+    blocks, total = 2**16 + 3, 2**17
+    order = list(BlockOrder(Order([blocks], 1), total))
+    assert len(order) == total
+    assert sorted(order[:blocks]) == list(range(blocks))
+    assert len(set(order[blocks:])) == total - blocks
+    assert order[:9] != sorted(order[:9])
+    assert order == list(BlockOrder(Order([blocks], 1), total))
+    assert order[:99] != list(BlockOrder(Order([blocks], 2), 99))
+
+
 def test_every_token_but_the_first_is_a_target_once(tiny):
     blocks = Blocks(tiny().data, "train", 16)
     dataset, collate = BlockDataset(blocks), BlockCollator()
@@ -168,6 +233,22 @@ def test_data_that_cannot_be_used_are_one_line(tiny, changes, message):
     with pytest.raises(UserError, match=message) as error:
         train(tiny(**changes), Console(file=io.StringIO()))
     assert "\n" not in str(error.value)
+
+
+def test_a_model_to_start_from_has_the_datas_tokenizer(tiny, tmp_path):
+    first, _ = run(tiny(steps=1, output_dir=str(tmp_path / "first")))
+    model = str(first.folder / "model")
+    start = {"init_from": model, "model": {}, "steps": 1}
+    result, _ = run(tiny(**start))
+    assert result.summary["parameters"] == first.summary["parameters"]
+    (tmp_path / "other.txt").write_text("it was the age of swimwod " * 60)
+    prepare(
+        tmp_path / "other.txt", tmp_path / "other", tokenizer="characters", block_length=16,
+        progress=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="prepared with another tokenizer than that of") as error:
+        run(tiny(**start, data=str(tmp_path / "other"), output_dir=str(tmp_path / "second")))
+    assert f"--tokenizer {model}" in str(error.value)
 
 
 def test_an_output_path_that_cannot_be_written_is_one_line(tiny, tmp_path):
@@ -216,12 +297,54 @@ def test_speed_time_left_and_passes_are_logged(tiny):
     assert logged[-1]["epoch"] == pytest.approx(24 / len(Blocks(tiny().data, "train", 16)))
 
 
-def test_tensorboard_gets_the_log_where_it_is_installed(tiny):
+def test_the_log_is_there_while_a_run_goes_on_and_is_that_of_its_checkpoint(tiny, monkeypatch):
+    recipe, seen = tiny(save_every=2), []
+    save = H3Trainer._save_checkpoint
+
+    def noting(self, *arguments, **named):
+        seen.append(len(losses(recipe.folder)))
+        save(self, *arguments, **named)
+        if self.state.global_step == 4 and len(seen) == 2:
+            self.log({"loss": 99.0})  # behind the checkpoint
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(H3Trainer, "_save_checkpoint", noting)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
+    assert seen == [2, 4]
+    assert losses(recipe.folder)[-1] == 99.0
+    run(recipe)
+    assert len(losses(recipe.folder)) == 6
+    assert 99.0 not in losses(recipe.folder)
+
+
+def test_the_progress_line_has_losses_speed_share_of_the_peak_and_time_left(tiny, monkeypatch):
+    monkeypatch.setattr("h3lm.train.run._peak_rate", lambda *_: 1e9)
+    monkeypatch.setattr("h3lm.train.progress.PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr("h3lm.train.progress.LIVE_EVERY_S", 0.0)
+    result, shown = run(tiny(eval_every=2))
+    lines = [line for line in shown.splitlines() if line.startswith("step ")]
+    assert [int(line.split()[1]) for line in lines] == [2, 3, 4, 5, 6]
+    number = r"[\d,.]+"
+    assert re.fullmatch(
+        rf"step 6  loss {number}  valid {number}  {number} tokens/s  {number}% of peak  "
+        rf"0:00:\d\d left",
+        lines[-1],
+    )
+    logged = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+    assert 0 < [entry["mfu"] for entry in logged if "mfu" in entry][-1] < 1
+    terminal = Console(file=io.StringIO(), width=200, force_terminal=True)
+    train(tiny(output_dir=str(result.folder / "again")), terminal)
+    assert re.search(r"step 6 .*tokens/s", terminal.file.getvalue())
+
+
+def test_tensorboard_gets_the_log_where_it_is_installed(tiny, monkeypatch):
+    monkeypatch.setattr("h3lm.train.run._peak_rate", lambda *_: 1e9)
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     result, _ = run(tiny())
     events = accumulator.EventAccumulator(str(result.folder / "tensorboard"))
     events.Reload()
-    for name in ("train/loss", "train/tokens_per_s", "train/seconds_left"):
+    for name in ("train/loss", "train/tokens_per_s", "train/seconds_left", "train/mfu"):
         assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4, 5, 6]
     assert "eval/loss" in events.Tags()["scalars"]
 

@@ -41,7 +41,7 @@ GATE_NATS = 1e-4  # float32 without tensor cores, against the plain path
 NOTES = """Random weights: the time does not depend on them. Time is that of answering the requests
 of a set, tokenising included; building prompts and metrics is the same for both and is not in it.
 `plain` is lm-eval's own `hf` model at the best of the batch sizes tried, on the same requests;
-before it is timed it has run a quarter of them. `tree` is the second of two runs; what the first
+before it is timed it has run an eighth of them. `tree` is the second of two runs; what the first
 compiled once and for all is under `first`, what a run compiles anew under `compiled`.
 `asked` and `computed` are input tokens of the requests and of the tree, `run` with padding.
 Of the tree's time, tokenising, building the tree and waiting for the GPU are given; the rest is
@@ -81,7 +81,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cpu only to try the script out")
     parser.add_argument("--size", default="125m")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the limits of sets")
-    parser.add_argument("--long", type=int, default=2**18, help="tokens of the long document")
+    parser.add_argument("--models", nargs="*", default=[*PRESETS], choices=PRESETS)
+    parser.add_argument(
+        "--long", type=int, default=2**18, help="tokens of the long document, 0 for none"
+    )
     parser.add_argument(
         "--state-cost", type=int, default=STATE_COST_TOKENS, help="see h3lm.evals.PrefixTree"
     )
@@ -108,15 +111,17 @@ def _run(arguments: argparse.Namespace) -> None:
         config = H3Config.from_preset(arguments.size, mixers=mixers)
         return H3ForCausalLM(config).to(device, dtype).eval()
 
-    instances = {s.name: _instances(s, arguments.data_dir, arguments.scale) for s in SETS}
+    instances = _every_instance(arguments.data_dir, arguments.scale)
     sample = [x for every in instances.values() for x in every[:: max(1, len(every) // 100)]]
     _say(f"prompts built after {time.monotonic() - began:.0f} s")
-    agreement = [_check(name, make, mixers, tokenizer, sample) for name, mixers in PRESETS.items()]
+    presets = {name: PRESETS[name] for name in arguments.models}
+    agreement = [_check(name, make, mixers, tokenizer, sample) for name, mixers in presets.items()]
+    _say(f"answers agree after {time.monotonic() - began:.0f} s")
     where = environment(" ".join(sys.argv)) if device.type == "cuda" else {"device": "cpu"}
     notes = f"{NOTES}\n\nBefore anything was timed: {'; '.join(agreement)}."
     races: list[Row] = []
     kernels: list[Row] = []
-    for name, mixers in PRESETS.items():
+    for name, mixers in presets.items():
         model = make(mixers, torch.bfloat16)
         for s in SETS:
             if time.monotonic() - began > arguments.seconds:
@@ -134,7 +139,7 @@ def _run(arguments: argparse.Namespace) -> None:
         _forget()
     long: list[Row] = []
     about_long = f"One document of {arguments.long:,} tokens, all of them scored, in bfloat16."
-    for name, mixers in LONG_PRESETS.items():
+    for name, mixers in LONG_PRESETS.items() if arguments.long else ():
         model = make(mixers, torch.bfloat16)
         long.append(_long_document(name, model, arguments.long))
         _say(long[-1])
@@ -145,18 +150,26 @@ def _run(arguments: argparse.Namespace) -> None:
         _say(path.read_text())
 
 
-def _instances(s: Set, data_dir: Path, scale: float) -> list[Any]:
-    """The harness's requests of a set."""
-    every: list[Any] = []
-    loaded = load_tasks(
-        s.tasks, data_dir=data_dir, num_fewshot=s.shots, fixed_fewshot=bool(s.shots)
-    )
-    with quiet():
-        for name, task in loaded.tasks.items():
-            limit = s.limits.get(name, len(task.task_docs))
-            task.build_all_requests(limit=max(1, int(limit * scale)))
-            every += task.instances
+def _every_instance(data_dir: Path, scale: float) -> dict[str, list[Any]]:
+    """The harness's requests of each set; what two sets share is built once."""
+    built: dict[tuple[str, int, int | None], list[Any]] = {}
+    every: dict[str, list[Any]] = {}
+    for s in SETS:
+        keys = [(name, s.shots, s.limits.get(name)) for name in s.tasks]
+        for key in keys:
+            if key not in built:
+                built[key] = _instances(*key, data_dir, scale)
+        every[s.name] = [x for key in keys for x in built[key]]
     return every
+
+
+def _instances(name: str, shots: int, limit: int | None, data_dir: Path, scale: float) -> list[Any]:
+    """The harness's requests of a task."""
+    loaded = load_tasks([name], data_dir=data_dir, num_fewshot=shots, fixed_fewshot=bool(shots))
+    task = loaded.tasks[name]
+    with quiet():
+        task.build_all_requests(limit=max(1, int((limit or len(task.task_docs)) * scale)))
+    return list(task.instances)
 
 
 def _check(
@@ -207,7 +220,7 @@ def _race(
             _forget()
     best = min(speeds, key=lambda batch: speeds[batch])
     plain = _plain(model, tokenizer, best)
-    _answer(plain, requests[::4])
+    _answer(plain, requests[::8])
     plain_s, plain_gb = _timed(plain, requests)
     with _compilations() as once:
         first_s, _ = _timed(TreeLM(model, tokenizer, state_cost_tokens=state_cost), requests)

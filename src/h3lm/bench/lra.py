@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,15 +19,18 @@ from h3lm.bench.doctor import run_check
 from h3lm.errors import UserError
 from h3lm.layers import BidirectionalAttention
 from h3lm.models import H3ClassificationConfig, H3ForSequenceClassification
+from h3lm.ssm import fused_filters
 
 NOTES = (
     "Training steps on random inputs: float32 weights, bfloat16 autocast, fused AdamW, medians of "
-    "CUDA events, ms. S4, S4D and H3 both ways: 6 layers, batch norm, no MLP. Transformer of the "
-    "same width and depth: 4 heads, MLP of 4 widths, layer norm, learned positions, no causal "
-    "mask; plain writes the whole matrix of scores, as LRA's own does. Where a batch does not fit "
-    "it is halved. Speed-up: ms per example of S4 by torch.fft, of the plain Transformer and of "
-    "SDPA over this path's, all of this run. Filters: making both filters of all S4 layers, "
-    "forward and backward, which both S4 paths pay."
+    "CUDA events, ms. A step, from the forward pass to the optimiser, is replayed as a CUDA graph, "
+    "for every path alike; `eager ms` is the same step launched call by call from Python. S4, S4D "
+    "and H3 both ways: 6 layers, batch norm, no MLP. Transformer of the same width and depth: 4 "
+    "heads, MLP of 4 widths, layer norm, learned positions, no causal mask; plain writes the whole "
+    "matrix of scores, as LRA's own does. Where a batch does not fit it is halved. Speed-up: ms "
+    "per example of S4 by torch.fft, of the plain Transformer and of SDPA over this path's, all of "
+    "this run. Filters: making both filters of all S4 layers, forward and backward, launched from "
+    "Python, which both S4 paths pay."
 )
 NUM_LAYERS, NUM_HEADS = 6, 4
 PLAIN, SDPA = "transformer, plain", "transformer, SDPA"
@@ -106,7 +109,7 @@ class PlainAttention(BidirectionalAttention):
 
 
 def run(
-    folder: Path, say: Callable[[str], None], tasks: tuple[Task, ...] = TASKS, repeats: int = 9
+    folder: Path, say: Callable[[str], None], tasks: tuple[Task, ...] = TASKS, repeats: int = 7
 ) -> Path:
     """Check the kernels, time the steps, and write a report into a folder.
 
@@ -120,16 +123,18 @@ def run(
     say(f"{check.name}: error {check.error:.1e}, allowed {check.allowed:.1e}")
     if not check.passed:
         raise RuntimeError("the kernels are wrong on this machine: nothing is timed")
+    if fault := fused_filters.fault(torch.device("cuda")):
+        say(f"filters by plain PyTorch: {fault}")
+    name, environment = f"lra_{measure.gpu_name()}", measure.environment("h3lm bench lra")
     rows: list[report.Row] = []
     for task in tasks:
         for row in with_ratios(list(_measure(task, repeats))):
             rows.append(row)
             say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items()))
-    rows += means(rows)
-    name = f"lra_{measure.gpu_name()}"
-    plot_speed_ups(folder, name, rows)
-    command = "h3lm bench lra"
-    return report.write(name, folder, measure.environment(command), NOTES, rows)
+        # after each task: what was measured stays if the next one cannot run
+        path = report.write(name, folder, environment, NOTES, rows + means(rows))
+        plot_speed_ups(folder, name, rows)
+    return path
 
 
 def make_model(task: Task, path: Runner, device: str = "cuda") -> H3ForSequenceClassification:
@@ -203,32 +208,61 @@ def _measure(task: Task, repeats: int) -> Iterator[report.Row]:
         if found is None:
             yield row | {"batch": "out of memory"}
             continue
-        batch, ms, peak, parameters = found
         row |= {
-            "batch": str(batch), "parameters": f"{parameters:,}", "step ms": ms,
-            "ms per example": ms / batch, "peak GiB": peak / 2**30,
+            "batch": str(found.batch), "parameters": f"{found.parameters:,}",
+            "step ms": found.graph_ms, "eager ms": found.eager_ms,
+            "ms per example": found.graph_ms / found.batch, "peak GiB": found.peak / 2**30,
         }  # fmt: skip
         if path.mixer == "s4":
             row["filters ms"] = _filters_ms(task, path, repeats)
         yield row
 
 
-def _time(task: Task, path: Runner, repeats: int) -> tuple[int, float, int, int] | None:
-    """Batch that fits, ms of a step, peak bytes, parameters; None if one example does not fit."""
+class Timed(NamedTuple):
+    """One path of one task.
+
+    Attributes:
+        batch: Examples of a step.
+        graph_ms, eager_ms: Of a step, replayed and launched.
+        peak: Bytes, of the latter.
+        parameters: Of the model.
+    """
+
+    batch: int
+    graph_ms: float
+    eager_ms: float
+    peak: int
+    parameters: int
+
+
+def _time(task: Task, path: Runner, repeats: int) -> Timed | None:
+    """Time a batch, halved until it fits; None if one example does not."""
     batch = task.batch
     while batch:
         try:
-            model = make_model(task, path)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-            step = training_step(model, optimizer, make_batch(replace(task, batch=batch)))
-            torch.cuda.reset_peak_memory_stats()
-            ms = measure.median_ms(step, repeats)
-            return batch, ms, torch.cuda.max_memory_allocated(), model.num_parameters()
+            return _time_batch(replace(task, batch=batch), path, repeats)
         except torch.cuda.OutOfMemoryError:
-            model = optimizer = step = None  # type: ignore[assignment]
-            torch.cuda.empty_cache()
-            batch //= 2
+            pass  # behind this block, or the failed step's tensors live on in its traceback
+        torch.cuda.empty_cache()
+        batch //= 2
     return None
+
+
+def _time_batch(task: Task, path: Runner, repeats: int) -> Timed:
+    model = make_model(task, path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=True)
+    step = training_step(model, optimizer, make_batch(task))
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # where autograd warms up for a graph
+        eager_ms = measure.median_ms(step, repeats)
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()  # a graph has memory of its own
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph_ms = measure.median_ms(graph.replay, repeats)
+    return Timed(task.batch, graph_ms, eager_ms, peak, model.num_parameters())
 
 
 def _filters_ms(task: Task, path: Runner, repeats: int) -> float:

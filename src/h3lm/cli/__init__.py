@@ -1,5 +1,6 @@
 """The command line. Each command has a file; none of them holds logic."""
 
+import logging
 import os
 import sys
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import typer
 
 from h3lm import __version__
+from h3lm.cli.baseline import baseline
 from h3lm.cli.bench import bench
 from h3lm.cli.compare import compare
 from h3lm.cli.convert import convert
@@ -33,7 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (prepare, presets, recipes, train, generate, convert, compare, synthetics, doctor):
+for command in (
+    prepare, presets, recipes, train, generate, convert, compare, baseline, synthetics, doctor,
+):  # fmt: skip
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(bench)
@@ -53,6 +57,8 @@ def _version(
 
 def main() -> None:
     """Run the command line; mistakes of the user end in one line and a non-zero status."""
+    # without a network a name that is no folder would take a dozen lines of tries first
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         status = app(standalone_mode=False)
     except UsageMistake as error:

@@ -41,7 +41,7 @@ def prepare(
         int, typer.Option(help="Tokens of a shard: the work that an interruption may cost.")
     ] = 2**22,
     workers: Annotated[
-        int | None, typer.Option(help="Encoding threads; by default one a processor.")
+        int | None, typer.Option(help="Encoding threads; by default one a processor, up to 32.")
     ] = None,
     progress: Annotated[bool, typer.Option(help="Show a progress line.")] = True,
     labelled: Annotated[

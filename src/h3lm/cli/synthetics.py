@@ -30,6 +30,8 @@ def synthetics(
     vocab_size: Annotated[int | None, Option(help="Of the task, in place of its own.")] = None,
     length: Annotated[int | None, Option(help="Of the task, in place of its own.")] = None,
     num_pairs: Annotated[int | None, Option(help="Of mqar, in place of its own.")] = None,
+    num_train: Annotated[int | None, Option(help="Training rows, in place of the task's.")] = None,
+    num_test: Annotated[int | None, Option(help="Test rows, in place of the task's.")] = None,
     short: Annotated[bool, Option("--short", help=f"The short version: {SHORT}.")] = False,
     out: Annotated[
         Path | None,
@@ -49,8 +51,8 @@ def synthetics(
     minutes: Annotated[
         float,
         Option(
-            help="Give up what is not finished by then; the same call goes on. With 0 nothing is "
-            "trained, only tables and pictures are made."
+            help="Give up what is not finished by then; the report keeps where it stood, marked, "
+            "and the same call trains it again. With 0 only tables and pictures are made."
         ),
     ] = math.inf,
     device: Annotated[str, Option(help="auto, cpu, cuda (all of them), cuda:0 or mps.")] = "auto",
@@ -73,6 +75,8 @@ def synthetics(
         vocab_size=vocab_size,
         length=length,
         num_pairs=num_pairs,
+        num_train=num_train,
+        num_test=num_test,
     )
     say, progress = live_line()
     folder = out or Path("runs/synthetics-short" if short else "runs/synthetics")

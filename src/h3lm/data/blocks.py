@@ -15,8 +15,10 @@ text. numpy alone reads it.
 
 import hashlib
 import json
+import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,8 +34,10 @@ INDEX_FILE = "index.json"
 UNFINISHED_FILE = "unfinished.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
 
-# A memory map keeps a file descriptor, of which a process commonly has 1,024.
+# A memory map keeps a file descriptor, of which a process commonly has 1,024, and takes as much of
+# the address space, which may be limited, as the file is long
 _MAPS_KEPT_OPEN = 256
+_BYTES_KEPT_MAPPED = 1 << 30
 
 
 @contextmanager
@@ -86,22 +90,40 @@ class File:
         """
         path = folder / self.name
         remedy = "prepare the data again, or copy this file again"
+        found = self.sha256
         try:
             size = path.stat().st_size
+            if contents and size == self.bytes:
+                with path.open("rb") as stream:
+                    found = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None
         if size != self.bytes:
+            ends = f", it ends at offset {size:,}" if size < self.bytes else ""
             raise UserError(
-                f"{path}: truncated or altered: {size:,} bytes instead of {self.bytes:,}: {remedy}"
+                f"{path}: truncated or altered: {size:,} bytes instead of {self.bytes:,}{ends}: "
+                f"{remedy}"
             )
-        if contents:
-            with path.open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            if found != self.sha256:
-                raise UserError(
-                    f"{path}: altered: its sha256 is {found[:12]}... instead of "
-                    f"{self.sha256[:12]}...: {remedy}"
-                )
+        if found != self.sha256:
+            raise UserError(
+                f"{path}: altered: its sha256 is {found[:12]}... instead of "
+                f"{self.sha256[:12]}...: {remedy}"
+            )
+
+
+def check_contents(files: Iterable[File], folder: str | Path) -> None:
+    """Read files and compare their sha256, several at a time: hashing lets go of Python's lock.
+
+    Raises:
+        UserError: naming the first file that is missing, truncated or altered.
+    """
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        waiting = [pool.submit(file.check, Path(folder), contents=True) for file in files]
+        try:
+            for done in waiting:
+                done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -187,8 +209,16 @@ class Index:
         Raises:
             UserError: naming the first file that is missing, truncated or altered.
         """
-        for file in self.files():
-            file.check(Path(folder), contents=True)
+        check_contents(self.files(), folder)
+
+    def fingerprint(self, split: str) -> str:
+        """What tells a split's tokens and their meaning from any others, wherever they lie."""
+        digest = hashlib.sha256(f"{self.dtype} {self.vocab_size}".encode())
+        shards = self.splits[split]
+        files = [file for shard in shards for file in (shard.tokens, shard.documents)]
+        for file in (*self.tokenizer_files, *files):
+            digest.update(file.sha256.encode())
+        return digest.hexdigest()
 
     def files(self) -> Iterator[File]:
         """Go through all files that the index speaks of."""
@@ -197,6 +227,53 @@ class Index:
             for shard in shards:
                 yield shard.tokens
                 yield shard.documents
+
+
+class Maps:
+    """Memory maps of files of prepared data; those not used for longest are let go.
+
+    What they hold in common, file descriptors and address space, is the process's: streams that are
+    read together share one.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Path, NDArray] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def open(self, path: Path, dtype: np.dtype, length: int) -> NDArray:
+        """Map a file, checking that it holds the array that the index promises.
+
+        Raises:
+            UserError: if it does not.
+        """
+        array = self._kept.get(path)
+        if array is None:
+            array = self._kept[path] = self._map(path, dtype, length)
+            while len(self) > 1 and (
+                len(self) > _MAPS_KEPT_OPEN
+                or sum(kept.nbytes for kept in self._kept.values()) > _BYTES_KEPT_MAPPED
+            ):
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(path)
+        return array
+
+    def _map(self, path: Path, dtype: np.dtype, length: int) -> NDArray:
+        try:
+            array = cast(NDArray, np.load(path, mmap_mode="r" if length else None))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: damaged ({error}): prepare the data again") from None
+        if array.dtype != dtype or array.shape != (length,):
+            raise UserError(
+                f"{path}: holds {array.dtype} of shape {array.shape} instead of {dtype} of "
+                f"shape {(length,)}: prepare the data again"
+            )
+        return array
+
+    def __getstate__(self) -> dict:
+        # Worker processes of a data loader map the files anew: a pickled map would be a copy.
+        return {"_kept": OrderedDict()}
 
 
 class TokenStream:
@@ -225,7 +302,7 @@ class TokenStream:
             shard.documents.check(self.folder, contents=False)
         sizes = [shard.num_tokens for shard in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._maps: OrderedDict[str, NDArray] = OrderedDict()
+        self.maps = Maps()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -290,9 +367,8 @@ class TokenStream:
         Raises:
             UserError: naming the first file that is missing, truncated or altered.
         """
-        for shard in self.shards:
-            shard.tokens.check(self.folder, contents=True)
-            shard.documents.check(self.folder, contents=True)
+        files = (file for shard in self.shards for file in (shard.tokens, shard.documents))
+        check_contents(files, self.folder)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -319,28 +395,7 @@ class TokenStream:
             i += 1
 
     def _open(self, file: File, dtype: np.dtype, length: int) -> NDArray:
-        """Map a file of the split, checking that it holds the array that the index promises."""
-        array = self._maps.get(file.name)
-        if array is None:
-            path = self.folder / file.name
-            try:
-                array = cast(NDArray, np.load(path, mmap_mode="r" if length else None))
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: damaged ({error}): prepare the data again") from None
-            if array.dtype != dtype or array.shape != (length,):
-                raise UserError(
-                    f"{path}: holds {array.dtype} of shape {array.shape} instead of {dtype} of "
-                    f"shape {(length,)}: prepare the data again"
-                )
-            self._maps[file.name] = array
-            if len(self._maps) > _MAPS_KEPT_OPEN:
-                self._maps.popitem(last=False)
-        self._maps.move_to_end(file.name)
-        return array
-
-    def __getstate__(self) -> dict:
-        # Worker processes of a data loader map the files anew: a pickled map would be a copy.
-        return self.__dict__ | {"_maps": OrderedDict()}
+        return self.maps.open(self.folder / file.name, dtype, length)
 
 
 class Block(NamedTuple):

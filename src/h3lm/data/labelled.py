@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from h3lm.data.blocks import TOKENIZER_FOLDER, File, reading_index
+from h3lm.data.blocks import TOKENIZER_FOLDER, File, check_contents, reading_index
 from h3lm.data.shards import write_array, write_text
 from h3lm.errors import UserError
 
@@ -153,11 +153,10 @@ class LabelledIndex:
         Raises:
             UserError: naming the first file that is missing, truncated or altered.
         """
-        for split in self.splits.values():
-            for file in (split.rows, split.starts, split.labels):
-                file.check(Path(folder), contents=True)
-        for file in self.tokenizer_files:
-            file.check(Path(folder), contents=True)
+        files = [
+            f for split in self.splits.values() for f in (split.rows, split.starts, split.labels)
+        ]
+        check_contents((*files, *self.tokenizer_files), folder)
 
 
 class Labelled:

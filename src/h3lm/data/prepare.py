@@ -87,7 +87,8 @@ def prepare(
             as for The Pile, but at least 50 or a tenth of them; of a single one the last tenth.
         seed: Which documents are held out.
         shard_tokens: Tokens of a shard; that much work is lost by an interruption at most.
-        workers: Threads that encode; as many as there are processors if None.
+        workers: Threads that encode, about 40 MB each; as many as there are processors for this
+            process if None, but 32 at most.
         progress: Whether to show a progress line on standard error.
 
     Returns:
@@ -144,7 +145,7 @@ def prepare(
         files = _save_tokenizer(out, given)
         ids = _vocabulary_size(given)
         dtype = np.dtype(np.uint16 if ids <= 2**16 else np.uint32)
-        threads = workers or os.cpu_count() or 1
+        threads = workers or _processors()
         splits = {
             split: _encode_split(
                 part, journal, _PieceEncoder(given, dtype), shard_tokens, threads, line
@@ -156,6 +157,12 @@ def prepare(
         write_text(out / INDEX_FILE, index.to_json())
         journal.close()
     return index
+
+
+def _processors() -> int:
+    """Threads that encode by default: with many more, Python's lock is what they wait for."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(found or 1, 32)
 
 
 def _check_settings(

@@ -14,6 +14,7 @@ import numpy as np
 
 from h3lm.errors import UserError
 from h3lm.evals.local_sets import SETS, read_set
+from h3lm.evals.squad import where_the_harness_looks
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -193,9 +194,9 @@ def _configs(
         if entry.yaml_path is None or name not in manager.all_subtasks:
             raise UserError(f"{name!r} is a group of the harness: name its tasks")
         try:
-            config = deepcopy(load_yaml(entry.yaml_path, resolve_func=True))
+            with where_the_harness_looks():
+                config = deepcopy(load_yaml(entry.yaml_path, resolve_func=True))
         except ImportError as error:
-            # as ReCoRD's in 0.4.13, which asks for metrics that transformers 5 has no more
             broken[name] = f"the harness's definition does not load here ({error})"
             continue
         configs[name] = {k: v for k, v in config.items() if k not in ("tag", "group", "task_list")}

@@ -12,6 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from h3lm.errors import UserError
+from h3lm.evals.figures import figure
+from h3lm.evals.kept import is_known
+
+# Logits of a batch: 1 GiB in float32, of which about three are held at once
+BATCH_LOGITS = 2**28
 
 
 class Tokens(Protocol):
@@ -45,7 +50,7 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         """The exponential of the mean over all tokens; never a mean of perplexities."""
-        return math.exp(self.loss)
+        return figure("perplexity", self.nats, self.tokens)
 
     def bits_per(self, units: int) -> float:
         """Bits for each of so many units that the tokens stand for: bytes, characters, words."""
@@ -62,7 +67,7 @@ def score_tokens(
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
     share: tuple[int, int] = (0, 1),
-    each: NDArray[np.float64] | None = None,
+    each: NDArray[np.floating] | None = None,
 ) -> TextScore:
     """Predict every token from `first` on once, in windows of `context` inputs.
 
@@ -77,12 +82,13 @@ def score_tokens(
         stride: New predictions of each window, 1 <= stride <= context; `context` if None, which
             is the usual non-overlapping evaluation.
         first: First predicted position, at least 1; what stands before it is context only.
-        batch_size: Windows at a time.
+        batch_size: Windows at a time; fewer where their logits would be too many.
         progress: Called with the number of predicted tokens of each batch.
         share: (i, n) to score only every n-th batch from the i-th on, as the i-th of n processes
             that sum their `nats` and `tokens`. All n call the model equally often, as one that is
             sharded between them needs.
-        each: (tokens,), filled with the nats of each predicted token, at its position.
+        each: (tokens,), filled with the nats of each predicted token, at its position. Batches
+            whose nats are all there already, and not NaN, are not run again.
 
     Raises:
         UserError: if there is nothing to predict or the sizes make no sense.
@@ -96,12 +102,23 @@ def score_tokens(
     was_training = model.training
     model.eval()
     nats, counted = 0.0, 0
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", 1)
+    batch_size = max(1, min(batch_size, BATCH_LOGITS // (stride * vocab_size)))
     batches = list(_batches(list(_windows(first, len(tokens), context, stride)), batch_size))
     number, of = share
     # not inference_mode: what a sharded model gathers in it could not be trained with afterwards
     with torch.no_grad():
         for i in range(number, -(-len(batches) // of) * of, of):
             batch = batches[min(i, len(batches) - 1)]
+            predicted = sum(end - begin for _, begin, end in batch)
+            if each is not None:
+                known = np.concatenate([each[begin + 1 : end + 1] for _, begin, end in batch])
+                if is_known(known):
+                    nats += float(known.sum(dtype=np.float64))
+                    counted += predicted
+                    if progress is not None:
+                        progress(predicted)
+                    continue
             ids = [torch.from_numpy(tokens[start : end + 1]) for start, _, end in batch]
             inputs = torch.stack([x[:-1] for x in ids]).to(device)
             targets = torch.stack([x[1:] for x in ids]).to(device)
@@ -115,9 +132,9 @@ def score_tokens(
                 nats += float(mine.sum())
                 if each is not None:
                     each[begin + 1 : end + 1] = mine.cpu().numpy()
-                counted += end - begin
+            counted += predicted
             if progress is not None:
-                progress(sum(end - begin for _, begin, end in batch))
+                progress(predicted)
     model.train(was_training)
     return TextScore(nats, counted, context, stride)
 

@@ -65,6 +65,7 @@ class LongFilter(SSMModule):
 
     def taps(self) -> Float[Tensor, "D n"]:
         """The filters, (D, n)."""
+        self.check_precision()
         return F.softshrink(self.w, self.threshold)
 
 
@@ -92,6 +93,7 @@ class LongConv(PreparingModule):
     """
 
     backend: str = "auto"
+    reads_positions_last = True  # of its input: no copy where they are contiguous
 
     def __init__(
         self,

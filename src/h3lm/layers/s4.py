@@ -32,6 +32,8 @@ class S4(Recurrence):
         ValueError: if `output` is unknown or d_state is odd.
     """
 
+    reads_positions_last = True  # of its input: no copy where they are contiguous
+
     def __init__(
         self,
         d_model: int,

@@ -4,6 +4,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from h3lm.layers import border
 from h3lm.layers.both_ways import BackwardReadout, convolve_both_ways, refuse_state
 from h3lm.layers.projection import project_channel_last
 from h3lm.layers.recurrence import Recurrence, RecurrentState
@@ -41,6 +42,8 @@ class S4D(Recurrence):
     Raises:
         ValueError: if `output` is unknown or d_state is odd.
     """
+
+    reads_positions_last = True  # of its input: no copy where they are contiguous
 
     def __init__(
         self,
@@ -104,7 +107,10 @@ class S4D(Recurrence):
 
 def finish(projection: nn.Module, y: Tensor, output: str) -> Tensor:
     """GELU and the output map, (B, D, L) to (B, L, D)."""
-    h = project_channel_last(projection, F.gelu(y))
+    y = F.gelu(y)
+    if output == "glu" and border.can_gate(projection, y):
+        return border.project_gated(projection, y)
+    h = project_channel_last(projection, y)
     return h if output == "linear" else F.glu(h, dim=-1)
 
 

@@ -31,6 +31,9 @@ class H3ClassificationConfig(H3Config):
         dt_max: Largest step size at the start.
         s4d_block: Whether S4D is the published block (A of each channel, gated output) instead
             of the baseline of the H3 paper's language models.
+        h3_gate_bias: Start of the biases of H3's q and v. At 1 a layer starts near a linear filter;
+            at 0 a signal without a mean is worth nothing before two products with itself are
+            learned.
         classifier_dropout: Dropout in front of the head.
         initializer_range: As in `H3Config`; None for 1/sqrt(3 inputs) in each linear map, the
             spread of torch's own start.
@@ -51,6 +54,7 @@ class H3ClassificationConfig(H3Config):
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     s4d_block: bool = True
+    h3_gate_bias: float = 0.0
     classifier_dropout: float = 0.0
     initializer_range: float | None = None  # type: ignore[assignment]  # the base has no None
     use_cache: bool = False

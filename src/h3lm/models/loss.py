@@ -2,7 +2,8 @@
 
 Logits of a vocabulary are the largest tensor of a training step: at 8 x 2048 positions and 50 264
 tokens they take 3.3 GB in float32, and as much again for their gradient. Here they are made for
-a part of the positions at a time, and made again in the backward pass.
+a part of the positions at a time; on a GPU a kernel takes their gradient at once, elsewhere they
+are made again in the backward pass.
 """
 
 import importlib.util
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
-CHUNK_LOGITS = 1 << 26  # of one part: 256 MiB in float32
+CHUNK_LOGITS = 1 << 27  # of one part: 512 MiB in float32
 
 
 def head_loss(
@@ -28,7 +29,8 @@ def head_loss(
 
     The products are in the dtype of autocast, as a linear layer's are. On a GPU, Liger-Kernel's
     fused loss is taken where it is installed; else torch's `linear_cross_entropy`, from 2.13 on,
-    for float32 products; else parts of the positions are computed one after the other.
+    for float32 products; else the kernel of `loss_triton` on a GPU; else parts of the positions
+    are computed one after the other.
 
     Args:
         hidden: (B, L, D).
@@ -46,6 +48,8 @@ def head_loss(
     elif hasattr(F, "linear_cross_entropy") and _product_dtype(hidden) == torch.float32:
         # in bfloat16 its loss is off by 1e-2 where that of whole logits is off by 6e-6 (torch 2.13)
         total = _torch(hidden, weight, targets)
+    elif hidden.is_cuda and importlib.util.find_spec("triton") is not None:
+        total = _by_kernel(hidden, weight, targets, chunk_logits)
     else:
         total = _in_chunks(hidden, weight, targets, max(1, chunk_logits // len(weight)))
     if num_items is None:
@@ -59,8 +63,20 @@ def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     dtype = _product_dtype(hidden)  # its kernels do not know of autocast
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     return liger_fused_linear_cross_entropy(
-        hidden, weight, targets, ignore_index=IGNORED, reduction="sum"
+        hidden, weight, targets, ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
     )
+
+
+def _by_kernel(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_logits: int) -> Tensor:
+    from h3lm.models.loss_triton import head_loss_sum
+
+    dtype = _product_dtype(hidden)
+    with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    with torch.autocast(hidden.device.type, enabled=False):
+        size = torch.finfo(torch.float32).bits // 8 * chunk_logits
+        return head_loss_sum(
+            hidden.to(dtype).contiguous(), weight.to(dtype), targets, size, with_grad
+        )[0]
 
 
 def _torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ from h3lm.models.configuration_classification import H3ClassificationConfig
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3PreTrainedModel
 
+# kernels load rows of such lengths fastest, and few lengths mean few plans for FFTs
+LENGTH_UNIT = 64
+
 
 class H3EncoderLayer(GradientCheckpointingLayer):
     """A mixer and an MLP, if there is one, with their norms and residual sums.
@@ -30,6 +33,9 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         self.both_ways = config.bidirectional
         self.norm1 = _norm(config)
         self.mixer: Any = mixer(name).build(config.mixer_sizes)
+        if name == "h3":
+            projection: Any = self.mixer.qkv_proj
+            projection.gate_bias = config.h3_gate_bias  # a mark for the initialisation
         residual: list[Any] = [] if name != "attention" else [self.mixer.output_proj]
         self.mlp = None
         inner_width = config.inner_width(layer_idx)
@@ -53,13 +59,15 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         self, r: Tensor, norm: nn.Module, sublayer: Any, lengths: Tensor | None
     ) -> Tensor:
         if self.pre_norm:
-            return r + self.dropout(sublayer(_normalise(norm, r, lengths), lengths))
+            # in what the sublayer reads, so that it turns and casts nothing
+            dtype = _dtype_of_mixing(r)
+            last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
+            u = _normalise(norm, r, lengths, dtype=dtype, positions_last=last)
+            return r + self.dropout(sublayer(u, lengths))
         return _normalise(norm, r + self.dropout(sublayer(r, lengths)), lengths)
 
     def _mix(self, u: Tensor, lengths: Tensor | None) -> Tensor:
-        if torch.is_autocast_enabled(u.device.type):
-            # as for a linear map: autocast knows no convolutions, and would leave them in float32
-            u = u.to(torch.get_autocast_dtype(u.device.type))
+        u = u.to(_dtype_of_mixing(u))
         # a causal mixer never sees the padding, since it stands behind
         return self.mixer(u, lengths=lengths)[0] if self.both_ways else self.mixer(u)[0]
 
@@ -86,6 +94,11 @@ class H3ClassificationPreTrainedModel(H3PreTrainedModel):
                 nn.init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+        gate_bias = getattr(module, "gate_bias", 0.0)
+        if isinstance(module, nn.Linear) and module.bias is not None and gate_bias:
+            q, _, v = module.bias.chunk(3)
+            for gate in (q, v):
+                nn.init.constant_(gate, gate_bias)
 
 
 class H3Encoder(H3ClassificationPreTrainedModel):
@@ -126,6 +139,7 @@ class H3Encoder(H3ClassificationPreTrainedModel):
         attention_mask: Tensor | None = None,
         input_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        lengths: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -138,6 +152,8 @@ class H3Encoder(H3ClassificationPreTrainedModel):
                 there is seen.
             input_values: (B, L, C) numbers.
             inputs_embeds: (B, L, D) in place of both.
+            lengths: (B,), in place of a mask: how many positions of each row count, from its
+                beginning. No device is waited for, and shapes stay as they are.
             output_hidden_states: Whether to return what each layer saw.
             return_dict: False for a plain tuple.
             kwargs: Ignored, as the library passes more than a model needs.
@@ -147,19 +163,27 @@ class H3Encoder(H3ClassificationPreTrainedModel):
             behind it they mean nothing.
 
         Raises:
-            ValueError: if not exactly one input is given, or it is not one of this model.
+            ValueError: if not exactly one input is given, or it is not one of this model; or if
+                there are a mask and lengths.
         """
-        r, _, seen = self.run(self.embed(input_ids, input_values, inputs_embeds), attention_mask)
+        embeds = self.embed(input_ids, input_values, inputs_embeds)
+        r, _, seen = self.run(embeds, attention_mask, lengths)
         output = BaseModelOutput(
             last_hidden_state=r, hidden_states=(*seen[:-1], r) if output_hidden_states else None
         )
         return output if return_dict is not False else output.to_tuple()
 
     def run(
-        self, embeds: Tensor, attention_mask: Tensor | None
+        self, embeds: Tensor, attention_mask: Tensor | None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Hidden states, how many of each row count (None: all), and what each layer saw."""
-        r, lengths = _to_the_front(embeds, attention_mask)
+        if lengths is None:
+            most = self.config.num_learned_positions or None
+            r, lengths = _to_the_front(embeds, attention_mask, most)
+        else:
+            if attention_mask is not None or lengths.shape != embeds.shape[:1]:
+                raise ValueError("give lengths (B,) in place of an attention_mask, not beside it")
+            r = _without_padding(embeds, lengths)
         if self.config.num_learned_positions:
             if r.shape[1] > self.config.num_learned_positions:
                 raise ValueError(
@@ -193,8 +217,9 @@ class H3Encoder(H3ClassificationPreTrainedModel):
                 raise ValueError(
                     f"input_values has {input_values.shape[-1]} channels, the model {channels}"
                 )
-            embeds = self.embed_values(input_values)
-            return embeds.to(self.embed_values.weight.dtype)  # autocast narrows no residual stream
+            # autocast would leave 8 bits of a signal, and narrow the residual stream
+            with torch.autocast(input_values.device.type, enabled=False):
+                return self.embed_values(input_values.to(self.embed_values.weight.dtype))
         assert input_ids is not None
         if channels is not None:
             raise ValueError(f"this model takes input_values of {channels} channels, not input_ids")
@@ -251,6 +276,7 @@ class H3ForSequenceClassification(H3ClassificationPreTrainedModel):
         input_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        lengths: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -265,6 +291,7 @@ class H3ForSequenceClassification(H3ClassificationPreTrainedModel):
             input_values: (B, L, C) or (B, 2, L, C) numbers.
             inputs_embeds: (B, L, D) or (B, 2, L, D).
             labels: (B,) classes.
+            lengths: (B,) or (B, 2), in place of a mask where padding stands behind each row.
             output_hidden_states: Whether to return what each layer saw.
             return_dict: False for a plain tuple.
             kwargs: `num_items_in_batch` for the loss; else ignored.
@@ -279,10 +306,11 @@ class H3ForSequenceClassification(H3ClassificationPreTrainedModel):
                 raise ValueError(f"a model of pairs takes inputs (B, 2, L), here it is {found}")
             embeds = embeds.flatten(0, 1)
             attention_mask = None if attention_mask is None else attention_mask.flatten(0, 1)
+            lengths = None if lengths is None else lengths.flatten()
         elif embeds.dim() != 3:
             found = tuple(embeds.shape[:-1])
             raise ValueError(f"a model of single rows takes inputs (B, L), here it is {found}")
-        hidden, lengths, seen = self.model.run(embeds, attention_mask)
+        hidden, lengths, seen = self.model.run(embeds, attention_mask, lengths)
         pooled = _pool(hidden, lengths, self.config.pooling)
         if self.config.two_documents:
             pooled = pooled.unflatten(0, (-1, 2))
@@ -305,17 +333,32 @@ def _norm(config: H3ClassificationConfig) -> nn.Module:
     return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
-def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None) -> Tensor:
-    return norm(r, lengths) if isinstance(norm, BatchNorm) else norm(r)
+def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None, **form: Any) -> Tensor:
+    return norm(r, lengths, **form) if isinstance(norm, BatchNorm) else norm(r)
 
 
-def _to_the_front(embeds: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _dtype_of_mixing(x: Tensor) -> torch.dtype:
+    """As for a linear map: autocast knows no convolutions, and would leave them in float32."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _to_the_front(
+    embeds: Tensor, attention_mask: Tensor | None, most: int | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Move what counts to the beginning of each row, in its order; padding stands behind it.
 
     A causal mixer then never sees padding, and one that runs both ways needs to know lengths only.
 
+    Args:
+        embeds: (B, L, D).
+        attention_mask: (B, L), zeros at padding.
+        most: Positions up to which rows may be padded.
+
     Returns:
-        (B, longest, D), and lengths (B,) or None where there is no padding.
+        (B, the longest in units of `LENGTH_UNIT` but at most L, D), and lengths (B,) or None where
+        there is no padding.
     """
     if attention_mask is None:
         return embeds, None
@@ -327,16 +370,22 @@ def _to_the_front(embeds: Tensor, attention_mask: Tensor | None) -> tuple[Tensor
     lengths = mask.sum(1)
     longest = embeds.shape[1]
     if not torch.compiler.is_compiling():
-        shortest, longest = lengths.aminmax()[0].item(), int(lengths.max())
+        shortest, longest = torch.stack(lengths.aminmax()).tolist()
         if shortest == embeds.shape[1]:
             return embeds, None
         if not shortest:
             raise ValueError("a row of the attention_mask hides everything: leave that row out")
+        padded = min(-LENGTH_UNIT * (-longest // LENGTH_UNIT), embeds.shape[1], most or 10**9)
+        longest = max(longest, padded)
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
     front = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
-    # an FFT would spread the rounding of whatever stands behind over the row
-    padding = torch.arange(longest, device=embeds.device) >= lengths[:, None]
-    return front.masked_fill(padding[..., None], 0), lengths
+    return _without_padding(front, lengths), lengths
+
+
+def _without_padding(embeds: Tensor, lengths: Tensor) -> Tensor:
+    """Zeros behind each row: an FFT would spread the rounding of what stands there over it."""
+    padding = torch.arange(embeds.shape[1], device=embeds.device) >= lengths[:, None]
+    return embeds.masked_fill(padding[..., None], 0)
 
 
 def _pool(hidden: Tensor, lengths: Tensor | None, how: str) -> Tensor:

@@ -128,6 +128,7 @@ class DiagonalSSM(SSMModule):
         Returns:
             complex64 (complex128 for a float64 module), differentiable in every parameter.
         """
+        self.check_precision()
         A = torch.complex(-torch.exp(self.log_neg_A_real), self.A_imag)
         B, C = (torch.view_as_complex(x.contiguous()) for x in (self.B, self.C))
         a, b = discretize(A, B, torch.exp(self.log_dt), self.discretization)

@@ -18,6 +18,7 @@ from jaxtyping import Complex, Float, Inexact
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from h3lm.ssm.fused_filters import can_fuse, fused_filters
 from h3lm.ssm.hints import SSM_HINT, ParameterHint, SSMModule
 from h3lm.ssm.hippo import legs_normal_plus_low_rank
 from h3lm.ssm.operators import DiagonalSystem, _widen
@@ -101,7 +102,8 @@ class DPLRSystem:
     def filter(self, length: int) -> Float[Tensor, "H L"]:
         """The impulse response without the skip term: K_l = 2 Re(c Abar^l Bbar).
 
-        From its generating function at the L-th roots of unity; made in float64.
+        From its generating function at the L-th roots of unity, or near them; made in float64. On
+        an NVIDIA GPU with Triton one operator makes it (`ssm.fused_filters`).
 
         Returns:
             (H, L), float32 (float64 for a complex128 system). Differentiable in everything.
@@ -109,7 +111,7 @@ class DPLRSystem:
         Raises:
             ValueError: if `length` is negative.
         """
-        return self._responses(_widen(self.B), self.c, length)
+        return self.filters(self.c[None], length)[0]
 
     def filters(self, readouts: Complex[Tensor, "K H half"], length: int) -> Float[Tensor, "K H L"]:
         """`filter` with each of several read-outs in place of c; they share most of the work.
@@ -124,6 +126,14 @@ class DPLRSystem:
         Raises:
             ValueError: if `length` is negative.
         """
+        if length > 0 and can_fuse(self.eigenvalues, self.B, readouts):
+            return fused_filters(self.eigenvalues, self.P, self.B, readouts, self.dt, length)
+        return self.plain_filters(readouts, length)
+
+    def plain_filters(
+        self, readouts: Complex[Tensor, "K H half"], length: int
+    ) -> Float[Tensor, "K H L"]:
+        """`filters` in plain PyTorch."""
         return self._responses(_widen(self.B), readouts, length)
 
     def initial_response(
@@ -326,6 +336,7 @@ class DPLRSSM(SSMModule):
         Returns:
             complex64 (complex128 for a float64 module), differentiable in every parameter.
         """
+        self.check_precision()
         P, B, C = (torch.view_as_complex(x.contiguous()) for x in (self.P, self.B, self.C))
         return DPLRSystem(
             eigenvalues=torch.complex(-torch.exp(self.log_neg_A_real), self.A_imag),

@@ -40,6 +40,20 @@ class SSMModule(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the parameters anew; a module without parameters has nothing to draw."""
 
+    def check_precision(self) -> None:
+        """Check that no mixed-precision policy has narrowed the parameters on their way here.
+
+        Raises:
+            TypeError: if FSDP, say, gathered them in half precision.
+        """
+        for name, parameter in self.named_parameters(recurse=False):
+            if parameter.dtype.itemsize < 4:
+                raise TypeError(
+                    f"{type(self).__name__}.{name} is used in {parameter.dtype}: a mixed-precision "
+                    "policy narrowed it, and a decay in half precision is another model. Shard "
+                    "with h3lm.train.parallel.shard_model, which keeps SSMs in float32"
+                )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SSMModule":
         # `.to(torch.bfloat16)`, `.half()` and the like move the module but never narrow it: a
         # decay rounded to 8 bits is another model, and rounding it back would not undo that.

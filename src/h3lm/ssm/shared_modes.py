@@ -89,6 +89,7 @@ class TiedDiagonalSSM(SSMModule):
 
     def system(self) -> DiagonalSystem:
         """Discretise: what every op of `flashconv` takes."""
+        self.check_precision()
         A = torch.complex(-torch.exp(self.log_neg_A_real), self.A_imag)
         A = A.expand(self.num_systems, -1)
         a, b = discretize(A, torch.ones_like(A), torch.exp(self.log_dt), self.discretization)
@@ -150,6 +151,7 @@ class SharedModesSSM(SSMModule):
 
     def system(self) -> DiagonalSystem:
         """Discretise with step size 1: what every op of `flashconv` takes."""
+        self.check_precision()
         A = torch.complex(-torch.exp(self.log_neg_A_real), torch.exp(self.log_A_imag))
         # the zero-order hold's input weight sits in c, so that the state is the published one
         c = _complex(self.C) * (torch.expm1(A) / A) / 2

@@ -64,6 +64,7 @@ class ShiftSSM(SSMModule):
         Returns:
             (D, N), float32 (float64 for a float64 module), differentiable.
         """
+        self.check_precision()
         n = 2 * self.d_state  # no wrap-around
         spectrum = torch.fft.rfft(self.B, n=n).conj() * torch.fft.rfft(self.C, n=n)
         taps = torch.fft.irfft(spectrum, n=n)[:, : self.d_state]

@@ -1,7 +1,6 @@
 """A recipe in the library's words."""
 
 import time
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -14,10 +13,14 @@ from h3lm.train.recipe import Recipe
 NO_LIMIT = 10**9  # steps of a run that the clock ends
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
+def training_arguments(recipe: Recipe, before: str = "") -> TrainingArguments:
     """The library's arguments for a recipe, but for the number of steps.
 
     Several processes find each other here.
+
+    Args:
+        recipe: The recipe.
+        before: What the run was trained in before, if it goes on; see `use_bf16`.
 
     Raises:
         UserError: if a batch cannot be divided among the processes, or they do not fit the mesh.
@@ -40,7 +43,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         gradient_accumulation_steps=share // micro,
         max_steps=NO_LIMIT,
         max_grad_norm=recipe.max_grad_norm,
-        bf16=use_bf16(recipe),  # not later: the library looks once
+        bf16=use_bf16(recipe, before),  # not later: the library looks once
         use_cpu=not torch.accelerator.is_available(),  # or bf16 is refused
         logging_strategy="steps",
         logging_steps=recipe.log_every,
@@ -52,31 +55,47 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         save_steps=recipe.save_every or 500,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        **_checkpointing(recipe.gradient_checkpointing),
         ddp_find_unused_parameters=False,
+        dataloader_num_workers=recipe.data_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
     )
+    set_checkpointing(arguments, bool(recipe.gradient_checkpointing))
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # or the library copies the model to all GPUs of one process
     return arguments
 
 
-def use_bf16(recipe: Recipe) -> bool:
+def precision_of(arguments: TrainingArguments) -> str:
+    """What a run is trained in, bf16 (autocast) or fp32."""
+    return "bf16" if arguments.bf16 else "fp32"
+
+
+def use_bf16(recipe: Recipe, before: str = "") -> bool:
     """Whether to train under bfloat16 autocast.
 
     "auto" asks the machine: a GPU by its capability, a CPU by timing a matrix product, since
     emulated bfloat16 is several times slower than float32; processes that share a CPU could
-    disagree about that, so they take float32.
+    disagree about that, so they take float32. A run that goes on keeps what it had `before`,
+    bf16 or fp32, where the machine can: a busy CPU may tell other times.
+
+    Raises:
+        UserError: if a recipe asks a GPU for bf16 that has none.
     """
+    on_gpu = torch.cuda.is_available()
+    lacking = on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False)
     if recipe.precision != "auto":
+        if recipe.precision == "bf16" and lacking:
+            raise UserError("precision=bf16: this GPU computes no bfloat16: take fp32 or auto")
         return recipe.precision == "bf16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available() or world_size() > 1:
+    if lacking or torch.backends.mps.is_available():
         return False
+    if before:
+        return before == "bf16"
+    if on_gpu or world_size() > 1:
+        return on_gpu
     return _time_product(torch.bfloat16) < 0.9 * _time_product(torch.float32)
 
 
@@ -90,8 +109,8 @@ def _time_product(dtype: torch.dtype) -> float:
     return min(times)
 
 
-def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """The library's argument for it, which 5.23 renamed."""
-    names = TrainingArguments.__dataclass_fields__
-    new = "activation_checkpointing" in names
-    return {"activation_checkpointing" if new else "gradient_checkpointing": wanted}
+def set_checkpointing(arguments: TrainingArguments, wanted: bool) -> None:
+    """Have blocks recomputed in the backward pass, or not."""
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # 5.23 renamed it
+        if hasattr(arguments, name):
+            setattr(arguments, name, wanted)

@@ -55,6 +55,8 @@ class RunPoint:
         recipe: The recipe's keys that decide the run.
         data: What tells prepared data apart.
         model: The model's configuration.
+        precision: What it was trained in, bf16 or fp32, whatever the recipe left open; empty if
+            an older h3lm wrote it.
     """
 
     step: int
@@ -64,6 +66,7 @@ class RunPoint:
     recipe: dict[str, Any]
     data: str
     model: dict[str, Any]
+    precision: str = ""
 
     def check_same_run(self, other: Self, folder: Path) -> None:
         """Refuse to go on with another run's checkpoint.
@@ -108,7 +111,7 @@ class Checkpoint:
         """Check that every file is there and as long as it was.
 
         Raises:
-            UserError: naming the first that is not.
+            UserError: naming all that are missing, or the first that is shorter or longer.
         """
         remedy = f"bring it back, or remove {self.folder} to go on from an earlier checkpoint"
         classifier = self.point.recipe.get("task") == "classification"
@@ -117,15 +120,22 @@ class Checkpoint:
                 continue
             if not any(name in self.files for name in names):
                 raise UserError(f"{self.folder}: the checkpoint has no {names[0]}: {remedy}")
+        sizes = {name: _size(self.folder / name) for name in self.files}
+        missing = [name for name, size in sizes.items() if size is None]
+        if missing:
+            raise UserError(f"{self.folder}: the checkpoint lacks {', '.join(missing)}: {remedy}")
         for name, size in self.files.items():
-            try:
-                found = (self.folder / name).stat().st_size
-            except OSError:
-                raise UserError(f"{self.folder}: the checkpoint lacks {name}: {remedy}") from None
-            if found != size:
+            if sizes[name] != size:
                 raise UserError(
-                    f"{self.folder / name}: {found:,} bytes instead of {size:,}: {remedy}"
+                    f"{self.folder / name}: {sizes[name]:,} bytes instead of {size:,}: {remedy}"
                 )
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -199,9 +209,21 @@ def finish(folder: Path, point: RunPoint, keep: int) -> Path:
     written.rename(final)
     _flush(folder)
     shutil.rmtree(folder / UNFINISHED)
-    for _, path in sorted(_numbered(folder))[:-keep]:
-        shutil.rmtree(path)
+    _remove_old(folder, point.step, keep)
     return final
+
+
+def _remove_old(folder: Path, step: int, keep: int) -> None:
+    """Remove all but the newest up to a step.
+
+    What is not whole does not count as one of them; beyond the step it is not ours to remove.
+    """
+    old = sorted(pair for pair in _numbered(folder) if pair[0] <= step)
+    whole = [path for _, path in old if (path / MANIFEST).is_file()]
+    for _, path in old:
+        if path not in whole[-keep:]:
+            (path / MANIFEST).unlink(missing_ok=True)  # first, or what is left would seem whole
+            shutil.rmtree(path)
 
 
 @contextlib.contextmanager

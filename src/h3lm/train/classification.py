@@ -24,7 +24,7 @@ from h3lm.evals.classification import Classified, classify
 from h3lm.models import H3ClassificationConfig, H3Config, H3ForSequenceClassification
 from h3lm.models.folders import save_model
 from h3lm.train import run as running
-from h3lm.train.arguments import training_arguments
+from h3lm.train.arguments import precision_of, training_arguments
 from h3lm.train.checkpoints import RunPoint
 from h3lm.train.classification_plots import plot_confusion, plot_curves
 from h3lm.train.examples import (
@@ -33,10 +33,12 @@ from h3lm.train.examples import (
     ExampleDataset,
     ExampleOrder,
 )
+from h3lm.train.graphs import GraphedSteps
 from h3lm.train.interrupt import StopOnSignal
+from h3lm.train.memory import short_of_memory
 from h3lm.train.outcome import Result
 from h3lm.train.processes import is_first, rank, wait_for_all, world_size
-from h3lm.train.progress import Clock, ProgressLine, Speed, write_log
+from h3lm.train.progress import Clock, ProgressLine, Speed
 from h3lm.train.recipe import Recipe
 from h3lm.train.trainer import H3Trainer
 
@@ -65,7 +67,20 @@ class ClassificationTrainer(H3Trainer):
         **arguments: Any,
     ) -> None:
         self.watched, self.settings = watched, settings
-        super().__init__(recipe, None, **arguments)
+        super().__init__(recipe, [], **arguments)
+        whole = self.args.gradient_accumulation_steps == 1 and world_size() == 1
+        captures = settings.graphs and whole and self.args.device.type == "cuda"
+        self.graphs = GraphedSteps(self.model.parameters()) if captures else None
+
+    def training_step(  # noqa: D102 (the library's)
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if self.graphs is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        step = super(H3Trainer, self).training_step  # its watch would be part of the graph
+        loss = self.graphs(self._prepare_inputs(inputs), lambda x: step(model, x, *args, **kwargs))
+        self.finite.see(loss, self.state.global_step + 1)
+        return loss
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         total = self.args.max_steps * self.recipe.batch_size
@@ -96,7 +111,8 @@ class ClassificationTrainer(H3Trainer):
             return {}
         if self.evaluated[0] == self.state.global_step:
             return self.evaluated[1]
-        found = self.classify(self.watched)
+        with self.speed.aside():
+            found = self.classify(self.watched)
         metrics = {"eval_loss": found.loss, "eval_accuracy": found.accuracy}
         self.evaluated = self.state.global_step, metrics
         self.log(metrics)
@@ -225,11 +241,11 @@ def _train_one(
 ) -> Result:
     if recipe.deterministic:
         running.compute_the_same_bits()
-    arguments = training_arguments(recipe)
+    checkpoint = running.find_checkpoint(recipe, console)
+    arguments = training_arguments(recipe, checkpoint.point.precision if checkpoint else "")
     if torch.cuda.is_available():
         arguments.dataloader_num_workers = LOADERS
     library_logging.disable_progress_bar()
-    checkpoint = running.find_checkpoint(recipe, console)
     set_seed(recipe.seed)
     model = _make_model(recipe, index)
     labels = _labels_of(model, index)
@@ -254,7 +270,7 @@ def _train_one(
     line, stop = ProgressLine(speed, console), StopOnSignal()
     callbacks: list[TrainerCallback] = [clock, speed, stop]
     if is_first():
-        callbacks += [line, *running.tensorboard(recipe.folder)]
+        callbacks += [line, *running.logs(recipe.folder)]
     trainer = ClassificationTrainer(
         recipe, watched, settings,
         clock=clock, speed=speed, data=_fingerprint(recipe), model=model, args=arguments,
@@ -263,7 +279,7 @@ def _train_one(
     )  # fmt: skip
     if checkpoint is not None:
         checkpoint.point.check_same_run(trainer.point(checkpoint.point.step), checkpoint.folder)
-        running.say_resumed(checkpoint, console)
+        running.say_resumed(checkpoint, precision_of(arguments), console)
     running.write_recipe(recipe)
     console.print(
         f"{recipe.name}: {model.num_parameters():,} parameters on {arguments.device}, "
@@ -271,12 +287,11 @@ def _train_one(
         highlight=False,
     )
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        with short_of_memory(recipe, arguments.per_device_train_batch_size):
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
     finally:
         stop.close()
         line.close()
-        if is_first() and trainer.state.log_history:
-            write_log(trainer.state.log_history, recipe.folder / "log.jsonl")
     if stop.agreed:
         raise running.stopped(trainer, stop.agreed)
     return _finish(trainer, splits, index, console)
@@ -300,7 +315,7 @@ def _finish(
         "steps": trainer.state.global_step,
         "epochs": trainer.state.global_step * recipe.batch_size / len(trainer.train_dataset),
         "train_seconds": round(trainer.trained_s, 2),
-        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "precision": precision_of(trainer.args),
         "split": split,
         "examples": len(found.labels),
         "accuracy": found.accuracy,
@@ -316,7 +331,6 @@ def _finish(
     if not is_first():
         return Result(folder, summary)
     save_model(trainer.model, folder / "model", trainer.processing_class)
-    write_log(trainer.state.log_history, folder / "log.jsonl")
     names = [str(trainer.model.config.id2label[i]) for i in range(found.logits.shape[1])]
     plot_confusion(found.confusion(), names, folder / "confusion.png", f"{recipe.name}, {split}")
     plot_curves([trainer.state.log_history], folder / "curves.png", recipe.name)

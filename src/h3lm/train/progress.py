@@ -2,15 +2,23 @@
 
 import json
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from h3lm.train.processes import first_says
+
+MARKS = 11  # ten logs
+LIVE_EVERY_S, PLAIN_EVERY_S = 0.2, 15.0  # a line in a terminal, and in a file
 
 
 class Clock(TrainerCallback):
@@ -61,6 +69,10 @@ class Clock(TrainerCallback):
 class Speed(TrainerCallback):
     """Tokens a second, part of the hardware's peak, and time left.
 
+    The rate is that of the last few logs, between which a GPU has really done what it was given:
+    so neither what is compiled at the start nor evaluations and checkpoints are in it. The time
+    left counts on as many of these as there were.
+
     Args:
         clock: The run's clock.
         tokens_per_step: Tokens of an optimiser step, over all processes.
@@ -72,25 +84,50 @@ class Speed(TrainerCallback):
     ) -> None:
         self.clock, self.tokens_per_step = clock, tokens_per_step
         self.peak_tokens_per_s = peak_tokens_per_s
-        self.first = 0
+        self.marks: deque[tuple[int, float]] = deque(maxlen=MARKS)  # step, seconds of training
+        self.aside_s = 0.0  # not training, in this start
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Remember where this start began."""
-        self.first = state.global_step
+        self.aside_s = 0.0
+        self.marks.clear()
+        self.mark(state)
+
+    def mark(self, state: TrainerState) -> None:
+        """Note how long the steps so far have taken; whatever they gave the GPU is done."""
+        if len(self.marks) == 2 and self.marks[1][0] < state.global_step:
+            self.marks.popleft()  # the start, which is slow
+        self.marks.append((state.global_step, self._elapsed_s - self.aside_s))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time that is not training: an evaluation, a checkpoint."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        began = time.monotonic()
+        yield
+        self.aside_s += time.monotonic() - began
+
+    @property
+    def _elapsed_s(self) -> float:
+        return self.clock.elapsed_s - self.clock.before_s
 
     def figures(self, state: TrainerState) -> dict[str, float]:
-        """`tokens_per_s`, `seconds_left`, and `mfu` where the peak is known, since this start."""
-        elapsed = self.clock.elapsed_s - self.clock.before_s
-        steps = state.global_step - self.first
-        if steps <= 0 or elapsed <= 0:
+        """`tokens_per_s`, `seconds_left`, and `mfu` where the peak is known; at first nothing."""
+        if not self.marks:
             return {}
-        rate = steps * self.tokens_per_step / elapsed
+        (first, began), (last, ended) = self.marks[0], self.marks[-1]
+        if last == first or ended <= began:
+            return {}
+        rate = (last - first) * self.tokens_per_step / (ended - began)
         if self.clock.limit_s is not None:
             left = max(0.0, self.clock.limit_s - self.clock.elapsed_s)
         else:
-            left = (state.max_steps - state.global_step) * elapsed / steps
+            steps = state.max_steps - state.global_step
+            training = self._elapsed_s - self.aside_s
+            left = steps * self.tokens_per_step / rate * (1 + self.aside_s / training)
         figures = {"tokens_per_s": rate, "seconds_left": left}
         if self.peak_tokens_per_s is not None:
             figures["mfu"] = rate / self.peak_tokens_per_s
@@ -148,7 +185,7 @@ class ProgressLine(TrainerCallback):
     ) -> None:
         """Show where the run is."""
         now = time.monotonic()
-        if now - self.shown_at < 0.2:
+        if now - self.shown_at < LIVE_EVERY_S:
             return
         self.shown_at = now
         text = self._text(state)
@@ -156,7 +193,7 @@ class ProgressLine(TrainerCallback):
             done = self.speed.done(state)
             self.progress.update(self.task, completed=done, step=state.global_step, text=text)
             self.progress.refresh()
-        elif now - self.plain_at > 15:
+        elif text and now - self.plain_at > PLAIN_EVERY_S:
             self.plain_at = now
             self.console.print(f"step {state.global_step}  {text}", highlight=False)
 
@@ -174,7 +211,7 @@ class ProgressLine(TrainerCallback):
         if "mfu" in figures:
             parts.append(f"{figures['mfu']:.1%} of peak")
         if figures:
-            parts.append(f"{figures['seconds_left']:,.0f} s left")
+            parts.append(f"{timedelta(seconds=round(figures['seconds_left']))} left")
         return "  ".join(parts)
 
     def on_train_end(
@@ -189,9 +226,30 @@ class ProgressLine(TrainerCallback):
             self.progress.stop()
 
 
-def write_log(history: list[dict[str, Any]], path: Path) -> None:
-    """The run's log, a JSON object a line."""
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
+class LogFile(TrainerCallback):
+    """The run's log in a file as it grows, a JSON object a line.
+
+    A run that goes on writes it anew, up to the checkpoint that it goes on from.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write what a checkpoint knows."""
+        self._write(state.log_history, "w")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Add the newest entry."""
+        self._write(state.log_history[-1:], "a")
+
+    def _write(self, entries: list[dict[str, Any]], mode: str) -> None:
+        with self.path.open(mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
 def plot_losses(history: list[dict[str, Any]], path: Path, title: str) -> None:

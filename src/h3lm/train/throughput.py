@@ -1,17 +1,27 @@
 """How much of the hardware a run uses."""
 
+import re
+
 import torch
 from torch import nn
 
 from h3lm.layers import H3, CausalAttention
 
-# Dense bfloat16 peak of a GPU, TFLOP/s, by a part of its name. Source: NVIDIA's data sheets.
+# Dense bfloat16 peak of a GPU, TFLOP/s, by words of its name. Source: NVIDIA's data sheets.
 PEAK_TFLOPS = {
+    "B200": 2250.0,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
+    "GH200": 989.0,
     "A100": 312.0,
+    "A30": 165.0,
+    "A10": 125.0,
     "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
     "4090": 165.0,
 }
 FORMULA = (
@@ -24,8 +34,8 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bfloat16 operations a second that a device can do at most, if known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    found = (rate for part, rate in PEAK_TFLOPS.items() if part in name)
+    name = set(re.split(r"[\s-]", torch.cuda.get_device_name(device)))
+    found = (rate for words, rate in PEAK_TFLOPS.items() if name.issuperset(words.split()))
     return next((rate * 1e12 for rate in found), None)
 
 

@@ -1,0 +1,171 @@
+"""The making of S4's filters as one operator of PyTorch, by the kernels of `filters_triton`.
+
+Complex tensors cross the border as real pairs. The kernels are imported at their first use, and run
+once on a small problem beside plain PyTorch, which takes over where they fail on a machine.
+"""
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from h3lm.ssm.fused_operators import MAX_MODES, has_kernels
+
+logger = logging.getLogger("h3lm.ssm")
+MAX_READOUTS = 2
+TOLERANCE = 1e-5  # of float32, behind sums in float64
+
+
+def can_fuse(eigenvalues: Tensor, B: Tensor, readouts: Tensor) -> bool:
+    """Whether the kernels can make the filters of a system with these tensors.
+
+    Args:
+        eigenvalues: (H, N/2).
+        B: (H, N/2); with axes in front of it, the plain path makes the filters.
+        readouts: (K, H, N/2).
+    """
+    single = eigenvalues.dtype == B.dtype == readouts.dtype == torch.complex64
+    fits = eigenvalues.shape[-1] <= MAX_MODES and 1 <= len(readouts) <= MAX_READOUTS
+    possible = has_kernels(eigenvalues) and single and fits and B.dim() == 2
+    return possible and works(eigenvalues.device)
+
+
+def fused_filters(
+    eigenvalues: Tensor, P: Tensor, B: Tensor, readouts: Tensor, dt: Tensor, length: int
+) -> Tensor:
+    """Filters (K, H, L) of a complex64 system, differentiable in every tensor."""
+    pairs = (
+        torch.view_as_real(x.resolve_conj()).contiguous() for x in (eigenvalues, P, B, readouts)
+    )
+    filters, _ = torch.ops.h3lm.dplr_filters_fwd(*pairs, dt.contiguous(), length)
+    return filters
+
+
+@torch.library.custom_op("h3lm::dplr_filters_fwd", mutates_args=())
+def _forward(
+    eigenvalues: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    from h3lm.ssm import filters_triton
+
+    return filters_triton.make(eigenvalues, P, B, C, dt, length)
+
+
+@_forward.register_fake
+def _(
+    eigenvalues: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    readouts, H, modes, _ = C.shape
+    table = C.new_empty(H, 6 + 4 * readouts, modes, dtype=torch.float64)
+    return C.new_empty(readouts, H, length), table
+
+
+@torch.library.custom_op("h3lm::dplr_filters_bwd", mutates_args=())
+def _backward(
+    grad: Tensor, table: Tensor, eigenvalues: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from h3lm.ssm import filters_triton
+
+    return filters_triton.make_backward(grad, table, eigenvalues, P, B, C, dt)
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, table: Tensor, eigenvalues: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dl, dP, dB, dC, ddt = (torch.empty_like(x) for x in (eigenvalues, P, B, C, dt))
+    return dl, dP, dB, dC, ddt
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], *inputs[:5])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    return *torch.ops.h3lm.dplr_filters_bwd(grad, *ctx.saved_tensors), None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _side_by_side(
+    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """`vmap`: copies of a model are more systems."""
+    *tensors, length = arguments
+    count = info.batch_size
+
+    def folded(x: Tensor, dim: int | None, behind: int) -> Tensor:
+        whole = x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
+        return whole.movedim(0, behind).flatten(behind, behind + 1).contiguous()
+
+    given = [
+        folded(x, dim, 1 if i == 3 else 0)  # read-outs stand in front of systems
+        for i, (x, dim) in enumerate(zip(tensors, in_dims, strict=False))
+    ]
+    filters, table = torch.ops.h3lm.dplr_filters_fwd(*given, length)
+    return (filters.unflatten(1, (count, -1)), table.unflatten(0, (count, -1))), (1, 0)
+
+
+_forward.register_vmap(_side_by_side)
+
+
+def works(device: torch.device) -> bool:
+    """Whether the kernels may be used; always where they cannot be tried, as in a CUDA graph."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by vmap
+    if transformed or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return True
+    return not fault(device)
+
+
+@cache
+def fault(device: torch.device) -> str:
+    """What is wrong with the kernels on this machine; empty if they work."""
+    try:
+        with torch.inference_mode(False):
+            found = _compare(device)
+    except Exception as error:  # whatever a compiler may raise
+        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if found:
+        logger.warning("S4's filter kernels are off, plain PyTorch takes over: %s", found)
+    return found
+
+
+def _compare(device: torch.device) -> str:
+    from h3lm.ssm import filters_triton
+
+    random = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device)
+
+    eigenvalues = normal(3, 20, 2)
+    eigenvalues[..., 0] = -0.5 - eigenvalues[..., 0].abs()
+    rest = normal(3, 20, 2), normal(3, 20, 2), normal(2, 3, 20, 2), normal(3).exp() * 0.02
+    given = (eigenvalues, *rest)
+    leaves = [x.requires_grad_() for x in given]
+    with torch.enable_grad():
+        plain = _plain(300, *leaves)
+    grad = normal(*plain.shape)
+    expected = (plain, *torch.autograd.grad(plain, leaves, grad))
+    with torch.no_grad():
+        filters, table = filters_triton.make(*given, 300)
+        found = (filters, *filters_triton.make_backward(grad, table, *given))
+    names = "filters", "eigenvalues", "P", "B", "C", "dt"
+    for name, a, b in zip(names, found, expected, strict=True):
+        error = float((a - b).detach().norm() / b.detach().norm())
+        if not error < TOLERANCE:
+            return f"{name} differs by {error:.1e}"
+    return ""
+
+
+def _plain(length: int, eigenvalues: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor) -> Tensor:
+    from h3lm.ssm.dplr import DPLRSystem  # it imports this module
+
+    eigenvalues, P, B, C = (torch.view_as_complex(x) for x in (eigenvalues, P, B, C))
+    system = DPLRSystem(eigenvalues, P, B, C[0], dt, skip=torch.zeros_like(dt))
+    return system.plain_filters(C, length)
