@@ -355,8 +355,8 @@ class DecodingCache(Cache):
     def make_room(self, row: "DecodingCache") -> None:
         """Take memory for all rows, of the kinds that another cache of one row has."""
 
-        def for_all(x: Tensor) -> Tensor:
-            return x.expand(self.rows, *x.shape[1:])
+        def for_all(x: Any) -> Any:
+            return None if x is None else x.expand(self.rows, *x.shape[1:])
 
         for mine, theirs in zip(self.layers, row.layers, strict=True):
             if isinstance(mine, SlotLayer):
@@ -364,7 +364,7 @@ class DecodingCache(Cache):
                     mine.lazy_initialization(for_all(theirs.keys), for_all(theirs.values))
             else:
                 packed = theirs.read()
-                mine.write(tuple(None if x is None else for_all(x) for x in packed), 0)
+                mine.write(tuple(map(for_all, packed)), 0)
 
     def insert(self, rows: Tensor, other: "DecodingCache", length: int) -> None:
         """Put the rows of another cache, which has read a prompt, in place of some rows here.
