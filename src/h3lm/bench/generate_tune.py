@@ -277,11 +277,13 @@ def search(bad: set[tuple[str, object]]) -> dict[str, object]:
             good = [size for size in core_sizes(rows) if ("core 64", size) not in bad]
             choose("core", rows, good, put_core)
     attend = list(cases({"attend"}))
-    good = [
-        size for size in attend_sizes() if not any((case.name, size) in bad for case in attend)
-    ]  # fmt: skip
-    over_floor = {size: sum(_us(case, size) / case.bytes for case in attend) for size in good}
-    step.ATTEND = chosen["attend"] = min(good, key=lambda size: over_floor[size])
+    over_floor = {
+        size: sum(_us(case, size) / case.bytes for case in attend)
+        for size in attend_sizes()
+        if not any((case.name, size) in bad for case in attend)
+    }
+    step.ATTEND = min(over_floor, key=lambda size: over_floor[size])
+    chosen["attend"] = step.ATTEND
     _say(f"attend: {step.ATTEND}")
     return chosen
 
