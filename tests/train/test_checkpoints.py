@@ -18,9 +18,11 @@ from torch.distributed.checkpoint import CheckpointException
 
 from h3lm.data.lock import LOCK_FILE, only_writer
 from h3lm.errors import UserError
+from h3lm.evals.perplexity import TextScore
 from h3lm.models import H3ForCausalLM
 from h3lm.train import checkpoints
 from h3lm.train.run import train
+from h3lm.train.trainer import H3Trainer
 
 from .conftest import TINY, h3lm
 
@@ -223,6 +225,23 @@ def test_a_missing_or_shortened_file_of_a_checkpoint_is_named(tiny, stopped_at, 
     assert names(recipe.folder) == ["checkpoint-2", "checkpoint-4"]
 
 
+def test_all_missing_shards_of_a_checkpoint_are_named(tiny, stopped_at):
+    recipe = tiny(save_every=2)
+    stopped_at(recipe, 4)
+    folder = recipe.folder / "checkpoints" / "checkpoint-4"
+    manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
+    for number in (1, 2, 3):  # as four processes write it
+        manifest["files"][f"optimizer/__{number}_0.distcp"] = 7
+        (folder / "optimizer" / f"__{number}_0.distcp").write_bytes(b"written")
+    (folder / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    for number in (1, 3):
+        (folder / "optimizer" / f"__{number}_0.distcp").unlink()
+    with pytest.raises(
+        UserError, match=r"lacks optimizer/__1_0\.distcp, optimizer/__3_0\.distcp: bring it back"
+    ):
+        run(recipe)
+
+
 def test_a_half_written_newest_folder_is_passed_over(tiny, stopped_at, tmp_path):
     run(tiny(output_dir=str(tmp_path / "straight")))
     recipe = tiny(save_every=2)
@@ -236,6 +255,29 @@ def test_a_half_written_newest_folder_is_passed_over(tiny, stopped_at, tmp_path)
     assert f"cut short: {folder / 'unfinished'}" in shown
     assert "resuming at step 2 " in shown
     assert losses(recipe.folder) == losses(tmp_path / "straight")
+
+
+def test_the_best_weights_are_kept_through_a_resumption(tiny, stopped_at, monkeypatch):
+    told = {2: 3.0, 4: 1.0, 6: 2.0}
+
+    def score(self, _):
+        return TextScore(told[self.state.global_step] * 10, 10, 16, 16)
+
+    monkeypatch.setattr(H3Trainer, "score", score)
+    recipe = tiny(save_every=2, eval_every=2, keep_best=True)
+    with monkeypatch.context():
+        stopped_at(recipe, 4)
+    monkeypatch.setattr(H3Trainer, "score", score)
+    best = load_file(recipe.folder / "best" / "model.safetensors")
+    step4 = load_file(recipe.folder / "checkpoints" / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(best[name], step4[name]) for name in best)
+    run(recipe)
+    again = load_file(recipe.folder / "best" / "model.safetensors")
+    assert all(torch.equal(best[name], again[name]) for name in best)
+    assert not all(torch.equal(best[name], w) for name, w in weights(recipe.folder).items())
+    summary = json.loads((recipe.folder / "summary.json").read_text())
+    assert (summary["best_step"], summary["best_val_loss"], summary["val_loss"]) == (4, 1.0, 2.0)
+    assert H3ForCausalLM.from_pretrained(recipe.folder / "best").num_parameters() > 0
 
 
 def test_what_is_not_whole_takes_no_whole_checkpoints_place(tiny, stopped_at):

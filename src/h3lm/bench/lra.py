@@ -125,16 +125,16 @@ def run(
         raise RuntimeError("the kernels are wrong on this machine: nothing is timed")
     if fault := fused_filters.fault(torch.device("cuda")):
         say(f"filters by plain PyTorch: {fault}")
+    name, environment = f"lra_{measure.gpu_name()}", measure.environment("h3lm bench lra")
     rows: list[report.Row] = []
     for task in tasks:
         for row in with_ratios(list(_measure(task, repeats))):
             rows.append(row)
             say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items()))
-    rows += means(rows)
-    name = f"lra_{measure.gpu_name()}"
-    plot_speed_ups(folder, name, rows)
-    command = "h3lm bench lra"
-    return report.write(name, folder, measure.environment(command), NOTES, rows)
+        # after each task: what was measured stays if the next one cannot run
+        path = report.write(name, folder, environment, NOTES, rows + means(rows))
+        plot_speed_ups(folder, name, rows)
+    return path
 
 
 def make_model(task: Task, path: Runner, device: str = "cuda") -> H3ForSequenceClassification:

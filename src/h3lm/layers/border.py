@@ -62,11 +62,12 @@ def can_gate(projection: nn.Module, y: Tensor) -> bool:
     return is_plain(projection) and y.dtype in DTYPES and y.numel() > 0 and _usable(y)
 
 
-def project_gated(projection: nn.Linear, y: Tensor) -> Tensor:
+def project_gated(projection: nn.Module, y: Tensor) -> Tensor:
     """`glu` of a linear map of (B, D, L), as (B, L, D), dtype of y.
 
     Under autocast as in plain PyTorch, with float32 in place of rounding behind the bias.
     """
+    assert isinstance(projection, nn.Linear)
     with torch.autocast(y.device.type, enabled=False):
         weight = projection.weight.to(y.dtype).expand(len(y), -1, -1)
         return torch.ops.h3lm.gate_fwd(torch.bmm(weight, y), projection.bias)

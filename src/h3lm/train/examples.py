@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from h3lm.data.labelled import Example, Labelled, RowKind
+from h3lm.data.order import Order
 from h3lm.errors import UserError
 from h3lm.models.modeling_classification import LENGTH_UNIT
 from h3lm.train.corpus import BlockOrder
@@ -41,6 +42,8 @@ class ClassificationSettings:
         gain_db: Signals in training: louder or softer by up to so much.
         noise: Signals in training: white noise of up to so many standard deviations of the row.
         stretch: Signals in training: played faster or slower by up to this part.
+        graphs: Whether a GPU replays steps as CUDA graphs (`train.graphs`); with one process and
+            whole batches.
     """
 
     seeds: int = 1
@@ -51,6 +54,7 @@ class ClassificationSettings:
     gain_db: float = 0.0
     noise: float = 0.0
     stretch: float = 0.0
+    graphs: bool = False
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Self:
@@ -150,17 +154,27 @@ def varied(row: NDArray, settings: ClassificationSettings, rng: np.random.Genera
 
 
 class ExampleOrder(BlockOrder):
-    """As `BlockOrder`, each number telling its pass too; see `ExampleDataset`."""
+    """As `BlockOrder`, each number telling its pass too; see `ExampleDataset`.
+
+    Args:
+        num_examples: Examples that there are.
+        total: Examples that the run takes.
+        seed: Names the order.
+    """
+
+    def __init__(self, num_examples: int, total: int, seed: int) -> None:
+        super().__init__(Order([num_examples], seed), total)
+        self.num_examples = num_examples
 
     def __iter__(self) -> Iterator[int]:
         for position, index in enumerate(super().__iter__()):
-            yield position // self.num_blocks * self.num_blocks + index
+            yield position // self.num_examples * self.num_examples + index
 
 
 class ExampleCollator:
     """Examples to a batch for `H3ForSequenceClassification`.
 
-    Rows are padded to the longest of the batch; there is a mask if any is.
+    Rows are padded behind, to the longest of the batch; there are lengths if any is.
 
     Args:
         kind: What the rows are.
@@ -171,7 +185,7 @@ class ExampleCollator:
         self.kind, self.unit = kind, unit
 
     def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
-        """`input_ids` or `input_values`, `labels`, and `attention_mask` where it hides anything."""
+        """`input_ids` or `input_values`, `labels`, and `lengths` where there is padding."""
         rows = [row for example in examples for row in example.rows]
         lengths = np.array([len(row) for row in rows])
         longest = int(lengths.max())
@@ -186,7 +200,7 @@ class ExampleCollator:
             "labels": np.array([example.label for example in examples]),
         }
         if lengths.min() < longest:
-            batch["attention_mask"] = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
+            batch["lengths"] = lengths
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         if self.kind.rows_per_example > 1:
             pairs = self.kind.rows_per_example

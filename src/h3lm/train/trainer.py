@@ -1,6 +1,7 @@
 """Hugging Face's Trainer with what is ours: groups, schedule, evaluation, checkpoints."""
 
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +21,18 @@ from transformers.utils import logging as library_logging
 from h3lm.errors import UserError
 from h3lm.evals.perplexity import TextScore, score_tokens
 from h3lm.models import H3Config, H3ForCausalLM
+from h3lm.models.folders import save_model
 from h3lm.models.slices import share_rows, whole_rows
 from h3lm.train import checkpoints
 from h3lm.train.arguments import precision_of
+from h3lm.train.building import read_weights
 from h3lm.train.checkpoints import RunPoint
 from h3lm.train.compiling import compile_model, eagerly
-from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut
+from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut, order_of
 from h3lm.train.finite import FiniteWatch
 from h3lm.train.mesh import Mesh
 from h3lm.train.optimizer_state import load_optimizer, save_optimizer
-from h3lm.train.parallel import is_sharded, reshard, shard_model, whole_weights
+from h3lm.train.parallel import is_sharded, reshard, whole_weights
 from h3lm.train.param_groups import parameter_groups
 from h3lm.train.processes import first_says, is_first, rank, summed, wait_for_all, world_size
 from h3lm.train.progress import Clock, Speed
@@ -44,7 +47,7 @@ class H3Trainer(Trainer):
 
     Args:
         recipe: The run.
-        valid: Validation text, if there is any.
+        valid: Validation texts, of which there may be none.
         clock: The run's clock.
         speed: Its figures.
         data: What tells the prepared data apart; see `RunPoint`.
@@ -59,7 +62,7 @@ class H3Trainer(Trainer):
     def __init__(
         self,
         recipe: Recipe,
-        valid: HeldOut | None,
+        valid: list[HeldOut],
         *,
         clock: Clock,
         speed: Speed,
@@ -95,12 +98,7 @@ class H3Trainer(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         # Here the model is on its device with a checkpoint's weights, and has no optimiser yet
         recipe = self.recipe
-        if recipe.parallel == "fsdp" and world_size() > 1:
-            shard_model(
-                self.model,
-                self.mesh.sharding(self.args.device),
-                compute_dtype=torch.bfloat16 if self.args.bf16 else None,
-            )
+        if is_sharded(self.model):
             # Autocast only: what is prepared once is not wrapped in DDP afterwards
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         if recipe.compile is not None:
@@ -147,7 +145,7 @@ class H3Trainer(Trainer):
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         total = self.args.max_steps * self.recipe.batch_size
         return BlockOrder(
-            len(self.train_dataset), total, self.recipe.seed,
+            order_of(self.recipe, self.train_dataset.blocks), total,
             batch=self.args.per_device_train_batch_size, readers=self.mesh.seq,
         )  # fmt: skip
 
@@ -156,16 +154,34 @@ class H3Trainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean validation loss of a token, by the code of `h3lm eval`."""
         self.control.should_evaluate = False  # or the library asks again when the run ends
-        if self.valid is None:
+        if not self.valid:
             return {}
         if self.evaluated[0] == self.state.global_step:
             return self.evaluated[1]
         with self.speed.aside():
-            score = self.score(self.valid)
+            parts = {text.source: self.score(text) for text in self.valid}
+        score = sum_of_scores(list(parts.values()))
         metrics = {"eval_loss": score.loss, "eval_perplexity": score.perplexity}
+        if len(parts) > 1:
+            metrics |= {f"eval_loss_{source}": part.loss for source, part in parts.items()}
         self.evaluated = self.state.global_step, metrics
+        before = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
         self.log(metrics)
+        if self.recipe.keep_best and all(score.loss < loss for loss in before):
+            with self.speed.aside():
+                self._save_best()
         return metrics
+
+    def _save_best(self) -> None:
+        """Write the weights as they are into `best`; all must come here."""
+        weights = whole_weights(self.model) if is_sharded(self.model) else None
+        if is_first():
+            best, aside = self.recipe.folder / "best", self.recipe.folder / "best.part"
+            shutil.rmtree(aside, ignore_errors=True)
+            save_model(self.model, aside, self.processing_class, weights)
+            shutil.rmtree(best, ignore_errors=True)
+            aside.rename(best)
+        wait_for_all()
 
     def score(self, text: HeldOut) -> TextScore:
         """The score of all processes together, each on its share; all must come here."""
@@ -305,6 +321,12 @@ class H3Trainer(Trainer):
         self.state.compute_steps(self.args, max_steps)
         return started
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_sharded(self.model):
+            read_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = set(self.model.all_tied_weights_keys)
         missing = sorted(set(load_result.missing_keys) - tied)
@@ -317,3 +339,10 @@ class H3Trainer(Trainer):
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
     """An optimiser without accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def sum_of_scores(parts: list[TextScore]) -> TextScore:
+    """The score of several texts as one."""
+    return replace(
+        parts[0], nats=sum(part.nats for part in parts), tokens=sum(part.tokens for part in parts)
+    )
