@@ -28,7 +28,7 @@ from h3lm.bench.report import Row, write
 from h3lm.data.tokenizers import gpt2_tokenizer
 from h3lm.errors import UserError
 from h3lm.evals.harness import load_tasks, quiet
-from h3lm.evals.prefix_tree import STATE_COST_TOKENS, Request
+from h3lm.evals.prefix_tree import Request
 from h3lm.evals.scorer import Limits, TreeScorer
 from h3lm.evals.tree_lm import TreeLM
 from h3lm.layers import H3
@@ -91,9 +91,7 @@ def main() -> None:
     parser.add_argument(
         "--long", type=int, default=2**18, help="tokens of the long document, 0 for none"
     )
-    parser.add_argument(
-        "--state-cost", type=int, default=STATE_COST_TOKENS, help="see h3lm.evals.PrefixTree"
-    )
+    parser.add_argument("--state-cost", type=int, help="see h3lm.evals.PrefixTree")
     parser.add_argument("--seconds", type=float, default=240, help="start nothing new after this")
     arguments = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -241,7 +239,7 @@ def _check(
 
 
 def _race(
-    name: str, model: H3ForCausalLM, tokenizer: Any, requests: list[Any], state_cost: int
+    name: str, model: H3ForCausalLM, tokenizer: Any, requests: list[Any], state_cost: int | None
 ) -> tuple[TreeLM, Row]:
     """Time of both paths on the same requests, and the tree.
 
