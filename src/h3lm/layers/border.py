@@ -62,15 +62,17 @@ def can_gate(projection: nn.Module, y: Tensor) -> bool:
     return is_plain(projection) and y.dtype in DTYPES and y.numel() > 0 and _usable(y)
 
 
-def project_gated(projection: nn.Module, y: Tensor) -> Tensor:
-    """`glu` of a linear map of (B, D, L), as (B, L, D), dtype of y.
+def project_gated(projection: nn.Module, y: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`glu` of a linear map of (B, D, L), as (B, L, D), dtype of y; or added to a residual.
 
-    Under autocast as in plain PyTorch, with float32 in place of rounding behind the bias.
+    Under autocast as in plain PyTorch, with float32 in place of rounding behind the bias, and up to
+    the sum with a residual.
     """
     assert isinstance(projection, nn.Linear)
     with torch.autocast(y.device.type, enabled=False):
         weight = projection.weight.to(y.dtype).expand(len(y), -1, -1)
-        return torch.ops.h3lm.gate_fwd(torch.bmm(weight, y), projection.bias)
+        residual = None if residual is None else residual.contiguous()
+        return torch.ops.h3lm.gate_fwd(torch.bmm(weight, y), projection.bias, residual)
 
 
 def _usable(x: Tensor) -> bool:
@@ -160,15 +162,16 @@ _norm.register_autograd(_differentiate_norm, setup_context=_setup_norm)
 
 
 @torch.library.custom_op("h3lm::gate_fwd", mutates_args=())
-def _gate(y: Tensor, bias: Tensor | None) -> Tensor:
+def _gate(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     from h3lm.layers import border_triton
 
-    return border_triton.gate(y.contiguous(), bias)
+    return border_triton.gate(y.contiguous(), bias, residual)
 
 
 @_gate.register_fake
-def _(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y.new_empty(y.shape[0], y.shape[2], y.shape[1] // 2)
+def _(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    like = y if residual is None else residual
+    return like.new_empty(y.shape[0], y.shape[2], y.shape[1] // 2)
 
 
 @torch.library.custom_op("h3lm::gate_bwd", mutates_args=())
@@ -184,13 +187,15 @@ def _(dout: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _setup_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    y, bias, residual = inputs
+    ctx.with_residual = residual is not None
+    ctx.save_for_backward(y, bias)
 
 
 def _differentiate_gate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     y, bias = ctx.saved_tensors
     dy, dbias = torch.ops.h3lm.gate_bwd(dout, y, bias)
-    return dy, None if bias is None else dbias
+    return dy, None if bias is None else dbias, dout if ctx.with_residual else None
 
 
 _gate.register_autograd(_differentiate_gate, setup_context=_setup_gate)
@@ -229,7 +234,7 @@ def _compare(device: torch.device) -> str:
             leaf.requires_grad_()
         found, _ = batch_norm(x, weight, bias, lengths, norm.eps, torch.float32, True)
         expected = norm.plain(x, lengths)
-        gated = torch.ops.h3lm.gate_fwd(y, bias_of_y)
+        gated = torch.ops.h3lm.gate_fwd(y, bias_of_y, None)
         plain = F.glu((y + bias_of_y[:, None]).transpose(1, 2), -1)
         pairs = [
             (grad * found, grad * expected),
