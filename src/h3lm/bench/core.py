@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -110,7 +111,7 @@ def checked_backends(say: Callable[[str], None]) -> Iterator[str]:
 
 
 def measure_shape(shape: Shape, backends: list[str]) -> Iterator[report.Row]:
-    """One row for each path: kernels, plain PyTorch, torch.fft, attention."""
+    """One row for each path: kernels, plain PyTorch, torch.fft, attention, retention."""
     size = (shape.rows, shape.channels, shape.length)
     q, k, v, do = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     roof = forward_roof_ms(q, k, v)
@@ -127,6 +128,11 @@ def measure_shape(shape: Shape, backends: list[str]) -> Iterator[report.Row]:
         ):
             heads = [_to_heads(x) for x in (q, k, v, do)]
             yield _row(shape, name, _attention(peer), heads, roof, repeats=9)
+
+    if find_spec("fla") is not None:
+        # positions before heads is what it takes
+        rows = [_to_heads(x).transpose(1, 2).contiguous() for x in (q, k, v, do)]
+        yield _row(shape, "retention (fla)", _retention, rows, roof, repeats=9)
 
 
 def _operators(channels: int) -> ChunkOperators:
@@ -148,19 +154,19 @@ def _kernel_row(
 ) -> report.Row:
     q, k, v, do = tensors
     matrices = [x.detach() for x in library.kernel_operators(operators)]
-    inputs = (q, k, v, *matrices, None, None)
+    inputs = (q, k, v, *matrices, None, None, None)
 
     def forward() -> list[Tensor]:
-        return torch.ops.h3lm.h3_core_fwd(*inputs, 1, True, False, True, backend)
+        return torch.ops.h3lm.h3_core_fwd(*inputs, True, False, True, backend)
 
     states = forward()[2]
 
     def backward() -> None:
-        torch.ops.h3lm.h3_core_bwd(do, None, *inputs, states, 1, backend)
+        torch.ops.h3lm.h3_core_bwd(do, None, *inputs, states, backend)
 
     def both() -> None:
         saved = forward()
-        torch.ops.h3lm.h3_core_bwd(do, None, *inputs, saved[2], 1, backend)
+        torch.ops.h3lm.h3_core_bwd(do, None, *inputs, saved[2], backend)
 
     forward_ms, backward_ms = measure.median_ms(forward), measure.median_ms(backward)
     return _as_row(shape, backend, roof, forward_ms, forward_ms + backward_ms, both, do)
@@ -226,6 +232,13 @@ def _fft(operators: ChunkOperators, length: int) -> Forward:
 def _to_heads(x: Tensor) -> Tensor:
     heads = x.unflatten(1, (-1, HEAD_WIDTH)).transpose(2, 3)
     return heads.contiguous()
+
+
+def _retention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Linear attention with a fixed decay for each head, by flash-linear-attention."""
+    from fla.ops.retention import chunk_retention
+
+    return chunk_retention(q, k, v)[0]
 
 
 def _attention(backend: SDPBackend) -> Forward:

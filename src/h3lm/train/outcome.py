@@ -55,6 +55,9 @@ def finish(trainer: H3Trainer, test: HeldOut | None, tokenizer: Any, console: Co
     if trainer.valid is not None:
         loss = metrics["eval_loss"]
         summary |= _score_summary(recipe, "val", trainer.valid, loss)
+        found = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        best = min(found, key=lambda entry: entry["eval_loss"])
+        summary |= {"best_val_loss": best["eval_loss"], "best_step": best["step"]}
         console.print(_told("validation", trainer.valid, loss), highlight=False)
     if test is not None and tested is not None:
         summary |= _score_summary(recipe, "test", test, tested.loss)
