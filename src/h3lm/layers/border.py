@@ -20,6 +20,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE = 1e-5  # of float32
 
 _HAS_TRITON = find_spec("triton") is not None
+_found: dict[torch.device, str] = {}  # by `fault`, for when nothing can be tried
 
 
 def can_normalise(x: Tensor, weight: Tensor) -> bool:
@@ -80,8 +81,11 @@ def _usable(x: Tensor) -> bool:
         return False
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
-    untried = torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
-    return untried or not fault(x.device)
+    if torch.compiler.is_compiling():
+        return True
+    if torch.cuda.is_current_stream_capturing():
+        return not _found.get(x.device)
+    return not fault(x.device)
 
 
 @torch.library.custom_op("h3lm::batch_norm_fwd", mutates_args=())
@@ -209,6 +213,7 @@ def fault(device: torch.device) -> str:
             found = _compare(device)
     except Exception as error:  # whatever a compiler may raise
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    _found[device] = found
     if found:
         logger.warning("kernels of norm and gate are off, modules take over: %s", found)
     return found

@@ -17,6 +17,8 @@ logger = logging.getLogger("h3lm.ssm")
 MAX_READOUTS = 2
 TOLERANCE = 1e-5  # of float32, behind sums in float64
 
+_found: dict[torch.device, str] = {}  # by `fault`, for when nothing can be tried
+
 
 def can_fuse(eigenvalues: Tensor, B: Tensor, readouts: Tensor) -> bool:
     """Whether the kernels can make the filters of a system with these tensors.
@@ -166,8 +168,10 @@ _forward.register_vmap(_side_by_side)
 def works(device: torch.device) -> bool:
     """Whether the kernels may be used; always where they cannot be tried, as in a CUDA graph."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by vmap
-    if transformed or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if transformed or torch.compiler.is_compiling():
         return True
+    if torch.cuda.is_current_stream_capturing():
+        return not _found.get(device)
     return not fault(device)
 
 
@@ -179,6 +183,7 @@ def fault(device: torch.device) -> str:
             found = _compare(device)
     except Exception as error:  # whatever a compiler may raise
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    _found[device] = found
     if found:
         logger.warning("S4's filter kernels are off, plain PyTorch takes over: %s", found)
     return found
