@@ -115,7 +115,7 @@ def test_blocks_pickle_without_their_tokens(folder):
     blocks = Blocks(folder)
     before = blocks[1].tokens
     pickled = pickle.dumps(blocks)
-    assert not pickle.loads(pickled).stream._maps
+    assert not len(pickle.loads(pickled).stream.maps)
     assert pickle.loads(pickled)[1].tokens.tolist() == before.tolist()
 
 
@@ -123,7 +123,7 @@ def test_few_files_stay_open(folder, monkeypatch):
     monkeypatch.setattr("h3lm.data.blocks._MAPS_KEPT_OPEN", 2)
     stream = TokenStream(folder)
     assert stream[:].tolist() == stream[:].tolist() == [1, 2, 0, 3, 0, *range(4, 10), 0, 2, 0]
-    assert len(stream._maps) == 2
+    assert len(stream.maps) == 2
 
 
 def test_reading_needs_no_datasets_library(folder):

@@ -225,6 +225,23 @@ def test_a_missing_or_shortened_file_of_a_checkpoint_is_named(tiny, stopped_at, 
     assert names(recipe.folder) == ["checkpoint-2", "checkpoint-4"]
 
 
+def test_all_missing_shards_of_a_checkpoint_are_named(tiny, stopped_at):
+    recipe = tiny(save_every=2)
+    stopped_at(recipe, 4)
+    folder = recipe.folder / "checkpoints" / "checkpoint-4"
+    manifest = json.loads((folder / checkpoints.MANIFEST).read_text())
+    for number in (1, 2, 3):  # as four processes write it
+        manifest["files"][f"optimizer/__{number}_0.distcp"] = 7
+        (folder / "optimizer" / f"__{number}_0.distcp").write_bytes(b"written")
+    (folder / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    for number in (1, 3):
+        (folder / "optimizer" / f"__{number}_0.distcp").unlink()
+    with pytest.raises(
+        UserError, match=r"lacks optimizer/__1_0\.distcp, optimizer/__3_0\.distcp: bring it back"
+    ):
+        run(recipe)
+
+
 def test_a_half_written_newest_folder_is_passed_over(tiny, stopped_at, tmp_path):
     run(tiny(output_dir=str(tmp_path / "straight")))
     recipe = tiny(save_every=2)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from h3lm.data.order import Order
 from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.train.corpus import BlockOrder
@@ -55,8 +56,8 @@ def test_processes_of_different_recipes_end_in_one_line(arranged):
 
 
 def test_processes_that_share_rows_take_the_same_blocks():
-    alone = list(BlockOrder(10, 24, seed=1, batch=2))
-    shared = list(BlockOrder(10, 24, seed=1, batch=2, readers=2))
+    alone = list(BlockOrder(Order([10], 1), 24, batch=2))
+    shared = list(BlockOrder(Order([10], 1), 24, batch=2, readers=2))
     assert len(shared) == 48
     batches = [shared[i : i + 2] for i in range(0, 48, 2)]
     assert batches[::2] == batches[1::2]

@@ -80,7 +80,7 @@ def together(blocks, tmp_path_factory) -> tuple[Path, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "fsdp", "recomputed"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "recomputed", "compiled"])
 def test_two_processes_train_as_one_does(together, way):
     folder, _ = together
     one, two = folder / "one", folder / way
@@ -96,6 +96,16 @@ def test_two_processes_train_as_one_does(together, way):
     assert len(summaries[1]["sample"]) > 0
     model = H3ForCausalLM.from_pretrained(two / "model")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.slow
+def test_two_processes_start_sharded_from_a_folder_as_one_does(together, tiny):
+    folder, _ = together
+    start = str(folder / "ddp" / "model")
+    recipe = tiny(**RECIPE | {"init_from": start, "model": {}, "save_every": None})
+    run(recipe)
+    assert log(folder / "warm") == pytest.approx(log(recipe.folder), abs=1e-5)
+    assert log(folder / "warm")[0] < log(folder / "ddp")[0]
 
 
 @pytest.mark.slow

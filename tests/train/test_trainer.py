@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,10 +19,12 @@ from torch.nn.functional import cross_entropy
 from h3lm import H3ForCausalLM
 from h3lm.cli import main
 from h3lm.data.blocks import Blocks, TokenStream
+from h3lm.data.order import Order
 from h3lm.data.prepare import prepare
 from h3lm.errors import UserError
 from h3lm.evals.perplexity import score_tokens
 from h3lm.models.folders import load_model
+from h3lm.train.building import build_model
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
 from h3lm.train.interrupt import RunStopped
 from h3lm.train.profiling import BACKWARD, summarise
@@ -95,13 +98,13 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(tiny):
     recipe.model["embedding_dropout"] = 0.0
     result, _ = run(recipe)
     torch.manual_seed(recipe.seed)
-    model = H3ForCausalLM(build_config(recipe, len(_tokenizer(recipe))))
+    model = build_model(build_config(recipe, len(_tokenizer(recipe))))
     own = [p for n, p in model.named_parameters() if _own_rate(n)]
     rest = [p for n, p in model.named_parameters() if not _own_rate(n)]
     groups = [{"params": rest, "weight_decay": 0.1}, {"params": own, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     blocks = Blocks(recipe.data, "train", 16)
-    order = list(BlockOrder(len(blocks), 12, recipe.seed))
+    order = list(BlockOrder(Order([len(blocks)], recipe.seed), 12))
     expected = []
     for step in range(3):
         ids = torch.stack(
@@ -129,7 +132,7 @@ def _own_rate(name):
 def _tokenizer(recipe):
     from h3lm.train.corpus import tokenizer_of
 
-    return tokenizer_of(Blocks(recipe.data, "train", recipe.block_length))
+    return tokenizer_of(Path(recipe.data) / "tokenizer")
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, tmp_path):
@@ -173,17 +176,17 @@ def test_a_run_that_resets_states_has_the_loss_of_documents_one_by_one(tiny, tmp
     result, _ = run(tiny(**changes))
     recipe = tiny(**changes)
     torch.manual_seed(recipe.seed)
-    alone = H3ForCausalLM(build_config(recipe, len(_tokenizer(recipe)))).train()
+    alone = build_model(build_config(recipe, len(_tokenizer(recipe)))).train()
     blocks = Blocks(recipe.data, "train", 64)
     total = documents = 0
-    for number in list(BlockOrder(len(blocks), 4, recipe.seed)):
+    for number in list(BlockOrder(Order([len(blocks)], recipe.seed), 4)):
         tokens = torch.from_numpy(blocks[number].tokens)
         starts = [0, *blocks[number].document_starts.tolist(), 64]
         for start, stop in pairwise(starts):
             logits = alone(tokens[None, start:stop]).logits[0]
             total += cross_entropy(logits, tokens[start + 1 : stop + 1], reduction="sum").item()
         documents += len(starts) - 1
-    assert documents > 8
+    assert documents > 4
     assert losses(result.folder) == pytest.approx([total / (4 * 64)], abs=1e-5)
     together, _ = run(tiny(**changes | {"reset_state_at_documents": False,
                                         "output_dir": str(tmp_path / "together")}))  # fmt: skip
@@ -192,13 +195,13 @@ def test_a_run_that_resets_states_has_the_loss_of_documents_one_by_one(tiny, tmp
 
 def test_every_pass_takes_every_block_once_in_an_order_of_the_seed_alone():
     blocks, total = 2**16 + 3, 2**17
-    order = list(BlockOrder(blocks, total, seed=1))
+    order = list(BlockOrder(Order([blocks], 1), total))
     assert len(order) == total
     assert sorted(order[:blocks]) == list(range(blocks))
     assert len(set(order[blocks:])) == total - blocks
     assert order[:9] != sorted(order[:9])
-    assert order == list(BlockOrder(blocks, total, seed=1))
-    assert order[:99] != list(BlockOrder(blocks, 99, seed=2))
+    assert order == list(BlockOrder(Order([blocks], 1), total))
+    assert order[:99] != list(BlockOrder(Order([blocks], 2), 99))
 
 
 def test_every_token_but_the_first_is_a_target_once(tiny):

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 CORE_CHANNELS = 768
 CORE_SHAPES = ((64, 2048), (16, 8192), (4, 32768), (1, 131072), (1, 1048576))
-TRAIN_SHAPES = ((16, 2048), (4, 8192), (1, 32768))
+TRAIN_LENGTHS = (2048, 8192, 32768)
+TRAIN_TOKENS = {"125m": 32768, "355m": 32768, "1.3b": 16384, "2.7b": 8192}  # a step of a GPU
 CONV_LENGTHS = (256, 1024, 2048, 4096, 8192, 16384, 32768, 131072, 1048576)
 CONV_ELEMENTS = 64 * 768 * 2048  # of a measurement; one row of 768 channels where that is more
 FIGURE_ROWS, FIGURE_CHANNELS = 8, 1024  # of the paper's Figure 2
@@ -58,8 +59,3 @@ def conv_shapes() -> list[Shape]:
 def figure_shapes() -> list[Shape]:
     """Shapes of the paper's Figure 2: batch 8, width 1024."""
     return [Shape(FIGURE_ROWS, FIGURE_CHANNELS, length) for length in FIGURE_LENGTHS]
-
-
-def train_shapes() -> list[Shape]:
-    """Rows and lengths of `h3lm bench train`: 32,768 tokens each; channels are the model's."""
-    return [Shape(rows, CORE_CHANNELS, length) for rows, length in TRAIN_SHAPES]

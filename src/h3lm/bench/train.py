@@ -1,27 +1,62 @@
-"""`h3lm bench train`: one training step of a preset, H3 and hybrid beside the Transformer."""
+"""`h3lm bench train`: training steps of a preset, H3 and hybrid beside the Transformer.
 
+As the trainer takes them: blocks from memory-mapped shards, bfloat16 autocast over float32 weights,
+the loss without whole logits, blocks compiled one by one, activations recomputed where the estimate
+of the memory asks for it, gradients clipped, fused AdamW. On several GPUs by FSDP2, by DDP, or with
+slices of each row.
+"""
+
+import itertools
+import json
+import os
+import socket
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
 from h3lm.bench import measure, report
 from h3lm.bench.core import checked_backends
-from h3lm.bench.registry import Shape, train_shapes
+from h3lm.bench.registry import TRAIN_LENGTHS, TRAIN_TOKENS
+from h3lm.data.blocks import INDEX_FILE, Index, Shard
+from h3lm.data.joined import JoinedBlocks
+from h3lm.data.order import Order
+from h3lm.data.shards import write_array
 from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
+from h3lm.models.slices import share_rows, slice_bounds
+from h3lm.train.compiling import compile_model
+from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
+from h3lm.train.memory import Estimate
+from h3lm.train.mesh import Mesh
+from h3lm.train.parallel import shard_model
+from h3lm.train.profiling import communication_ms
+from h3lm.train.recipe import Recipe
 from h3lm.train.throughput import FORMULA, flops_per_token, peak_flops
 
+WAYS = ("fsdp", "ddp", "seq")
+WARM_UP = 3
+PHASES = ("forward", "backward", "optimizer")
 NOTES = (
-    "Training steps on random tokens: float32 weights, bfloat16 autocast, fused AdamW, no gradient "
-    "clipping, the loss of `H3ForCausalLM`; medians of CUDA events, in ms. Attention by the "
-    "fastest of SDPA's backends at hand. Ratio: tokens/s over those of the Transformer of the same "
-    f"shape in this run. MFU: {FORMULA}; over the GPU's dense bfloat16 peak."
+    "Training steps on random tokens read from memory-mapped blocks: float32 weights, bfloat16 "
+    "autocast, fused AdamW, gradients clipped, no dropout, the loss without whole logits; medians "
+    "in ms. Forward, backward and optimiser by events on the device; communication: NCCL's "
+    "kernels in a profiled step, most of which run beside others, and the part that runs alone; "
+    "data: what the host waits for a batch. Attention by the fastest of SDPA's backends here. "
+    "Estimate: what `h3lm train` prints before a run. Ratio: tokens/s over those of the first "
+    "model of the same shape; scaling: tokens/s over those of one GPU with as many tokens. "
+    f"MFU: {FORMULA}; over the GPU's dense bfloat16 peak."
 )
 
 
@@ -41,7 +76,10 @@ class Contender:
 
     def config(self, preset: str) -> H3Config:
         """The model's config; without dropout, whose cost is not the question."""
-        return H3Config.from_preset(preset, self.mixers, **dict(self.fields))
+        dropouts = ("embedding_dropout", "attention_dropout", "residual_dropout")
+        return H3Config.from_preset(
+            preset, self.mixers, **dict.fromkeys(dropouts, 0.0) | dict(self.fields)
+        )
 
 
 TRANSFORMER = Contender("transformer", "attention")
@@ -53,18 +91,50 @@ CONTENDERS = (
 
 
 @dataclass(frozen=True)
-class StepTime:
-    """Median times of a training step's phases in ms, and its memory in bytes."""
+class Job:
+    """One measurement.
 
-    forward: float
-    backward: float
-    optimizer: float
-    peak_bytes: int
+    Attributes:
+        preset: Size of the model.
+        contender: Which model.
+        rows: Rows that a process takes at once.
+        length: Positions of a row, over all processes that share it.
+        world: Processes, each with a GPU.
+        way: Of `WAYS`: what several processes share.
+        compiled: Whether blocks go through `torch.compile`.
+        recomputed: Whether blocks are recomputed; None for what the estimate of the memory says.
+        device: "cuda", or "cpu".
+        repeats: Steps that are timed.
+    """
+
+    preset: str
+    contender: Contender
+    rows: int
+    length: int
+    world: int = 1
+    way: str = "fsdp"
+    compiled: bool = True
+    recomputed: bool | None = None
+    device: str = "cuda"
+    repeats: int = 8
 
     @property
-    def total(self) -> float:
-        """Of the whole step, in ms."""
-        return self.forward + self.backward + self.optimizer
+    def readers(self) -> int:
+        """Processes that read rows of their own."""
+        return 1 if self.way == "seq" else self.world
+
+    @property
+    def mesh(self) -> Mesh:
+        """How the processes are arranged."""
+        return Mesh(shard=self.readers, seq=self.world // self.readers)
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a step, over all processes."""
+        return self.rows * self.length * self.readers
+
+    def __str__(self) -> str:
+        return f"{self.rows * self.readers}x{self.length}"
 
 
 def run(
@@ -72,9 +142,14 @@ def run(
     say: Callable[[str], None],
     *,
     preset: str = "125m",
-    shapes: list[Shape] | None = None,
+    world: int = 1,
+    way: str = "fsdp",
+    lengths: list[int] | None = None,
+    tokens: int | None = None,
     compiled: bool = True,
+    recomputed: bool | None = None,
     contenders: tuple[Contender, ...] = CONTENDERS,
+    device: str = "cuda",
 ) -> Path:
     """Check the kernels, time training steps, and write a report into a folder.
 
@@ -82,99 +157,358 @@ def run(
         folder: Where the report goes.
         say: Called with a line for each result.
         preset: Size of the models.
-        shapes: Rows and lengths; three of equal tokens if None.
-        compiled: Whether the model goes through `torch.compile`.
+        world: GPUs; where there are several, one is measured too.
+        way: How several share the work: `fsdp`, `ddp`, or `seq`, slices of each row.
+        lengths: Lengths of rows on one GPU; with `seq` as many times longer as there are GPUs.
+        tokens: Tokens of a step on each GPU.
+        compiled: Whether blocks go through `torch.compile`.
+        recomputed: Whether blocks are recomputed; None for what the estimate of the memory says.
         contenders: What is compared; the first is what the others are divided by.
+        device: "cuda", or "cpu" to see that it runs.
 
     Raises:
-        UserError: without a CUDA device.
+        UserError: without so many CUDA devices, or if there is no such way.
         RuntimeError: if a kernel is wrong: a fast wrong one is not timed.
     """
-    if not torch.cuda.is_available():
-        raise UserError("bench train times a GPU, and there is no CUDA device here")
-    list(checked_backends(say))
+    _check(world, way, device)
+    if device == "cuda":
+        list(checked_backends(say))
+    tokens = tokens or TRAIN_TOKENS.get(preset, 16384)
     rows: list[report.Row] = []
-    for shape in shapes or train_shapes():
-        base: float | None = None
-        for contender in contenders:
-            row = _row(preset, shape, contender, compiled)
-            speed = row["tokens/s"]
-            if isinstance(speed, float):
-                base = base or speed
-                row["ratio"] = speed / base
-            rows.append(row)
-            say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items()))
+    for length in lengths or TRAIN_LENGTHS:
+        speeds: dict[tuple[int, str], float] = {}
+        for number in sorted({1, world}):
+            for contender in contenders:
+                times = number if way == "seq" else 1
+                job = Job(
+                    preset, contender, max(1, tokens // length), length * times, number, way,
+                    compiled, recomputed, device,
+                )  # fmt: skip
+                row = _row(job)
+                speed = row["tokens/s"]
+                if isinstance(speed, float):
+                    speeds[number, contender.name] = speed
+                    if (number, contenders[0].name) in speeds:
+                        row["ratio"] = speed / speeds[number, contenders[0].name]
+                    if number > 1 and (1, contender.name) in speeds:
+                        row["scaling"] = speed / speeds[1, contender.name]
+                rows.append(row)
+                words = (f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items())
+                say("  ".join(words))
     how = "compiled" if compiled else "eager"
-    name = f"train_{preset}_{how}_{measure.gpu_name()}"
-    command = f"h3lm bench train --preset {preset}{'' if compiled else ' --no-compile'}"
-    return report.write(name, folder, measure.environment(command), NOTES, rows)
+    several = f"_{way}{world}" if world > 1 else ""
+    gpu = measure.gpu_name() if device == "cuda" else "cpu"
+    name = f"train_{preset}_{how}{several}_{gpu}"
+    command = f"h3lm bench train --preset {preset} --world {world} --parallel {way}"
+    command += "".join(f" --length {length}" for length in lengths or ())
+    command += f" --tokens {tokens}" + ("" if compiled else " --no-compile")
+    plot_phases(folder / f"{name}.png", rows)
+    environment = measure.environment(command) if device == "cuda" else {"command": command}
+    return report.write(name, folder, environment, NOTES, rows)
 
 
-def _row(preset: str, shape: Shape, contender: Contender, compiled: bool) -> report.Row:
-    tokens = shape.rows * shape.length
-    row: report.Row = {"shape": str(shape), "model": contender.name}
-    model = _model(contender.config(preset))
+def _check(world: int, way: str, device: str) -> None:
+    if way not in WAYS:
+        raise UserError(f"parallel={way!r} is not one of {', '.join(WAYS)}")
+    if world < 1:
+        raise UserError(f"world={world} must be a number of GPUs")
+    there = torch.cuda.device_count()
+    if device == "cuda" and world > there:
+        found = f"there {'is' if there == 1 else 'are'} {there or 'no'} CUDA device"
+        raise UserError(f"bench train times {world} GPUs, and {found}{'s' * (there != 1)} here")
+
+
+def _row(job: Job) -> report.Row:
+    row: report.Row = {
+        "shape": str(job), "GPUs": str(job.world), "model": job.contender.name,
+    }  # fmt: skip
     try:
-        times = time_step(model, shape, compiled)
+        found = measure_job(job)
     except torch.cuda.OutOfMemoryError:
         return row | {"tokens/s": "out of memory"}
-    speed = 1000 * tokens / times.total
-    peak = peak_flops(torch.device("cuda"))
-    used = (
-        {} if peak is None else {"MFU %": 100 * speed * flops_per_token(model, shape.length) / peak}
-    )
-    return row | {
-        "parameters": f"{model.num_parameters():,}", "tokens/s": speed, **used,
-        "forward ms": times.forward, "backward ms": times.backward,
-        "optimizer ms": times.optimizer, "peak GiB": times.peak_bytes / 2**30,
-    }  # fmt: skip
+    return row | found
 
 
-def _model(config: H3Config) -> H3ForCausalLM:
+def measure_job(job: Job) -> report.Row:
+    """Measure in processes of their own where there are several.
+
+    Raises:
+        OutOfMemoryError: if the memory of one does not suffice.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        _write_blocks(Path(place), job)
+        if job.world == 1:
+            return _measure(0, job, place)
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        context = multiprocessing.start_processes(
+            _in_process, (job, place), nprocs=job.world, start_method="spawn", join=False
+        )
+        try:
+            while not context.join():
+                pass
+        except multiprocessing.ProcessRaisedException as error:
+            if "OutOfMemoryError" in str(error):
+                raise torch.cuda.OutOfMemoryError(str(error)) from None
+            raise
+        return json.loads((Path(place) / "row.json").read_text(encoding="utf-8"))
+
+
+def _in_process(rank: int, job: Job, place: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.world)}
+    backend = "gloo"
+    if job.device == "cuda":
+        torch.cuda.set_device(rank)
+        backend = "nccl"
+    else:
+        torch.set_num_threads(1)
+    distributed.init_process_group(backend, rank=rank, world_size=job.world)
+    row = _measure(rank, job, place)
+    if rank == 0:
+        (Path(place) / "row.json").write_text(json.dumps(row), encoding="utf-8")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def _measure(rank: int, job: Job, place: str) -> report.Row:
+    """One process's part of a measurement; the row is the first's."""
+    device = torch.device(job.device)
+    config = job.contender.config(job.preset)
+    estimate = _estimate(job, config, device)
+    recomputed, _ = estimate.choose(job.recomputed)
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        return H3ForCausalLM(config).train()
+    with device:
+        model = H3ForCausalLM(config).train()
+    parameters, work = model.num_parameters(), flops_per_token(model, job.length)
+    call = _prepare(model, job, recomputed)
+    attention = _fastest_attention(config, job, device)
+    batches = _batches(job, Path(place), rank, device)
+    step = _Step(call, model, job, attention)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    taken = [step(*_timed(lambda: next(batches))) for _ in range(WARM_UP + job.repeats)]
+    spent = _milliseconds(taken[WARM_UP:], device)
+    held = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    peak = _largest(held, device)
+    rate = 1000 * job.tokens / spent["step"]
+    row: report.Row = {
+        "parameters": f"{parameters:,}",
+        "recomputed": "yes" if recomputed else "no",
+        "tokens/s": rate,
+    }
+    roof = peak_flops(device)
+    if roof is not None:
+        row["MFU %"] = 100 * rate * work / roof / job.world
+    row |= {f"{name} ms": ms for name, ms in spent.items()}
+    if job.world > 1:
+        together, alone = communication_ms(lambda: step(next(batches), 0.0), device)
+        row |= {"communication ms": together, "alone ms": alone}
+        row["all-reduce GB/s"] = _bandwidth(device)
+    if peak:
+        row["peak GiB"] = peak / 2**30
+    row["estimate GiB"] = estimate.needs(recomputed) / 2**30
+    if attention is not None:
+        row["attention"] = attention.name.lower()
+    return row
 
 
-def time_step(model: H3ForCausalLM, shape: Shape, compiled: bool, repeats: int = 9) -> StepTime:
-    """Time the three phases of a training step on random tokens."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    vocab = model.config.vocab_size
-    tokens = torch.randint(vocab, (shape.rows, shape.length + 1), device="cuda")
-    loss_of: Callable[[Tensor], Tensor] = partial(_loss, model)
-    if compiled:
+def _estimate(job: Job, config: H3Config, device: torch.device) -> Estimate:
+    recipe = Recipe(
+        steps=1, batch_size=job.rows * job.readers, micro_batch_size=job.rows,
+        block_length=job.length, parallel="fsdp" if job.way == "fsdp" else "ddp",
+    )  # fmt: skip
+    return Estimate.of(config, recipe, job.mesh, device, half=True)
+
+
+def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool) -> nn.Module:
+    """The model as the trainer would have it."""
+    if recomputed:
+        new = "activation_checkpointing_enable"  # in transformers 5.23
+        enable: Any = getattr(model, new, model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    if job.world > 1 and job.way == "fsdp":
+        shard_model(model, compute_dtype=torch.bfloat16)
+    if job.compiled:
         torch._dynamo.reset()
-        loss_of = torch.compile(loss_of, dynamic=False)
-    torch.cuda.reset_peak_memory_stats()
-    steps = list(_steps(loss_of, optimizer, tokens, repeats))
-    forward, backward, optimizer_ = (median(phase) for phase in zip(*steps, strict=True))
-    return StepTime(forward, backward, optimizer_, torch.cuda.max_memory_allocated())
+        compile_model(model, "blocks")
+    if job.world == 1 or job.way == "fsdp":
+        return model
+    if job.way == "seq":
+        share_rows(model, distributed.group.WORLD)
+    return nn.parallel.DistributedDataParallel(model)
 
 
-def _loss(model: H3ForCausalLM, tokens: Tensor) -> Tensor:
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    with torch.autocast("cuda", torch.bfloat16):
-        return model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+class _Step:
+    """A training step and the marks of time that it leaves."""
 
+    def __init__(
+        self, call: nn.Module, model: H3ForCausalLM, job: Job, attention: SDPBackend | None
+    ) -> None:
+        self.call, self.model, self.job, self.attention = call, model, job, attention
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-def _steps(
-    loss_of: Callable[[Tensor], Tensor],
-    optimizer: torch.optim.Optimizer,
-    tokens: Tensor,
-    repeats: int,
-    warm_up: int = 3,
-) -> Iterator[tuple[float, float, float]]:
-    for i in range(warm_up + repeats):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-        marks[0].record()
-        loss = loss_of(tokens)
-        marks[1].record()
+    def __call__(self, batch: dict[str, Tensor], waited: float) -> "_Marks":
+        marks = _Marks(self.job.device, waited)
+        marks.set()
+        with self._attending(), torch.autocast(self.job.device, torch.bfloat16):
+            loss = self.call(**batch, use_cache=False, skip_logits=True).loss
+        marks.set()
         loss.backward()
-        marks[2].record()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        marks[3].record()
+        marks.set()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        marks.set()
+        return marks
+
+    def _attending(self) -> AbstractContextManager:
+        return nullcontext() if self.attention is None else sdpa_kernel(self.attention)
+
+
+class _Marks:
+    """Points of time on the device, and what the host waited for the batch, in ms."""
+
+    def __init__(self, device: str, waited: float) -> None:
+        self.device, self.waited = device, waited
+        self.points: list[Any] = []
+
+    def set(self) -> None:
+        if self.device == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.points.append(event)
+        else:
+            self.points.append(time.perf_counter())
+
+    def between(self, first: Any, second: Any) -> float:
+        if self.device == "cuda":
+            return first.elapsed_time(second)
+        return 1000 * (second - first)
+
+
+def _milliseconds(taken: list[_Marks], device: torch.device) -> dict[str, float]:
+    """Medians of the phases and of whole steps, from one's beginning to the next's."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
-        if i >= warm_up:
-            a, b, c, d = marks
-            yield a.elapsed_time(b), b.elapsed_time(c), c.elapsed_time(d)
+    phases = zip(*([m.between(*two) for two in itertools.pairwise(m.points)]
+                   for m in taken), strict=True)  # fmt: skip
+    steps = [m.between(m.points[0], n.points[0]) for m, n in itertools.pairwise(taken)]
+    found = {"step": median(steps)}
+    found |= {name: median(times) for name, times in zip(PHASES, phases, strict=True)}
+    return found | {"data": median(marks.waited for marks in taken)}
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    found = call()
+    return found, 1000 * (time.perf_counter() - began)
+
+
+def _write_blocks(folder: Path, job: Job) -> None:
+    """Prepared data of random tokens, as much as the measurement reads."""
+    vocab = job.contender.config(job.preset).vocab_size
+    steps = WARM_UP + job.repeats + 4
+    size = steps * job.rows * job.readers * job.length + 1
+    dtype = np.uint16 if vocab <= 1 << 16 else np.uint32
+    tokens = np.random.default_rng(0).integers(0, vocab, size, dtype)
+    ends = write_array(folder / "train-00000.documents.npy", np.zeros(0, np.uint32))
+    written = write_array(folder / "train-00000.tokens.npy", tokens)
+    shard = Shard(size, 0, int(tokens.max()), written, ends)
+    index = Index({}, job.length, np.dtype(dtype).name, vocab, (), {"train": (shard,)})
+    (folder / INDEX_FILE).write_text(index.to_json(), encoding="utf-8")
+
+
+def _batches(
+    job: Job, folder: Path, rank: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """This process's part of each batch, on its device."""
+    blocks = JoinedBlocks({"": folder}, "train", job.length)
+    order = Order([len(blocks)], 0)
+    row_slice = (rank, job.world) if job.way == "seq" and job.world > 1 else (0, 1)
+    loader = DataLoader(
+        BlockDataset(blocks),
+        batch_size=job.rows,
+        sampler=BlockOrder(order, len(blocks)),
+        collate_fn=BlockCollator(row_slice=row_slice),
+        pin_memory=device.type == "cuda",
+    )
+    for number, batch in enumerate(loader):
+        if job.readers == 1 or number % job.readers == rank:
+            yield {name: x.to(device, non_blocking=True) for name, x in batch.items()} | {
+                # of all processes; what divides the sum is a constant here
+                "num_items_in_batch": torch.tensor(job.tokens, device=device)
+            }
+
+
+def _fastest_attention(config: H3Config, job: Job, device: torch.device) -> SDPBackend | None:
+    """The backend that attends fastest, forward and backward, on this shape; None on a CPU."""
+    if "attention" not in config.mixers or device.type != "cuda":
+        return None
+    start, stop = slice_bounds(job.length, 0, job.mesh.seq)
+    heads, width = config.num_attention_heads, config.hidden_size
+    size = (job.rows, stop - start, heads, width // heads)
+    q, k, v = (
+        torch.randn(size, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        for _ in "qkv"
+    )
+    times = {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+
+        def both(backend: SDPBackend = backend) -> None:
+            with sdpa_kernel(backend):
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
+
+        try:
+            times[backend] = measure.median_ms(both, 7, 2)
+        except RuntimeError:  # not on this GPU
+            continue
+    return min(times, key=lambda backend: times[backend]) if times else None
+
+
+def _largest(number: float, device: torch.device) -> float:
+    if not distributed.is_initialized():
+        return number
+    told = torch.tensor(number, dtype=torch.float64, device=device)
+    distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
+    return float(told)
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes that a process sends, by NCCL's count, in a second of an all-reduce, in GB."""
+    x = torch.ones((1 << 28 if device.type == "cuda" else 1 << 16) // 4, device=device)
+    world = distributed.get_world_size()
+    for repeats in (2, 5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            distributed.all_reduce(x)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        spent = (time.perf_counter() - began) / repeats
+    return 2 * (world - 1) / world * x.nbytes / spent / 1e9
+
+
+def plot_phases(path: Path, rows: list[report.Row]) -> None:
+    """Time of a step by phases, a bar for each row, as a PNG."""
+    from matplotlib.figure import Figure
+
+    timed = [row for row in rows if isinstance(row["tokens/s"], float)]
+    labels = [f"{row['model']}\n{row['shape']}, {row['GPUs']} GPU" for row in timed]
+    figure = Figure(figsize=(8, 1.2 + 0.5 * len(timed)), layout="constrained")
+    axes = figure.add_subplot(xlabel="ms a step")
+    left = [0.0] * len(timed)
+    for phase in PHASES:
+        widths = [float(row[f"{phase} ms"]) for row in timed]
+        axes.barh(labels, widths, left=left, label=phase)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for y, (row, x) in enumerate(zip(timed, left, strict=True)):
+        mfu = f", MFU {row['MFU %']:.0f} %" if "MFU %" in row else ""
+        axes.text(x, y, f" {row['tokens/s']:,.0f} tokens/s{mfu}", va="center", fontsize=8)
+    axes.set_xlim(0, 1.45 * max([*left, 1e-9]))
+    axes.invert_yaxis()
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

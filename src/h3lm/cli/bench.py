@@ -39,12 +39,32 @@ def conv(
 def train(
     out: Folder = DEFAULT_FOLDER,
     preset: Annotated[str, Option(help="125m, 355m, 1.3b or 2.7b.")] = "125m",
+    world: Annotated[int, Option(help="GPUs; of several, one is measured too.")] = 1,
+    parallel: Annotated[
+        str, Option(help="How several share the work: fsdp, ddp, or seq, slices of each row.")
+    ] = "fsdp",
+    length: Annotated[
+        list[int] | None, Option(help="Length of rows; give it again for more. All if none.")
+    ] = None,
+    tokens: Annotated[int | None, Option(help="Tokens of a step on each GPU.")] = None,
     compiled: Annotated[bool, Option("--compile/--no-compile", help="By torch.compile.")] = True,
+    recompute: Annotated[
+        bool | None,
+        Option(
+            "--recompute/--keep",
+            help="Recompute blocks in the backward pass; else where the memory asks for it.",
+        ),
+    ] = None,
 ) -> None:
-    """One training step of a preset: H3 and the hybrid beside the Transformer."""
+    """Training steps of a preset: H3 and the hybrid beside the Transformer."""
     from h3lm.bench.train import run
 
-    print(run(out, print, preset=preset, compiled=compiled))
+    print(
+        run(
+            out, print, preset=preset, world=world, way=parallel, lengths=length, tokens=tokens,
+            compiled=compiled, recomputed=recompute,
+        )
+    )  # fmt: skip
 
 
 @bench.command()

@@ -34,8 +34,10 @@ INDEX_FILE = "index.json"
 UNFINISHED_FILE = "unfinished.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
 
-# A memory map keeps a file descriptor, of which a process commonly has 1,024.
+# A memory map keeps a file descriptor, of which a process commonly has 1,024, and takes as much of
+# the address space, which may be limited, as the file is long
 _MAPS_KEPT_OPEN = 256
+_BYTES_KEPT_MAPPED = 1 << 30
 
 
 @contextmanager
@@ -97,8 +99,10 @@ class File:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): {remedy}") from None
         if size != self.bytes:
+            ends = f", it ends at offset {size:,}" if size < self.bytes else ""
             raise UserError(
-                f"{path}: truncated or altered: {size:,} bytes instead of {self.bytes:,}: {remedy}"
+                f"{path}: truncated or altered: {size:,} bytes instead of {self.bytes:,}{ends}: "
+                f"{remedy}"
             )
         if found != self.sha256:
             raise UserError(
@@ -225,6 +229,53 @@ class Index:
                 yield shard.documents
 
 
+class Maps:
+    """Memory maps of files of prepared data; those not used for longest are let go.
+
+    What they hold in common, file descriptors and address space, is the process's: streams that are
+    read together share one.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Path, NDArray] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def open(self, path: Path, dtype: np.dtype, length: int) -> NDArray:
+        """Map a file, checking that it holds the array that the index promises.
+
+        Raises:
+            UserError: if it does not.
+        """
+        array = self._kept.get(path)
+        if array is None:
+            array = self._kept[path] = self._map(path, dtype, length)
+            while len(self) > 1 and (
+                len(self) > _MAPS_KEPT_OPEN
+                or sum(kept.nbytes for kept in self._kept.values()) > _BYTES_KEPT_MAPPED
+            ):
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(path)
+        return array
+
+    def _map(self, path: Path, dtype: np.dtype, length: int) -> NDArray:
+        try:
+            array = cast(NDArray, np.load(path, mmap_mode="r" if length else None))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: damaged ({error}): prepare the data again") from None
+        if array.dtype != dtype or array.shape != (length,):
+            raise UserError(
+                f"{path}: holds {array.dtype} of shape {array.shape} instead of {dtype} of "
+                f"shape {(length,)}: prepare the data again"
+            )
+        return array
+
+    def __getstate__(self) -> dict:
+        # Worker processes of a data loader map the files anew: a pickled map would be a copy.
+        return {"_kept": OrderedDict()}
+
+
 class TokenStream:
     """One split of a prepared folder, as a sequence of all its tokens.
 
@@ -251,7 +302,7 @@ class TokenStream:
             shard.documents.check(self.folder, contents=False)
         sizes = [shard.num_tokens for shard in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._maps: OrderedDict[str, NDArray] = OrderedDict()
+        self.maps = Maps()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -344,28 +395,7 @@ class TokenStream:
             i += 1
 
     def _open(self, file: File, dtype: np.dtype, length: int) -> NDArray:
-        """Map a file of the split, checking that it holds the array that the index promises."""
-        array = self._maps.get(file.name)
-        if array is None:
-            path = self.folder / file.name
-            try:
-                array = cast(NDArray, np.load(path, mmap_mode="r" if length else None))
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: damaged ({error}): prepare the data again") from None
-            if array.dtype != dtype or array.shape != (length,):
-                raise UserError(
-                    f"{path}: holds {array.dtype} of shape {array.shape} instead of {dtype} of "
-                    f"shape {(length,)}: prepare the data again"
-                )
-            self._maps[file.name] = array
-            if len(self._maps) > _MAPS_KEPT_OPEN:
-                self._maps.popitem(last=False)
-        self._maps.move_to_end(file.name)
-        return array
-
-    def __getstate__(self) -> dict:
-        # Worker processes of a data loader map the files anew: a pickled map would be a copy.
-        return self.__dict__ | {"_maps": OrderedDict()}
+        return self.maps.open(self.folder / file.name, dtype, length)
 
 
 class Block(NamedTuple):

@@ -25,6 +25,7 @@ from h3lm.flashconv.state import H3State
 from h3lm.ssm.dplr import DPLRSystem
 from h3lm.ssm.operators import ChunkOperators, DiagonalSystem
 
+UNIT = 64  # positions
 # torch 2.13 renamed them
 _ALL_GATHER, _REDUCE_SCATTER = (
     getattr(distributed, new, None) or getattr(distributed, old)
@@ -72,7 +73,7 @@ def h3_core(
         initial_state=H3State(torch.zeros_like(history), before), backend=backend,
     )  # fmt: skip
     final = H3State(end.shift, _add_to_first(end.diagonal, left))
-    return _add_to_beginning(o, added), final
+    return _AddToBeginning.apply(o, added), final
 
 
 @torch.compiler.disable
@@ -105,7 +106,7 @@ def ssm_conv(
         torch.zeros_like(u[..., :reach]), system, initial_state=before, method=method,
         post_gate=None if post_gate is None else post_gate[..., :reach], backend=backend,
     )  # fmt: skip
-    return _add_to_beginning(y, added), _add_to_first(end, left)
+    return _AddToBeginning.apply(y, added), _add_to_first(end, left)
 
 
 def slice_boundaries(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
@@ -204,17 +205,19 @@ class _Slice:
     def reach(self, system: DiagonalSystem) -> int:
         """How far into the slice the state before it is felt, in positions; at least 1.
 
-        Behind it the slowest mode has decayed below the square of a rounding error.
+        Behind it the slowest mode has decayed below the square of a rounding error. It is whole
+        units: rows of another length the kernels do not take.
         """
         if self.is_first or not self.goes_on:
-            return 1  # nothing comes in; but all processes must take part in the gradient's way
+            # nothing comes in; but all processes must take part in the gradient's way
+            return min(self.first_end, UNIT)
         slowest = float(system.a.detach().abs().max())
         if slowest >= 1:
             return self.first_end
-        if slowest == 0:
-            return 1
-        steps = 2 * math.log(torch.finfo(system.a.real.dtype).eps) / math.log(slowest)
-        return min(self.first_end, math.ceil(steps) + 1)
+        steps = 1.0
+        if slowest > 0:
+            steps += 2 * math.log(torch.finfo(system.a.real.dtype).eps) / math.log(slowest)
+        return min(self.first_end, UNIT * math.ceil(steps / UNIT))
 
 
 def _send_on(k: Tensor, count: int, slice_: _Slice) -> Tensor:
@@ -252,9 +255,20 @@ def _add_to_first(states: Tensor, more: Tensor) -> Tensor:
     return torch.cat([states[:1] + more, states[1:]])
 
 
-def _add_to_beginning(y: Tensor, more: Tensor) -> Tensor:
-    n = more.shape[-1]
-    return torch.cat([y[..., :n] + more, y[..., n:]], -1)
+class _AddToBeginning(torch.autograd.Function):
+    """y with something added to its first positions; its gradient is nowhere copied."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, more: Tensor) -> Tensor:
+        ctx.reach = more.shape[-1]
+        sum_ = y.clone()
+        sum_[..., : ctx.reach] += more
+        return sum_
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        return grad, grad[..., : ctx.reach]
 
 
 class _FromBefore(torch.autograd.Function):

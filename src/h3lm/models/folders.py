@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from h3lm.errors import UserError
+from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM, H3PreTrainedModel
 
 if TYPE_CHECKING:
@@ -60,6 +61,18 @@ def fit_tokenizer(model: H3ForCausalLM, tokenizer: "PreTrainedTokenizerFast") ->
             setattr(model.generation_config, name, value)
 
 
+def load_config(folder: str | Path) -> H3Config:
+    """Read the configuration of a model folder, or of a model of the hub by its name.
+
+    Raises:
+        UserError: if there is no model, or its configuration is damaged.
+    """
+    with _loading(folder):
+        config = H3Config.from_pretrained(folder)
+        assert isinstance(config, H3Config)
+        return config
+
+
 def load_model(
     folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> H3ForCausalLM:
@@ -68,6 +81,14 @@ def load_model(
     Raises:
         UserError: if there is no model, or it is damaged.
     """
+    with _loading(folder):
+        model = H3ForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
+    return model.to(device).eval()
+
+
+@contextmanager
+def _loading(folder: str | Path) -> Iterator[None]:
+    """Say in one line what is wrong with a folder that is being loaded."""
     path = Path(folder)
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(f"{folder}: not a model folder, it has no config.json")
@@ -75,13 +96,12 @@ def load_model(
         raise UserError(f"{folder}: no such model folder")
     try:
         with _no_progress_bars():
-            model = H3ForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
+            yield
     except SafetensorError as error:
         raise UserError(f"{folder}: model.safetensors is damaged: {error}") from None
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{folder}: cannot load this model: {first}") from None
-    return model.to(device).eval()
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     dtype = _product_dtype(hidden)  # its kernels do not know of autocast
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     return liger_fused_linear_cross_entropy(
-        hidden, weight, targets, ignore_index=IGNORED, reduction="sum"
+        hidden, weight, targets, ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
     )
 
 

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from h3lm.layers import H3, Block, CausalAttention
 from h3lm.layers.attention import Rotation
+from h3lm.layers.long_conv import LongConv
 from h3lm.layers.step import Stream, add_norm, attend_step, can_advance, can_norm
 from h3lm.models import decoding, kept
 from h3lm.models.cache import DecodingCache, RingLayer, check_room, prepare_cache
@@ -190,6 +191,8 @@ class H3PreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, LongConv):
+            nn.init.ones_(module.skip)
 
     @staticmethod
     def _init_ssm(module: SSMModule) -> None:

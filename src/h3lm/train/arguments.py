@@ -1,7 +1,6 @@
 """A recipe in the library's words."""
 
 import time
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -56,13 +55,14 @@ def training_arguments(recipe: Recipe, before: str = "") -> TrainingArguments:
         save_steps=recipe.save_every or 500,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        **_checkpointing(recipe.gradient_checkpointing),
         ddp_find_unused_parameters=False,
+        dataloader_num_workers=recipe.data_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
     )
+    set_checkpointing(arguments, bool(recipe.gradient_checkpointing))
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # or the library copies the model to all GPUs of one process
     return arguments
@@ -109,8 +109,8 @@ def _time_product(dtype: torch.dtype) -> float:
     return min(times)
 
 
-def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """The library's argument for it, which 5.23 renamed."""
-    names = TrainingArguments.__dataclass_fields__
-    new = "activation_checkpointing" in names
-    return {"activation_checkpointing" if new else "gradient_checkpointing": wanted}
+def set_checkpointing(arguments: TrainingArguments, wanted: bool) -> None:
+    """Have blocks recomputed in the backward pass, or not."""
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # 5.23 renamed it
+        if hasattr(arguments, name):
+            setattr(arguments, name, wanted)

@@ -111,7 +111,7 @@ class Checkpoint:
         """Check that every file is there and as long as it was.
 
         Raises:
-            UserError: naming the first that is not.
+            UserError: naming all that are missing, or the first that is shorter or longer.
         """
         remedy = f"bring it back, or remove {self.folder} to go on from an earlier checkpoint"
         classifier = self.point.recipe.get("task") == "classification"
@@ -120,15 +120,22 @@ class Checkpoint:
                 continue
             if not any(name in self.files for name in names):
                 raise UserError(f"{self.folder}: the checkpoint has no {names[0]}: {remedy}")
+        sizes = {name: _size(self.folder / name) for name in self.files}
+        missing = [name for name, size in sizes.items() if size is None]
+        if missing:
+            raise UserError(f"{self.folder}: the checkpoint lacks {', '.join(missing)}: {remedy}")
         for name, size in self.files.items():
-            try:
-                found = (self.folder / name).stat().st_size
-            except OSError:
-                raise UserError(f"{self.folder}: the checkpoint lacks {name}: {remedy}") from None
-            if found != size:
+            if sizes[name] != size:
                 raise UserError(
-                    f"{self.folder / name}: {found:,} bytes instead of {size:,}: {remedy}"
+                    f"{self.folder / name}: {sizes[name]:,} bytes instead of {size:,}: {remedy}"
                 )
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:

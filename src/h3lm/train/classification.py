@@ -67,7 +67,7 @@ class ClassificationTrainer(H3Trainer):
         **arguments: Any,
     ) -> None:
         self.watched, self.settings = watched, settings
-        super().__init__(recipe, None, **arguments)
+        super().__init__(recipe, [], **arguments)
         whole = self.args.gradient_accumulation_steps == 1 and world_size() == 1
         captures = settings.graphs and whole and self.args.device.type == "cuda"
         self.graphs = GraphedSteps(self.model.parameters()) if captures else None

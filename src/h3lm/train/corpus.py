@@ -1,5 +1,6 @@
 """The training data of a recipe, as torch sees them."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from h3lm.data.blocks import Block, Blocks, TokenStream
+from h3lm.data.blocks import Block, TokenStream
+from h3lm.data.joined import JoinedBlocks
+from h3lm.data.order import Order
 from h3lm.data.prepare import prepare
 from h3lm.data.tokenizers import encode
 from h3lm.errors import UserError
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TINY_SHAKESPEARE = "tinyshakespeare"
+STRETCH = 1 << 14  # of an order, worked out at once
 
 
 @dataclass(frozen=True)
@@ -35,20 +39,50 @@ class HeldOut:
         tokens: The text.
         first: First position to predict; what stands before it is context only.
         characters: Whether a token is a character.
+        source: The recipe's name of where it comes from; empty if there is only one.
     """
 
     tokens: Tokens
     first: int = 1
     characters: bool = False
+    source: str = ""
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that are predicted."""
+        return len(self.tokens) - self.first
 
 
-def blocks_folder(recipe: Recipe) -> Path:
-    """The folder of a recipe's blocks."""
+def folders(recipe: Recipe) -> dict[str, Path]:
+    """Folders of a recipe's prepared data by the names of their sources.
+
+    Raises:
+        UserError: if it has none.
+    """
+    if recipe.sources:
+        return {name: Path(folder) for name, folder in recipe.sources.items()}
     if recipe.data == TINY_SHAKESPEARE:
-        return recipe.folder / "data"
+        return {"": recipe.folder / "data"}
     if not recipe.data:
         raise UserError("the recipe has no data: give data=FOLDER, made by `h3lm prepare`")
-    return Path(recipe.data)
+    return {"": Path(recipe.data)}
+
+
+def fingerprint(blocks: JoinedBlocks) -> str:
+    """What tells training data apart, wherever they lie."""
+    found = {name: part.stream.index.fingerprint("train") for name, part in blocks.parts.items()}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
+
+
+def order_of(recipe: Recipe, blocks: JoinedBlocks) -> Order:
+    """Which block of a recipe's data comes when.
+
+    Its sources stand in the order of their names, so that it is the same however they are listed.
+    """
+    weights = [recipe.mixing[name] for name in blocks.parts] if recipe.mixing else None
+    return Order(list(blocks.sizes.values()), recipe.seed, weights)
 
 
 def prepare_shipped_text(recipe: Recipe) -> None:
@@ -56,69 +90,74 @@ def prepare_shipped_text(recipe: Recipe) -> None:
     if recipe.data == TINY_SHAKESPEARE:
         with as_file(_shipped_text()) as path:
             prepare(
-                path, blocks_folder(recipe), tokenizer="characters", valid_fraction=0.1,
+                path, folders(recipe)[""], tokenizer="characters", valid_fraction=0.1,
                 block_length=recipe.block_length, progress=False,
             )  # fmt: skip
 
 
 def held_out(
-    recipe: Recipe, blocks: Blocks, tokenizer: "PreTrainedTokenizerFast"
-) -> HeldOut | None:
-    """What a recipe validates on: the data's validation text, if there is any.
+    recipe: Recipe, blocks: JoinedBlocks, tokenizer: "PreTrainedTokenizerFast"
+) -> list[HeldOut]:
+    """What a recipe validates on: the validation text of each of its sources that has any.
 
     Of the text that we ship it is the last tenth, each of its characters predicted once, the
     first ones with the end of the training text in front of them.
     """
-    if recipe.data == TINY_SHAKESPEARE:
-        ids = encode(tokenizer, _shipped_text().read_text(encoding="utf-8")).astype(np.int64)
-        valid = TokenStream(blocks.stream.folder, "valid")
-        length = len(valid) - int(valid[len(valid) - 1] == tokenizer.eos_token_id)
-        return HeldOut(ids, len(ids) - length, characters=True)
-    if "valid" not in blocks.stream.index.splits:
-        return None
-    return HeldOut(TokenStream(blocks.stream.folder, "valid"))
+    found = []
+    for source, part in blocks.parts.items():
+        if "valid" not in part.stream.index.splits:
+            continue
+        valid = TokenStream(part.stream.folder, "valid")
+        if recipe.data == TINY_SHAKESPEARE:
+            ids = encode(tokenizer, _shipped_text().read_text(encoding="utf-8")).astype(np.int64)
+            length = len(valid) - int(valid[len(valid) - 1] == tokenizer.eos_token_id)
+            found.append(HeldOut(ids, len(ids) - length, characters=True))
+        else:
+            found.append(HeldOut(valid, source=source))
+    return found
 
 
-def test_text(recipe: Recipe, blocks: Blocks) -> HeldOut | None:
+def test_texts(recipe: Recipe, blocks: JoinedBlocks) -> list[HeldOut]:
     """What a recipe's last weights are tested on, if it says so.
 
     Raises:
-        UserError: if it says so and the data have no test split.
+        UserError: if it says so and a source has no test split.
     """
-    return HeldOut(TokenStream(blocks.stream.folder, "test")) if recipe.test else None
+    if not recipe.test:
+        return []
+    return [
+        HeldOut(TokenStream(part.stream.folder, "test"), source=source)
+        for source, part in blocks.parts.items()
+    ]
 
 
 def _shipped_text() -> Traversable:
     return files("h3lm.data") / "texts" / "tinyshakespeare.txt"
 
 
-def tokenizer_of(blocks: Blocks) -> "PreTrainedTokenizerFast":
-    """The tokenizer that the blocks were made with."""
+def tokenizer_of(folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer in a folder of prepared data."""
     from transformers import AutoTokenizer
 
-    found: Any = AutoTokenizer.from_pretrained(blocks.stream.tokenizer_folder)
+    found: Any = AutoTokenizer.from_pretrained(folder)
     return found
 
 
 class BlockOrder(Sampler[int]):
-    """Which block comes when, over the whole run: one permutation after the other.
+    """Which block comes when, over the whole run.
 
     It depends on the seed alone, not on the number of processes or on how a batch is divided;
-    every pass takes every block once, and a batch may hold the end of one and the beginning of
-    the next.
+    a batch may hold the end of one pass and the beginning of the next.
 
     Args:
-        num_blocks: Blocks there are.
+        order: The order.
         total: Blocks that the run takes.
-        seed: Seed of the permutations.
         batch: Blocks that a process takes at once.
         readers: How many processes take the same ones, one after the other.
     """
 
-    def __init__(
-        self, num_blocks: int, total: int, seed: int, *, batch: int = 1, readers: int = 1
-    ) -> None:
-        self.num_blocks, self.total, self.seed = num_blocks, total, seed
+    def __init__(self, order: Order, total: int, *, batch: int = 1, readers: int = 1) -> None:
+        self.order, self.total = order, total
         self.batch, self.readers = batch, readers
 
     def __len__(self) -> int:
@@ -133,17 +172,14 @@ class BlockOrder(Sampler[int]):
             yield from taken * self.readers
 
     def _blocks(self) -> Iterator[int]:
-        for number in range(-(-self.total // self.num_blocks)):
-            left = self.total - number * self.num_blocks
-            order = np.random.default_rng([self.seed, number]).permutation(self.num_blocks)[:left]
-            for start in range(0, len(order), 2**16):  # a whole list would take GBs for The Pile
-                yield from order[start : start + 2**16].tolist()
+        for first in range(0, self.total, STRETCH):
+            yield from self.order.blocks(first, min(first + STRETCH, self.total)).tolist()
 
 
 class BlockDataset(Dataset[Block]):
     """Blocks for a data loader."""
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: JoinedBlocks) -> None:
         self.blocks = blocks
 
     def __len__(self) -> int:

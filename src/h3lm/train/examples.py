@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from h3lm.data.labelled import Example, Labelled, RowKind
+from h3lm.data.order import Order
 from h3lm.errors import UserError
 from h3lm.models.modeling_classification import LENGTH_UNIT
 from h3lm.train.corpus import BlockOrder
@@ -153,11 +154,21 @@ def varied(row: NDArray, settings: ClassificationSettings, rng: np.random.Genera
 
 
 class ExampleOrder(BlockOrder):
-    """As `BlockOrder`, each number telling its pass too; see `ExampleDataset`."""
+    """As `BlockOrder`, each number telling its pass too; see `ExampleDataset`.
+
+    Args:
+        num_examples: Examples that there are.
+        total: Examples that the run takes.
+        seed: Names the order.
+    """
+
+    def __init__(self, num_examples: int, total: int, seed: int) -> None:
+        super().__init__(Order([num_examples], seed), total)
+        self.num_examples = num_examples
 
     def __iter__(self) -> Iterator[int]:
         for position, index in enumerate(super().__iter__()):
-            yield position // self.num_blocks * self.num_blocks + index
+            yield position // self.num_examples * self.num_examples + index
 
 
 class ExampleCollator:

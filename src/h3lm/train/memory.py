@@ -1,69 +1,251 @@
-"""What a model's weights, gradients and optimiser take, before any of it is allocated."""
+"""What a training run takes of memory, before any of it is allocated, and what follows from it.
 
-import math
+Weights, gradients and optimiser are counted. What a block keeps for its backward pass is measured,
+on a block of each kind and a few positions: it depends on which kernels run.
+"""
+
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
+from h3lm.models.loss import CHUNK_LOGITS
+from h3lm.models.modeling_h3 import H3DecoderLayer, Where
 from h3lm.train.mesh import Mesh
 from h3lm.train.recipe import Recipe
 
 BYTES = {"weights": 4, "gradients": 4, "optimizer": 8}  # of a parameter: fp32, AdamW's two moments
 GB = 1e9
+USABLE = 0.9  # of a GPU's memory; the rest is the driver's, the kernels', and lost between pieces
+PROBE = (1024, 2048)  # positions on a GPU
+PROBE_CPU = (64, 128)
+BLOCK_GRADIENTS = 0.4  # of what a block keeps, at most at once; measured at 512 K positions
+LOGIT_BYTES = 12  # of a logit and its gradient, each in bfloat16 and float32
 
 
 @dataclass(frozen=True)
-class Held:
-    """Memory that a process holds all along, in bytes; activations come on top.
+class Kept:
+    """What a block keeps from its forward pass for its backward pass, in bytes.
+
+    Attributes:
+        whatever: However long the rows are: its operators, its weights in another dtype.
+        of_token: For each position.
+    """
+
+    whatever: float
+    of_token: float
+
+    def bytes(self, tokens: int) -> float:
+        """Of a call."""
+        return self.whatever + self.of_token * tokens
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory of a process, in bytes.
 
     Attributes:
         parameters: Parameters of the whole model.
-        parts: Among how many processes they are divided.
+        width: hidden_size.
+        vocab: Rows of the embedding.
+        kept: What each block keeps.
+        tokens: Positions that a process takes through the model at once.
+        parts: Among how many processes weights, gradients and optimiser are divided.
         total: What the device has, or None if that is not known.
+        accumulated: Whether gradients of several parts of a batch are summed.
+        half: Whether under bfloat16 autocast.
     """
 
     parameters: int
-    parts: int
-    total: int | None
+    width: int
+    vocab: int
+    kept: tuple[Kept, ...]
+    tokens: int
+    parts: int = 1
+    total: int | None = None
+    accumulated: bool = True
+    half: bool = True
 
     @classmethod
-    def of(cls, config: H3Config, recipe: Recipe, mesh: Mesh, total: int | None) -> "Held":
-        """Count a model that is not there yet."""
+    def of(
+        cls, config: H3Config, recipe: Recipe, mesh: Mesh, device: torch.device, half: bool
+    ) -> "Estimate":
+        """The estimate for a model that is not there yet.
+
+        Args:
+            config: The model.
+            recipe: How it is trained.
+            mesh: On which processes.
+            device: Where blocks are tried out.
+            half: Whether under bfloat16 autocast.
+        """
         with torch.device("meta"):
             parameters = H3ForCausalLM(config).num_parameters()
-        parts = mesh.shard * mesh.seq if recipe.parallel == "fsdp" else 1
-        return cls(parameters, parts, total)
+        share = max(1, recipe.batch_size // mesh.readers)
+        rows = recipe.micro_batch_size or share
+        return cls(
+            parameters=parameters,
+            width=config.hidden_size,
+            vocab=config.vocab_size,
+            kept=kept_by_blocks(config, device, half),
+            tokens=rows * -(-recipe.block_length // mesh.seq),
+            parts=mesh.shard * mesh.seq if recipe.parallel == "fsdp" else 1,
+            total=device_memory(),
+            accumulated=rows < share,
+            half=half,
+        )
 
     @property
-    def bytes(self) -> int:
-        """Weights, gradients and optimiser of a process."""
-        return sum(BYTES.values()) * self.parameters // self.parts
+    def held(self) -> float:
+        """Weights, gradients and optimiser, which are there all along."""
+        return sum(BYTES.values()) * self._own
 
-    def check(self) -> None:
-        """Raise UserError, with the nearest setting that fits, if not even this fits."""
-        if self.total is None or self.bytes < self.total:
+    def activations(self, recomputed: bool) -> float:
+        """What comes on top of all that is held, at the worst moment of a step."""
+        return self.needs(recomputed) - self.held
+
+    def needs(self, recomputed: bool) -> float:
+        """All together at the worst moment of a step.
+
+        That is when the loss is taken, when the backward pass begins, or when it ends: what
+        blocks keep goes as gradients come, unless earlier parts of the batch have left some. A
+        recomputed block keeps its input, and while the forward pass runs, autocast a copy of its
+        weights.
+        """
+        blocks = [kept.bytes(self.tokens) for kept in self.kept]
+        one = max(blocks)
+        inputs = len(blocks) * 4.0 * self.width * self.tokens
+        copies = 2.0 * self.parameters if self.half and self.parts == 1 else 0.0
+        kept = inputs if recomputed else sum(blocks)
+        begins = kept + ((1 + BLOCK_GRADIENTS) if recomputed else BLOCK_GRADIENTS) * one
+        loss = kept + (copies if recomputed else 0.0) + self._head()
+        early = self.held - (0 if self.accumulated else BYTES["gradients"] * self._own)
+        ends = self.held + (1 + BLOCK_GRADIENTS) * one
+        return max(early + begins, early + loss, ends) + self._gathered()
+
+    def _head(self) -> float:
+        """The loss: its part of the logits, the head in bfloat16, a new gradient of the head."""
+        logits = min(self.tokens * self.vocab, CHUNK_LOGITS)
+        return LOGIT_BYTES * logits + 8.0 * self.vocab * self.width + 8.0 * self.width * self.tokens
+
+    @property
+    def _own(self) -> float:
+        return self.parameters / self.parts
+
+    def _gathered(self) -> float:
+        """What a sharded model gathers: the root with its gradient, and two blocks at a time."""
+        if self.parts == 1:
+            return 0.0
+        root = self.vocab * self.width
+        block = (self.parameters - root) / len(self.kept)
+        return 8.0 * root + 12.0 * block
+
+    def choose(self, wanted: bool | None) -> tuple[bool, str]:
+        """Whether to recompute blocks in the backward pass, and why.
+
+        Args:
+            wanted: What the recipe says; None if it leaves it open.
+        """
+        if wanted is not None:
+            return wanted, "the recipe says so"
+        if self.total is None:
+            return False, "the memory of this device is not known"
+        room = USABLE * self.total
+        if self.needs(False) <= room:
+            return False, f"they fit {room / GB:.1f}, {USABLE:.0%} of the device's"
+        return True, f"without that it would take {self.needs(False) / GB:.1f} of {room / GB:.1f}"
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse what cannot fit even with recomputation.
+
+        Raises:
+            UserError: with the nearest setting that fits.
+        """
+        recomputed = recipe.gradient_checkpointing is not False
+        if self.total is None or self.needs(recomputed) < self.total:
             return
-        needed = math.ceil(sum(BYTES.values()) * self.parameters / self.total)
-        needed += needed * self.total == sum(BYTES.values()) * self.parameters
         raise UserError(
-            f"the model cannot fit: {self}. parallel=fsdp on {needed} or more processes of one "
-            "copy divides it far enough, if their activations fit beside it"
+            f"the model cannot fit: {self.words(recomputed)}. {self._remedy(recipe, recomputed)}"
         )
 
-    def __str__(self) -> str:
-        shares = ", ".join(
-            f"{name} {size * self.parameters / self.parts / GB:.2f}" for name, size in BYTES.items()
-        )
-        words = f"GB of a process: {shares}"
+    def _remedy(self, recipe: Recipe, recomputed: bool) -> str:
+        assert self.total is not None
+        if not recomputed and self.needs(True) < self.total:
+            return "gradient_checkpointing=true fits"
+        rows = recipe.micro_batch_size or recipe.batch_size
+        for fewer in range(rows - 1, 0, -1):
+            smaller = replace(self, tokens=self.tokens // rows * fewer)
+            if recipe.batch_size % fewer == 0 and smaller.needs(True) < self.total:
+                more = "" if recomputed else " with gradient_checkpointing=true"
+                return f"micro_batch_size={fewer}{more} fits"
+        for parts in (self.parts * 2**n for n in range(1, 12)):
+            if replace(self, parts=parts).needs(True) < self.total:
+                return f"parallel=fsdp on {parts} processes of one copy divides it far enough"
+        return "no number of processes divides it far enough: shorten block_length, or use mesh.seq"
+
+    def words(self, recomputed: bool) -> str:
+        """The estimate for people."""
+        shares = {name: size * self._own for name, size in BYTES.items()}
+        shares["activations"] = self.activations(recomputed)
+        words = "GB of a process: " + ", ".join(f"{n} {b / GB:.2f}" for n, b in shares.items())
         if self.total is None:
             return words
-        left = (self.total - self.bytes) / GB
-        rest = f"leaves {left:.2f} for activations" if left > 0 else f"lacks {-left:.2f}"
+        free = (self.total - self.needs(recomputed)) / GB
+        rest = f"leaves {free:.2f} free" if free > 0 else f"lacks {-free:.2f}"
         return f"{words}; of {self.total / GB:.2f} that {rest}"
+
+
+def kept_by_blocks(config: H3Config, device: torch.device, half: bool) -> tuple[Kept, ...]:
+    """What each block of a model keeps for its backward pass.
+
+    One block of each kind is made and called at two lengths.
+    """
+    kinds = [(name, config.inner_width(i)) for i, name in enumerate(config.mixers)]
+    found: dict[Any, Kept] = {}
+    short, long = PROBE if device.type == "cuda" else PROBE_CPU
+    for i, kind in enumerate(kinds):
+        if kind not in found:
+            with torch.device(device), torch.random.fork_rng(_devices(device)):
+                block = H3DecoderLayer(config, i).train()
+            a, b = (_saved_bytes(block, length, device, half) for length in (short, long))
+            slope = (b - a) / (long - short)
+            found[kind] = Kept(max(0.0, a - slope * short), slope)
+    return tuple(found[kind] for kind in kinds)
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
+
+
+def _saved_bytes(block: H3DecoderLayer, length: int, device: torch.device, half: bool) -> int:
+    """Bytes that autograd saves in a call of a block, its parameters aside."""
+    saved: Counter[int] = Counter()
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    rotation = None
+    if hasattr(block.mixer, "rotation"):
+        rotation = block.mixer.rotation(torch.arange(length, device=device)[None])
+    r = torch.zeros(1, length, block.norm1.normalized_shape[0], device=device, requires_grad=True)
+    with (
+        torch.random.fork_rng(_devices(device)),
+        torch.autocast(device.type, torch.bfloat16, enabled=half),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
+    ):
+        y = block(r, Where(None, None, None, rotation))
+    del y  # until here everything was alive, so that no address stands for two
+    return saved.total()
 
 
 @contextmanager

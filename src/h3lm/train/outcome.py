@@ -18,7 +18,7 @@ from h3lm.train.parallel import is_sharded, whole_weights
 from h3lm.train.processes import is_first, world_size
 from h3lm.train.progress import plot_losses
 from h3lm.train.recipe import Recipe
-from h3lm.train.trainer import H3Trainer
+from h3lm.train.trainer import H3Trainer, sum_of_scores
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Result:
     summary: dict[str, Any]
 
 
-def finish(trainer: H3Trainer, test: HeldOut | None, tokenizer: Any, console: Console) -> Result:
+def finish(trainer: H3Trainer, test: list[HeldOut], tokenizer: Any, console: Console) -> Result:
     """Evaluate, save, draw and sample; print where things lie. All processes must come here."""
     recipe, model, folder = trainer.recipe, trainer.model, trainer.recipe.folder
     metrics = trainer.evaluate()
-    tested = None if test is None else trainer.score(test)
+    tested = sum_of_scores([trainer.score(text) for text in test]) if test else None
     summary: dict[str, Any] = {
         "name": recipe.name,
         "parameters": model.num_parameters(),
@@ -52,14 +52,16 @@ def finish(trainer: H3Trainer, test: HeldOut | None, tokenizer: Any, console: Co
     if not is_first():
         return Result(folder, summary)
     save_model(model, folder / "model", tokenizer, weights)
-    if trainer.valid is not None:
-        loss = metrics["eval_loss"]
-        summary |= _score_summary(recipe, "val", trainer.valid, loss)
+    if trainer.valid:
+        summary |= _score_summary(recipe, "val", trainer.valid, metrics["eval_loss"])
+        if len(trainer.valid) > 1:
+            by_source = {one.source: metrics[f"eval_loss_{one.source}"] for one in trainer.valid}
+            summary["val_loss_by_source"] = by_source
         found = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
         best = min(found, key=lambda entry: entry["eval_loss"])
         summary |= {"best_val_loss": best["eval_loss"], "best_step": best["step"]}
-        console.print(_told("validation", trainer.valid, loss), highlight=False)
-    if test is not None and tested is not None:
+        console.print(_told("validation", trainer.valid, metrics["eval_loss"]), highlight=False)
+    if tested is not None:
         summary |= _score_summary(recipe, "test", test, tested.loss)
         console.print(_told("test", test, tested.loss), highlight=False)
     plot_losses(trainer.state.log_history, folder / "loss.png", recipe.name)
@@ -85,20 +87,20 @@ def _sample(recipe: Recipe, folder: Path, tokenizer: Any, device: torch.device) 
     return "".join(pieces)
 
 
-def _score_summary(recipe: Recipe, split: str, text: HeldOut, loss: float) -> dict[str, Any]:
-    unit = "char" if text.characters else "token"
+def _score_summary(recipe: Recipe, split: str, texts: list[HeldOut], loss: float) -> dict[str, Any]:
+    unit = "char" if texts[0].characters else "token"
     return {
         f"{split}_loss": loss,
         f"{split}_perplexity": figure("perplexity", loss, 1),
         f"{split}_bits_per_{unit}": bits(loss),
-        f"{split}_tokens": len(text.tokens) - text.first,
+        f"{split}_tokens": sum(text.predicted for text in texts),
         f"{split}_context": recipe.block_length,
         f"{split}_stride": recipe.eval_stride or recipe.block_length,
     }
 
 
-def _told(split: str, text: HeldOut, loss: float) -> str:
-    unit = "character" if text.characters else "token"
+def _told(split: str, texts: list[HeldOut], loss: float) -> str:
+    unit = "character" if texts[0].characters else "token"
     return (
         f"{split} loss {loss:.4f} nats, perplexity {figure('perplexity', loss, 1):.2f}, "
         f"{bits(loss):.4f} bits per {unit}"

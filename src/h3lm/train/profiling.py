@@ -159,6 +159,34 @@ def summarise(events: Any, steps: int, device: torch.device) -> Profile:
     )
 
 
+def communication_ms(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Communication in a step: how long it takes, and how long nothing else runs beside it.
+
+    Args:
+        step: Takes a step; all processes must.
+        device: Whose kernels count; on a CPU the operations.
+    """
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with profile(activities=activities) as running:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    where = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    words = ("nccl", "gloo:")
+    spans: dict[bool, list[Any]] = {True: [], False: []}
+    for event in running.events():
+        if event.device_type == where:
+            sends = any(word in event.name.lower() for word in words)
+            if sends or where == DeviceType.CUDA:
+                spans[sends].append(event.time_range)
+    together = _covered(spans[True]) / 1000
+    alone = (_covered(spans[True] + spans[False]) - _covered(spans[False])) / 1000
+    return together, alone
+
+
 def _label_recurrences(model: nn.Module) -> Callable[[], None]:
     """Mark what H3 layers do between their projections; returns what takes the marks away."""
     marked: list[tuple[nn.Module, str]] = []

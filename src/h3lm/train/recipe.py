@@ -5,7 +5,7 @@
 import contextlib
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -21,9 +21,10 @@ TASKS = ("language", "classification")
 PRECISIONS = ("auto", "bf16", "fp32")
 PARALLEL = ("ddp", "fsdp")
 COMPILE = ("blocks", "model")
-NESTED = ("model", "classification", "mesh")  # keys with fields of their own
+NESTED = ("model", "classification", "mesh", "sources", "mixing")  # keys with fields of their own
 MESH = ("replicate", "seq")
-DURATIONS = ("steps", "epochs", "time_limit_s")
+DURATIONS = ("steps", "epochs", "time_limit_s")  # of which a recipe has one
+DATA = ("data", "sources")
 POSITIVE = (
     "block_length", "batch_size", "learning_rate", "ssm_max_learning_rate", "log_every",
     "eval_every", "eval_stride", "save_every", "keep_checkpoints", "sample_tokens",
@@ -53,6 +54,14 @@ class Recipe:
         "",
         "folder of prepared blocks or labelled rows, or `tinyshakespeare` for the text we ship",
         free=True,
+    )
+    sources: dict[str, str] = key(
+        {}, "folders of prepared blocks by names of your choice, in place of data", free=True
+    )
+    mixing: dict[str, float] = key(
+        {},
+        "share of each of the sources in what is read, in any unit, whatever their sizes; every "
+        "block once before any twice if it is empty",
     )
     output_dir: str = key("", "where checkpoints and results go; runs/NAME if empty", free=True)
     seed: int = key(0, "seed of the weights, the order of blocks, and dropout")
@@ -98,7 +107,11 @@ class Recipe:
     floor_fraction: float = key(0.1, "the floor, as a part of the peak")
 
     precision: str = key("auto", "bf16 (autocast, fp32 weights), fp32, or auto: what is fast here")
-    gradient_checkpointing: bool = key(False, "recompute blocks in the backward pass", free=True)
+    gradient_checkpointing: bool | None = key(
+        None,
+        "recompute blocks in the backward pass; null: where the estimate of the memory asks for it",
+        free=True,
+    )
     compile: str | None = key(
         None,
         "torch.compile each block (blocks: quick to start) or the whole model (model)",
@@ -136,6 +149,9 @@ class Recipe:
         "new tokens of each evaluation window of block_length; all if null",
         "tokens",
         free=True,
+    )
+    data_workers: int = key(
+        0, "processes that read blocks ahead, beside each that trains", "processes", free=True
     )
     test: bool = key(
         False,
@@ -201,7 +217,10 @@ class Recipe:
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise UserError(f"micro_batch_size={micro} must divide batch_size={self.batch_size}")
+        if self.data_workers < 0:
+            raise UserError(f"data_workers={self.data_workers} must not be negative")
         self._check_mesh()
+        self._check_sources()
         for name, allowed in (
             ("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL),
             ("compile", COMPILE), ("task", TASKS),
@@ -220,6 +239,28 @@ class Recipe:
             raise UserError("mesh.seq shares the rows of language models, not of classifiers")
         if self.mesh.get("replicate", 1) > 1 and self.parallel != "fsdp":
             raise UserError("mesh.replicate copies a sharded model: it needs parallel=fsdp")
+
+    def _check_sources(self) -> None:
+        if self.sources and self.data:
+            raise UserError("a recipe has data or sources, not both")
+        if self.sources and self.task == "classification":
+            raise UserError("sources are texts for language models, not rows for classifiers")
+        for name, folder in self.sources.items():
+            if not isinstance(folder, str) or not folder:
+                raise UserError(f"sources.{name}={folder!r} must be a folder of prepared blocks")
+        for name, weight in self.mixing.items():
+            if name not in self.sources:
+                there = f"only {', '.join(self.sources)}" if self.sources else "none"
+                near = _nearest(name, self.sources)
+                raise UserError(f"mixing.{name} names no source: there are {there}{near}")
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not 0 < weight < math.inf:
+                raise UserError(f"mixing.{name}={weight!r} must be a positive number")
+        missing = [name for name in self.sources if self.mixing and name not in self.mixing]
+        if missing:
+            raise UserError(
+                f"mixing gives no weight to {', '.join(missing)}: leave it out, or add it"
+            )
 
     @property
     def folder(self) -> Path:
@@ -255,8 +296,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     values = _read_values(source)
     changes = [_read_override(override) for override in overrides]
-    if any(key in DURATIONS and value is not None for key, value in changes):
-        values = {key: value for key, value in values.items() if key not in DURATIONS}
+    values = _without_rivals(values, {key.partition(".")[0]: value for key, value in changes})
     for key_, value in changes:
         outer, dot, inner = key_.partition(".")
         if dot and outer in NESTED:
@@ -286,15 +326,22 @@ def _read_values(source: str, inside: tuple[str, ...] = ()) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    values_of_base = _read_values(str(base), (*inside, source))
-    if any(values.get(name) is not None for name in DURATIONS):
-        values_of_base = {k: v for k, v in values_of_base.items() if k not in DURATIONS}
+    values_of_base = _without_rivals(_read_values(str(base), (*inside, source)), values)
     merged = values_of_base | values
     for name in NESTED:
         parts = [v[name] for v in (values_of_base, values) if isinstance(v.get(name), dict)]
         if len(parts) == 2:
             merged[name] = parts[0] | parts[1]
     return merged
+
+
+def _without_rivals(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Values but for those that changes replace by a key of another name."""
+    kept = dict(values)
+    for rivals in (DURATIONS, DATA):
+        if any(changes.get(name) not in (None, "", {}) for name in rivals):
+            kept = {n: v for n, v in kept.items() if n not in rivals or n in changes}
+    return kept
 
 
 def _read_source(source: str) -> tuple[str, str]:

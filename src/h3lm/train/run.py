@@ -1,41 +1,47 @@
 """A recipe run from data to a trained model folder, or from where it was interrupted."""
 
 import errno
+import functools
 import math
 import os
 import signal
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as library_logging
 
-from h3lm.data.blocks import Blocks
+from h3lm.data.joined import JoinedBlocks
 from h3lm.data.lock import only_writer
 from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
-from h3lm.models.folders import fit_tokenizer, load_model
+from h3lm.models.folders import fit_tokenizer, load_config, load_model
 from h3lm.models.generation import load_tokenizer_of
 from h3lm.train import checkpoints
-from h3lm.train.arguments import NO_LIMIT, precision_of, training_arguments
+from h3lm.train.arguments import NO_LIMIT, precision_of, set_checkpointing, training_arguments
+from h3lm.train.building import build_model, read_model
 from h3lm.train.checkpoints import Checkpoint
 from h3lm.train.corpus import (
     BlockCollator,
     BlockDataset,
-    blocks_folder,
+    fingerprint,
+    folders,
     held_out,
     prepare_shipped_text,
-    test_text,
+    test_texts,
     tokenizer_of,
 )
 from h3lm.train.interrupt import RunStopped, StopOnSignal
-from h3lm.train.memory import Held, device_memory, short_of_memory
+from h3lm.train.memory import Estimate, short_of_memory
 from h3lm.train.mesh import Mesh, check_same_recipe
 from h3lm.train.outcome import Result, finish
+from h3lm.train.parallel import shard_model
 from h3lm.train.param_groups import describe_groups, parameter_groups
-from h3lm.train.processes import is_first, rank, wait_for_all, world_size
+from h3lm.train.processes import is_first, largest, rank, wait_for_all, world_size
 from h3lm.train.profiling import Profiler
 from h3lm.train.progress import Clock, LogFile, ProgressLine, Speed
 from h3lm.train.recipe import Recipe
@@ -80,17 +86,16 @@ def _train(recipe: Recipe, console: Console) -> Result:
     mesh = Mesh.of(recipe)
     library_logging.disable_progress_bar()
     blocks = _open_blocks(recipe)
-    tokenizer = tokenizer_of(blocks)
-    valid, test = held_out(recipe, blocks, tokenizer), test_text(recipe, blocks)
-    if recipe.init_from is None:  # such a model's size is known when it is loaded
-        held = Held.of(build_config(recipe, len(tokenizer)), recipe, mesh, device_memory())
-        console.print(str(held), highlight=False)
-        held.check()
-    set_seed(recipe.seed)
-    model = _make_model(recipe, len(tokenizer))
-    blocks.stream.check_vocabulary(model.config.vocab_size)
+    tokenizer = tokenizer_of(blocks.tokenizer_folder)
+    valid, test = held_out(recipe, blocks, tokenizer), test_texts(recipe, blocks)
     if recipe.init_from is not None:
         _check_tokenizer(blocks, recipe.init_from)
+    config = _config(recipe, len(tokenizer))
+    recomputed = _choose_checkpointing(recipe, config, mesh, arguments, console)
+    set_checkpointing(arguments, recomputed)
+    set_seed(recipe.seed)
+    model = _make_model(recipe, config, mesh, arguments)
+    blocks.check_vocabulary(model.config.vocab_size)
     fit_tokenizer(model, tokenizer)
     mesh.check(model, recipe)
     if world_size() > 1:
@@ -112,7 +117,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
         valid,
         clock=clock,
         speed=speed,
-        data=blocks.stream.index.fingerprint("train"),
+        data=fingerprint(blocks),
         model=model,
         args=arguments,
         train_dataset=BlockDataset(blocks),
@@ -125,9 +130,10 @@ def _train(recipe: Recipe, console: Console) -> Result:
         checkpoint.point.check_same_run(trainer.point(checkpoint.point.step), checkpoint.folder)
         say_resumed(checkpoint, precision_of(arguments), console)
     write_recipe(recipe)
-    _describe(trainer, len(blocks), console)
+    _describe(trainer, blocks, console)
     try:
-        with short_of_memory(recipe, arguments.per_device_train_batch_size):
+        chosen = replace(recipe, gradient_checkpointing=recomputed)
+        with short_of_memory(chosen, arguments.per_device_train_batch_size):
             trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
     finally:
         stop.close()
@@ -190,25 +196,62 @@ def find_checkpoint(recipe: Recipe, console: Console) -> Checkpoint | None:
     return checkpoint
 
 
-def _open_blocks(recipe: Recipe) -> Blocks:
+def _open_blocks(recipe: Recipe) -> JoinedBlocks:
     """The training blocks; the first process prepares and verifies what is not."""
-    folder = blocks_folder(recipe)
     if is_first():
         prepare_shipped_text(recipe)
-        blocks = Blocks(folder, "train", recipe.block_length)
+        blocks = JoinedBlocks(folders(recipe), "train", recipe.block_length)
         if recipe.verify_data:
-            blocks.stream.index.verify(folder)
+            blocks.verify()
     wait_for_all()
-    return Blocks(folder, "train", recipe.block_length)
+    return JoinedBlocks(folders(recipe), "train", recipe.block_length)
 
 
-def _make_model(recipe: Recipe, vocab_size: int) -> H3ForCausalLM:
-    if recipe.init_from is not None:
+def _config(recipe: Recipe, vocab_size: int) -> H3Config:
+    """The configuration of the model that is trained."""
+    if recipe.init_from is None:
+        return build_config(recipe, vocab_size)
+    return load_config(recipe.init_from)
+
+
+def _choose_checkpointing(
+    recipe: Recipe, config: H3Config, mesh: Mesh, arguments: TrainingArguments, console: Console
+) -> bool:
+    """Whether to recompute blocks, by an estimate of the memory that is told.
+
+    Raises:
+        UserError: if the model cannot fit, with the nearest setting that does.
+    """
+    estimate = Estimate.of(config, recipe, mesh, arguments.device, arguments.bf16)
+    estimate.check(recipe)
+    chosen, why = estimate.choose(recipe.gradient_checkpointing)
+    chosen = bool(largest(int(chosen)))  # all processes alike
+    console.print(estimate.words(chosen), highlight=False)
+    how = "recomputed in the backward pass" if chosen else "kept, not recomputed"
+    console.print(f"activations of blocks are {how}: {why}", highlight=False)
+    return chosen
+
+
+def _make_model(
+    recipe: Recipe, config: H3Config, mesh: Mesh, arguments: TrainingArguments
+) -> H3ForCausalLM:
+    """The model as it is trained: on the CPU, or sharded on its devices."""
+    shard = None
+    if recipe.parallel == "fsdp" and world_size() > 1:
+        compute_dtype = torch.bfloat16 if arguments.bf16 else None
+        grid = mesh.sharding(arguments.device)
+        shard = functools.partial(shard_model, mesh=grid, compute_dtype=compute_dtype)
+    device = "cpu" if shard is None else str(arguments.device)
+    if recipe.init_from is None:
+        return build_model(config, shard, device)
+    if shard is None:
         return load_model(recipe.init_from)
-    return H3ForCausalLM(build_config(recipe, vocab_size))
+    if any(Path(recipe.init_from).glob("*.safetensors")):
+        return read_model(recipe.init_from, config, shard, device)
+    return shard(load_model(recipe.init_from, device=device))
 
 
-def _check_tokenizer(blocks: Blocks, model: str) -> None:
+def _check_tokenizer(blocks: JoinedBlocks, model: str) -> None:
     """Check that a model to start from knows the data's tokens, if it has a tokenizer."""
     from h3lm.evals.text import check_same_tokenizer
 
@@ -216,7 +259,8 @@ def _check_tokenizer(blocks: Blocks, model: str) -> None:
         tokenizer = load_tokenizer_of(model)
     except UserError:
         return
-    check_same_tokenizer(blocks.stream, tokenizer, model)
+    for part in blocks.parts.values():
+        check_same_tokenizer(part.stream, tokenizer, model)
 
 
 def number_of_steps(
@@ -271,16 +315,18 @@ def write_recipe(recipe: Recipe) -> None:
         (recipe.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
 
-def _describe(trainer: H3Trainer, num_blocks: int, console: Console) -> None:
+def _describe(trainer: H3Trainer, blocks: JoinedBlocks, console: Console) -> None:
     recipe, model = trainer.recipe, trainer.model
     precision = "bfloat16 autocast" if trainer.args.bf16 else "float32"
     several = f", {world_size()} processes, {recipe.parallel}" if world_size() > 1 else ""
     several += "".join(f", {name}={size}" for name, size in recipe.mesh.items())
     console.print(
         f"{recipe.name}: {model.num_parameters():,} parameters in {precision} on "
-        f"{trainer.args.device}{several}, {num_blocks:,} blocks of {recipe.block_length} tokens",
+        f"{trainer.args.device}{several}, {len(blocks):,} blocks of {recipe.block_length} tokens",
         highlight=False,
     )
+    for words in _mixture(recipe, blocks, trainer.args.max_steps):
+        console.print(words, highlight=False)
     groups = parameter_groups(
         model,
         learning_rate=recipe.learning_rate,
@@ -290,3 +336,15 @@ def _describe(trainer: H3Trainer, num_blocks: int, console: Console) -> None:
     console.print(describe_groups(groups), highlight=False)
     if trainer.speed.peak_tokens_per_s is not None:
         console.print(FORMULA, highlight=False)
+
+
+def _mixture(recipe: Recipe, blocks: JoinedBlocks, steps: int) -> Iterator[str]:
+    """A line for each source of several: what part of the run it is, and how often it is read."""
+    if len(blocks.parts) == 1:
+        return
+    weights = recipe.mixing or {name: float(size) for name, size in blocks.sizes.items()}
+    for name, size in blocks.sizes.items():
+        share = weights[name] / sum(weights.values())
+        passes = share * steps * recipe.batch_size / size
+        often = "" if steps == NO_LIMIT else f", {passes:.2f} passes"
+        yield f"{name}: {size:,} blocks, {share:.1%} of what is read{often}"

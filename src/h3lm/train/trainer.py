@@ -25,13 +25,14 @@ from h3lm.models.folders import save_model
 from h3lm.models.slices import share_rows, whole_rows
 from h3lm.train import checkpoints
 from h3lm.train.arguments import precision_of
+from h3lm.train.building import read_weights
 from h3lm.train.checkpoints import RunPoint
 from h3lm.train.compiling import compile_model, eagerly
-from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut
+from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut, order_of
 from h3lm.train.finite import FiniteWatch
 from h3lm.train.mesh import Mesh
 from h3lm.train.optimizer_state import load_optimizer, save_optimizer
-from h3lm.train.parallel import is_sharded, reshard, shard_model, whole_weights
+from h3lm.train.parallel import is_sharded, reshard, whole_weights
 from h3lm.train.param_groups import parameter_groups
 from h3lm.train.processes import first_says, is_first, rank, summed, wait_for_all, world_size
 from h3lm.train.progress import Clock, Speed
@@ -46,7 +47,7 @@ class H3Trainer(Trainer):
 
     Args:
         recipe: The run.
-        valid: Validation text, if there is any.
+        valid: Validation texts, of which there may be none.
         clock: The run's clock.
         speed: Its figures.
         data: What tells the prepared data apart; see `RunPoint`.
@@ -61,7 +62,7 @@ class H3Trainer(Trainer):
     def __init__(
         self,
         recipe: Recipe,
-        valid: HeldOut | None,
+        valid: list[HeldOut],
         *,
         clock: Clock,
         speed: Speed,
@@ -97,12 +98,7 @@ class H3Trainer(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         # Here the model is on its device with a checkpoint's weights, and has no optimiser yet
         recipe = self.recipe
-        if recipe.parallel == "fsdp" and world_size() > 1:
-            shard_model(
-                self.model,
-                self.mesh.sharding(self.args.device),
-                compute_dtype=torch.bfloat16 if self.args.bf16 else None,
-            )
+        if is_sharded(self.model):
             # Autocast only: what is prepared once is not wrapped in DDP afterwards
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         if recipe.compile is not None:
@@ -149,7 +145,7 @@ class H3Trainer(Trainer):
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         total = self.args.max_steps * self.recipe.batch_size
         return BlockOrder(
-            len(self.train_dataset), total, self.recipe.seed,
+            order_of(self.recipe, self.train_dataset.blocks), total,
             batch=self.args.per_device_train_batch_size, readers=self.mesh.seq,
         )  # fmt: skip
 
@@ -158,13 +154,16 @@ class H3Trainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean validation loss of a token, by the code of `h3lm eval`."""
         self.control.should_evaluate = False  # or the library asks again when the run ends
-        if self.valid is None:
+        if not self.valid:
             return {}
         if self.evaluated[0] == self.state.global_step:
             return self.evaluated[1]
         with self.speed.aside():
-            score = self.score(self.valid)
+            parts = {text.source: self.score(text) for text in self.valid}
+        score = sum_of_scores(list(parts.values()))
         metrics = {"eval_loss": score.loss, "eval_perplexity": score.perplexity}
+        if len(parts) > 1:
+            metrics |= {f"eval_loss_{source}": part.loss for source, part in parts.items()}
         self.evaluated = self.state.global_step, metrics
         before = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
         self.log(metrics)
@@ -322,6 +321,12 @@ class H3Trainer(Trainer):
         self.state.compute_steps(self.args, max_steps)
         return started
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_sharded(self.model):
+            read_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         tied = set(self.model.all_tied_weights_keys)
         missing = sorted(set(load_result.missing_keys) - tied)
@@ -334,3 +339,10 @@ class H3Trainer(Trainer):
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
     """An optimiser without accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def sum_of_scores(parts: list[TextScore]) -> TextScore:
+    """The score of several texts as one."""
+    return replace(
+        parts[0], nats=sum(part.nats for part in parts), tokens=sum(part.tokens for part in parts)
+    )

@@ -1,0 +1,90 @@
+import json
+import sys
+
+import pytest
+import torch
+
+from h3lm.bench import train
+from h3lm.bench.train import Contender, Job, run
+from h3lm.cli import main
+from h3lm.errors import UserError
+from h3lm.models.presets import PRESETS
+
+TINY = (("hidden_size", 16), ("num_attention_heads", 2), ("num_hidden_layers", 2),
+        ("vocab_size", 40), ("d_state", 4))  # fmt: skip
+CONTENDERS = (Contender("transformer", "attention", (*TINY, ("rotary_dim", 8))),
+              Contender("h3, head_dim 1", "h3", (*TINY, ("h3_head_dim", 1))))  # fmt: skip
+
+
+def measured(tmp_path, **changes):
+    said = []
+    torch.manual_seed(0)
+    path = run(
+        tmp_path, said.append, lengths=[32], tokens=64, compiled=False, contenders=CONTENDERS,
+        device="cpu", **changes,
+    )  # fmt: skip
+    assert path.with_suffix(".png").stat().st_size > 5000
+    rows = json.loads(path.with_suffix(".json").read_text())["rows"]
+    assert len(said) == len(rows)
+    return path, rows
+
+
+def test_a_report_tells_speed_phases_and_memory_beside_the_transformer(tmp_path):
+    path, rows = measured(tmp_path)
+    assert [row["model"] for row in rows] == ["transformer", "h3, head_dim 1"]
+    for row in rows:
+        assert row["shape"] == "2x32"
+        phases = sum(row[f"{name} ms"] for name in ("forward", "backward", "optimizer"))
+        assert 0 < phases <= 1.5 * row["step ms"]
+        assert row["tokens/s"] == pytest.approx(1000 * 64 / row["step ms"])
+        assert row["data ms"] > 0
+        assert row["estimate GiB"] > 0
+    assert rows[1]["ratio"] == pytest.approx(rows[1]["tokens/s"] / rows[0]["tokens/s"])
+    text = path.read_text()
+    assert "6 N + 6 L d per attention layer" in text
+    assert "--preset 125m --world 1" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fsdp", "seq"])
+def test_several_processes_stand_beside_one(tmp_path, way):
+    _, rows = measured(tmp_path, world=2, way=way)
+    assert [row["GPUs"] for row in rows] == ["1", "1", "2", "2"]
+    shape = "2x64" if way == "seq" else "4x32"
+    for one, two in zip(rows[:2], rows[2:], strict=True):
+        assert two["shape"] == shape
+        assert two["tokens/s"] == pytest.approx(1000 * 128 / two["step ms"])
+        assert two["scaling"] == pytest.approx(two["tokens/s"] / one["tokens/s"])
+        assert two["communication ms"] > 0
+        assert two["all-reduce GB/s"] > 0
+
+
+def test_what_a_process_cannot_hold_is_said(monkeypatch):
+    def fails(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(train, "_measure", fails)
+    row = train._row(Job("125m", CONTENDERS[0], 1, 32))
+    assert row["tokens/s"] == "out of memory"
+
+
+def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path):
+    with pytest.raises(UserError, match="parallel='tensor' is not one of fsdp, ddp, seq"):
+        run(tmp_path, print, way="tensor", device="cpu")
+    with pytest.raises(UserError, match="world=0 must be a number of GPUs"):
+        run(tmp_path, print, world=0, device="cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="times 4 GPUs, and there is 1 CUDA device here"):
+        run(tmp_path, print, world=4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["h3lm", "bench", "train", "--preset", "1.3b", "--world", "2"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 1
+    said = capsys.readouterr().err
+    assert "times 2 GPUs, and there are no CUDA devices here" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_every_preset_has_its_tokens():
+    assert train.TRAIN_TOKENS.keys() == PRESETS.keys()
