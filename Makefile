@@ -14,7 +14,7 @@ help:
 	@echo "make demo        train a small hybrid on TinyShakespeare on this CPU, in five minutes"
 	@echo "make test        lint, types and the whole test suite"
 	@echo "make test-gpu    the tests that need a CUDA device, in the python at hand"
-	@echo "make synthetics  what H3 can recall and S4D cannot, on this CPU, in about four minutes"
+	@echo "make synthetics  what H3 can recall and S4D cannot, on this CPU, in about three minutes"
 
 env: $(STAMP)
 

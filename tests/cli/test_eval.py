@@ -57,8 +57,12 @@ def test_mistakes_are_one_line_and_a_non_zero_status(folder):
     for options, message in (
         (["--data", "missing.txt"], "missing.txt: no such text file"),
         (["--data", "text.txt", "--output", "text.txt/out"], "cannot be used"),
+        (["--tasks", "bolq", "--data-dir", "."], "the nearest are boolq"),
+        (["--tasks", "copa", "--data-dir", "."], "has no files for copa"),
+        (["--tasks", ","], "give names with commas between"),
+        (["--tasks", "copa", "--data", "text.txt"], "give either --data or --perplexity, or"),
     ):
         done = h3lm("eval", "model", *options, cwd=folder)
-        assert done.returncode == 1
+        assert done.returncode == (2 if "give" in message else 1)
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1

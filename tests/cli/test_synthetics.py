@@ -17,11 +17,11 @@ def test_trains_and_reports(monkeypatch, capsys, tmp_path):
     status = call(
         monkeypatch,
         *("--task", "recall", "--mixer", "attention", "--seeds", "1", "--max-steps", "157"),
-        *("--length", "6", "--device", "cpu", "--out", str(tmp_path)),
+        *("--length", "6", "--num-test", "50", "--device", "cpu", "--out", str(tmp_path)),
     )
     out = capsys.readouterr().out
     assert status == 0
-    assert "recall-l6 attention: 1 model(s) on cpu" in out
+    assert "recall-l6-tests50 attention: 1 model(s) on cpu" in out
     assert "any value of the row" in out
     (run,) = json.loads((tmp_path / "report.json").read_text())["runs"]
     assert run["planned_steps"] == 157

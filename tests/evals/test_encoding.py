@@ -4,19 +4,19 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from h3lm.evals.encoding import encode_all, splits_at_newlines
+from h3lm.evals.encoding import encode_all, splits_at_newlines, stands_alone
 
 CORPUS = ["the cat sat.\n\nIt's 12 o'clock,\nthe dog said:\n nothing \n"] * 20
 
 
-def byte_level(before=None, behind=None):
+def byte_level(before=None, behind=None, added=("<|end|>",)):
     """A BPE tokenizer with GPT-2's pattern, learned from a few lines."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = before or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
-        special_tokens=["<|end|>"],
+        special_tokens=list(added),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -30,7 +30,7 @@ def texts(count):
     draw = random.Random(0)
     bits = [
         "the", " cat", " ", "\n", "\n\n", "\t", "\r", "\u00a0", "\x1c", "\u2028", "12", ".", ":",
-        "'s", "é", "日", "<|end|>", " \n",
+        "'s", "é", "日", "<|end|>", " \n", " \n\n",
     ]  # fmt: skip
     return ["".join(draw.choices(bits, k=draw.randrange(1, 12))) for _ in range(count)]
 
@@ -46,16 +46,37 @@ def test_lines_tokenised_by_themselves_are_the_text():
 
 
 def test_each_distinct_line_is_tokenised_once():
+    tokenizer = byte_level()
     seen = []
 
-    class Counting(PreTrainedTokenizerFast):
-        def __call__(self, text, **options):
-            seen.extend(text)
-            return super().__call__(text, **options)
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tokenizer.backend_tokenizer, name)
 
-    tokenizer = Counting(tokenizer_object=byte_level().backend_tokenizer)
-    encode_all(tokenizer, [f"the cat sat.\nthe dog said: {i}" for i in range(10)])
+        def encode_batch_fast(self, lines):
+            seen.extend(lines)
+            return tokenizer.backend_tokenizer.encode_batch_fast(lines)
+
+    class Outer:
+        backend_tokenizer, added_tokens_decoder = Counting(), tokenizer.added_tokens_decoder
+
+    encode_all(Outer(), [f"the cat sat.\nthe dog said: {i}" for i in range(10)])
     assert len(seen) == 11
+    # white space in front of a line that begins with a word
+    encode_all(Outer(), [f"the cat sat. \nthe dog said: {i}" for i in range(10)])
+    assert len(seen) == 2 * 11
+
+
+def test_what_stands_alone_has_the_same_tokens_behind_any_text():
+    tokenizer = byte_level()
+    some = [x for x in texts(1500) if x and not x[-1].isspace()]
+    behind = [x for x in (" " + x for x in texts(1500)) if stands_alone(x)]
+    pairs = list(zip(some, behind, strict=False))
+    assert len(pairs) > 500
+    ids = encode_all(tokenizer, [x for pair in pairs for x in (*pair, "".join(pair))])
+    for before, after in pairs:
+        assert ids[before + after].tolist() == [*ids[before], *ids[after]]
+    assert not any(map(stands_alone, ("", " ", "  a", "a", "\na", " \n")))
 
 
 @pytest.mark.parametrize(
@@ -68,8 +89,9 @@ def test_each_distinct_line_is_tokenised_once():
                 single="<|end|> $A", special_tokens=[("<|end|>", 0)]
             )
         ),
+        byte_level(added=("<|end|>", "the")),
     ],
-    ids=["a space in front", "no pattern", "begin of text"],
+    ids=["a space in front", "no pattern", "begin of text", "an added word"],
 )
 def test_tokenizers_that_see_across_lines_get_whole_texts(tokenizer):
     assert not splits_at_newlines(tokenizer)

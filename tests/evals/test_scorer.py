@@ -224,3 +224,36 @@ def test_every_call_of_the_walk_suits_the_hopper_kernel(monkeypatch):
     assert {backend for backend, _ in asked} == {"gluon"}
     assert not any(length % 16 for _, length in asked)
     assert len({length for _, length in asked}) <= 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixers", ["h3", "hybrid", "attention"])
+def test_on_a_gpu_the_tree_is_brute_force_on_the_cpu(mixers):
+    """Through the kernels, with stretches, shared branches and padded leaves of several lengths."""
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = H3ForCausalLM(
+        H3Config(
+            vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+            mixers=mixers, initializer_range=0.2,
+        )
+    ).eval()  # fmt: skip
+    draw = np.random.default_rng(0)
+    document = draw.integers(0, VOCABULARY, 117).tolist()
+    many = []
+    for _ in range(6):
+        question = [*document, *draw.integers(0, VOCABULARY, draw.integers(5, 90)).tolist()]
+        for _ in range(3):
+            answer = draw.integers(0, VOCABULARY, draw.integers(1, 30)).tolist()
+            many.append(Request(question, answer))
+    exact = [brute_force(model, r) for r in many]
+    scorer = TreeScorer(model.cuda())
+    for found, (log_likelihood, greedy) in zip(scorer.score(many), exact, strict=True):
+        assert found.log_likelihood == pytest.approx(log_likelihood, abs=1e-4)
+        assert found.is_greedy == greedy
+    assert scorer.work.asked > 3 * scorer.work.computed
+    half = model.to(torch.bfloat16)
+    truth = np.array([x for x, _ in exact])
+    tree = np.array([a.log_likelihood for a in TreeScorer(half).score(many)])
+    plain = np.array([brute_force(half.cpu(), r)[0] for r in many])
+    assert abs(tree - truth).mean() <= 2 * abs(plain - truth).mean() + 1e-3

@@ -176,6 +176,8 @@ def test_what_a_set_cannot_give_is_said(data):
 def test_mistakes_are_one_line(model, data, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "piqa_valid.jsonl").write_text('{"goal": "x", "sol1": "a"}\n{"goal"')
+    (tmp_path / "superglue" / "CB").mkdir(parents=True)
+    (tmp_path / "superglue" / "CB" / "val.jsonl").write_text('{"label"\n')
     learned = tmp_path / "learned"
     save_model(tiny(num_learned_positions=32), learned, byte_tokenizer())
     foreign = tmp_path / "foreign"
@@ -196,6 +198,7 @@ def test_mistakes_are_one_line(model, data, tmp_path):
         ((model, ["copa"]), {"data_dir": tmp_path / "no"}, "no such folder"),
         ((model, ["copa"]), {"data_dir": tmp_path}, "has no files for copa"),
         ((model, ["piqa"]), {"data_dir": tmp_path}, r"piqa_valid.jsonl, line 1.*label"),
+        ((model, ["cb"]), {"data_dir": tmp_path}, r"CB/val.jsonl, line 1: is not JSON"),
         ((model, ["piqa"]), {"data_dir": data, "num_fewshot": 2}, "no labelled document is left"),
         ((model, ["boolq"]), {"data_dir": data, "num_fewshot": 5}, "no labelled document is left"),
         ((str(learned), ["copa"]), {"data_dir": data}, "32 learned positions"),

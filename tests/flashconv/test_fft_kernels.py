@@ -1,6 +1,7 @@
 """The block FFT against float64: in Triton's interpreter on a CPU, compiled on a GPU."""
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -19,12 +20,12 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 
-# the result is rounded once (2^-9 / sqrt(3), 2^-12 / sqrt(3)); inside, float16 is rounded 7 times
-# on the way, 2e-4 each; float32 by three products of tf32
+# the result is rounded once (1.7e-3, 2e-4); inside, float16 is rounded 7 times on the way, 2e-4
+# each; float32 by three products of tf32
 ALLOWED = {torch.bfloat16: 2.6e-3, torch.float16: 1e-3, torch.float32: 2e-6}
-# Toeplitz blocks round what is under a gate, the filter and the result to the dtype of the rows:
-# three times 2^-9 / sqrt(3), and a tap that outweighs all others may be off by 2^-9
-ALLOWED_TOEPLITZ = ALLOWED | {torch.bfloat16: 3.3e-3}
+# Toeplitz blocks round what is under a gate, the filter, the gradient and the result to the dtype
+# of the rows: 1.7e-3 each in bfloat16
+ALLOWED_TOEPLITZ = ALLOWED | {torch.bfloat16: 4e-3}
 
 Case = tuple[int, int, int, int, int, str]
 
@@ -133,7 +134,7 @@ def test_a_kept_filter_does_what_the_filter_does(algorithm: str, monkeypatch) ->
 
 def test_kernels_that_fail_their_check_are_not_used(monkeypatch) -> None:
     leaves = _leaves((2, 2, 90, 50, 30, "ab"), torch.float16)
-    monkeypatch.setattr(conv_plan, "works", lambda algorithm, device: False)
+    monkeypatch.setattr(conv_plan, "works", lambda algorithm, device, length: False)
     exact = _everything(fft.fft_conv, leaves, "causal")
     found = _everything(fft_library.fft_conv, leaves, "causal")
     for name, expected in exact.items():
@@ -147,21 +148,40 @@ def test_backward_has_a_table_of_its_own() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT", "block FFT through memory"])
-def test_the_check_passes_here_and_finds_a_wrong_kernel(algorithm, monkeypatch, caplog) -> None:
+def test_every_check_passes_here() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    assert conv_plan.fault.__wrapped__(algorithm, device) == ""
+    for algorithm, length in conv_plan.checks(device):
+        assert conv_plan.fault(algorithm, device, length) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT", "block FFT through memory"])
+def test_the_check_finds_a_wrong_kernel(algorithm, monkeypatch, caplog) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
     made = conv_plan.plan(algorithm, device, 304, 200, None).kernels
     right = made.forward
     monkeypatch.setattr(made, "forward", lambda *inputs: right(*inputs) * 1.02)
-    assert "differs" in conv_plan.fault.__wrapped__(algorithm, device)
+    length = dict(conv_plan.checks(device))[algorithm]
+    assert "differs" in conv_plan.fault.__wrapped__(algorithm, device, length)
     assert "torch.fft takes over" in caplog.text
 
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 def test_long_rows_in_the_interpreter() -> None:
-    _check((1, 1, 1100, 1100, 3, "ab"), torch.float16)
+    _check((1, 1, 2100, 2100, 3, "ab"), torch.float16)
+
+
+@needs_triton
+@pytest.mark.usefixtures("_transforms")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_turns_that_are_kept_and_gradients_apart(monkeypatch) -> None:
+    from h3lm.flashconv.kernels.fft_size import SIZES
+
+    size = SIZES[512]
+    changed = replace(size, keep=not size.keep, together=not size.together, ahead=not size.ahead)
+    monkeypatch.setitem(SIZES, 512, changed)
+    _check((3, 2, 100, 100, 0, "ab"), torch.float16)
 
 
 @needs_triton
@@ -180,7 +200,7 @@ def test_rows_of_very_different_size_keep_their_own_precision() -> None:
 @needs_triton
 @pytest.mark.usefixtures("_transforms")
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-@pytest.mark.parametrize("L", [512, 1500])  # in one program, and through memory
+@pytest.mark.parametrize("L", [512, 2100])  # in one program, and through memory
 def test_filters_of_any_scale_and_shape(L: int) -> None:
     u = torch.randn(2, 4, L, device=DEVICE).half()
     f = torch.ones(4, L, device=DEVICE)  # all in one frequency
@@ -212,7 +232,7 @@ def test_nothing_overflows_in_float16_at_its_worst() -> None:
     ("change", "dtype", "backend", "word"),
     [
         ({}, torch.bfloat16, "triton", "block FFT"),
-        ({"length": 8192}, torch.bfloat16, "triton", "through memory"),
+        ({"length": 8193}, torch.bfloat16, "triton", "through memory"),
         ({"length": 512}, torch.bfloat16, "triton", "Toeplitz"),
         ({"lags": 64}, torch.bfloat16, "triton", "Toeplitz"),
         ({"lags": 64, "gated": True}, torch.float16, "triton", "block FFT"),
@@ -221,8 +241,8 @@ def test_nothing_overflows_in_float16_at_its_worst() -> None:
         ({"length": 2**22}, torch.float16, "triton", "Triton"),
         ({"length": 2**22 + 1}, torch.float16, "torch", "up to 4194304"),
         ({"capability": (8, 6)}, torch.float32, "torch", "224 KB"),
-        ({"length": 1024}, torch.float32, "triton", "Triton"),
-        ({"length": 1025}, torch.float32, "torch", "rows of up to 1024"),
+        ({"length": 2048}, torch.float32, "triton", "Triton"),
+        ({"length": 2049}, torch.float32, "torch", "rows of up to 2048"),
         ({}, torch.float64, "torch", "bfloat16"),
         ({"capability": (7, 5)}, torch.float16, "torch", "8.0"),
         ({"has_triton": False}, torch.float16, "torch", "pip install triton"),
@@ -243,21 +263,22 @@ HALF_CASES: list[Case] = [
     (3, 4, 2048, 2048, 0, "sab"),
     (5, 2, 1024, 1024, 1024, "s"),
     (64, 2, 256, 256, 0, "ab"),
-    (1, 3, 1, 1, 0, "s"),
+    (1, 300, 1, 1, 0, "s"),
     (2, 3, 17, 17, 17, "abc"),
     (7, 2, 509, 300, 0, "a"),
     (3, 2, 1021, 1021, 4, "bc"),
     (2, 2, 3001, 3001, 3001, "sab"),
     (33, 5, 63, 20, 0, ""),
-    (2, 3, 8192, 8192, 0, ""),
+    (3, 3, 8192, 8192, 0, ""),
     (3, 2, 5001, 5001, 17, "sab"),
+    (2, 3, 16384, 16384, 0, "b"),
     (1, 2, 20011, 20011, 20011, "abc"),
     (3, 1, 131072, 131072, 0, "ab"),
     (1, 1, 1048576, 1048576, 0, ""),
 ]
 ON_A_GPU = [(case, dtype) for case in HALF_CASES for dtype in (torch.bfloat16, torch.float16)]
 ON_A_GPU += [
-    pytest.param(case, torch.float32, marks=needs_hopper) for case in HALF_CASES if case[2] <= 1024
+    pytest.param(case, torch.float32, marks=needs_hopper) for case in HALF_CASES if case[2] <= 2048
 ]
 
 
@@ -323,7 +344,7 @@ def test_any_strides_of_rows_and_channels() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_opcheck_where_torch_fft_takes_over(gated: bool, monkeypatch) -> None:
-    monkeypatch.setattr(conv_plan, "works", lambda algorithm, device: False)
+    monkeypatch.setattr(conv_plan, "works", lambda algorithm, device, length: False)
     leaves = _leaves((2, 3, 100, 100, 7, "ab"), torch.float32)
     gates = (leaves["pre_gate"], leaves["post_gate"]) if gated else (None, None)
     inputs = (leaves["u"], leaves["f"], leaves["f_reverse"], *gates)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from h3lm.flashconv import RingState, StepOperators, h3_step, h3_step_in_place, reference
-from h3lm.flashconv.dispatch import Problem, choose
+from h3lm.flashconv.dispatch import Choice, Problem, choose
 from h3lm.flashconv.state import H3State, as_real_pairs, diagonal_shape, from_real_pairs
 from h3lm.flashconv.step import roll_in_place, unrolled
 from h3lm.ssm.operators import DiagonalSystem
@@ -137,6 +137,15 @@ def test_kernel_equals_the_definition(case, dtype):
 )
 def test_kernel_equals_the_definition_on_the_gpu(case, dtype):
     check(*case, dtype, 5, "triton")
+
+
+def test_a_strided_state_is_refused_by_kernels(monkeypatch):
+    taps, system, state, qkv = problem(2, 8, 1, 8, 16, torch.float32, 1)
+    strided = as_real_pairs(state.diagonal).transpose(0, 1).contiguous().transpose(0, 1)
+    ring = RingState(torch.zeros(2, 8, 16), torch.zeros(2, dtype=torch.int64), strided)
+    monkeypatch.setattr("h3lm.flashconv.step.choose", lambda *a: Choice("triton", "asked for"))
+    with pytest.raises(ValueError, match="must be contiguous"):
+        h3_step_in_place(*qkv[0].chunk(3, -1), StepOperators.of(taps, system), ring)
 
 
 @pytest.mark.gpu

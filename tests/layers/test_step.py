@@ -84,14 +84,18 @@ def test_sum_and_norm(triton_step, dtype, parts):
 
 @pytest.mark.parametrize("programs", [1, 100], ids=["together", "split"])
 @pytest.mark.parametrize("rotary", [0, 16])
-def test_attention_of_rows_of_different_length(triton_step, programs, rotary):
-    dtype = torch.float32
-    layer = CausalAttention(64, 2, rotary_dim=rotary).to(DEVICE)
+@pytest.mark.parametrize("head_dim", [32, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+def test_attention_of_rows_of_different_length(triton_step, programs, rotary, head_dim, dtype):
+    layer = CausalAttention(2 * head_dim, 2, rotary_dim=rotary).to(DEVICE)
     lengths = torch.tensor([0, 1, 77, 190], device=DEVICE)
-    slots = draw(2, 4, 2, 192, 32, dtype=dtype)
-    qkv = draw(4, 192, dtype=dtype)
+    slots = draw(2, 4, 2, 192, head_dim, dtype=dtype)
+    qkv = draw(4, 6 * head_dim, dtype=dtype)
     rotation = layer.rotation(lengths[:, None])
     keys, values = slots.clone().unbind()
+    # a number that no key of these rows may touch
+    for row, length in enumerate(lengths.tolist()):
+        keys[row, :, length:], values[row, :, length:] = float("nan"), float("nan")
     size = triton_step.AttendSize(keys=16, programs_per_sm=programs)
     y = triton_step.attend_step(qkv, keys, values, lengths, rotation, 1, steps_early(), size)
     layer.qkv_proj = layer.output_proj = torch.nn.Identity()  # the plain step, without projections
@@ -101,8 +105,9 @@ def test_attention_of_rows_of_different_length(triton_step, programs, rotary):
         patch.setattr("h3lm.layers.attention.has_kernels", lambda x: False)
         expected = layer.step(qkv.double()[:, None], *known, lengths, 190, wide)[:, 0]
     close(y, expected, dtype)
-    close(keys, known[0], dtype)
-    close(values, known[1], dtype)
+    for found, wanted in ((keys, known[0]), (values, known[1])):
+        for row, length in enumerate(lengths.tolist()):
+            close(found[row, :, : length + 1], wanted[row, :, : length + 1], dtype)
 
 
 def steps_early():
@@ -174,6 +179,13 @@ def test_what_is_not_plain_does_not_advance(monkeypatch):
         handle = block.mlp.up_proj.register_forward_hook(lambda *a: None)
         assert not steps.can_advance(block, r)
         handle.remove()
+        for module in (block, block.mixer, block.norm2):
+            handle = module.register_forward_hook(lambda *a: None)
+            assert not steps.can_advance(block, r)
+            handle.remove()
+        assert steps.can_advance(block, r)
+        assert steps.can_norm(block.norm1, r)
+        assert not steps.can_norm(block.norm1, r.half())
         block.mixer = torch.nn.Identity()
         assert not steps.can_advance(block, r)
     assert not steps.can_advance(block, r)

@@ -164,6 +164,22 @@ def test_rows_are_padded_to_lengths_that_kernels_like():
     assert torch.allclose(model(ids, attention_mask=mask).logits[1:], alone, atol=1e-11)
 
 
+def test_lengths_are_a_mask_whose_padding_stands_behind(case):
+    model = make(**case, two_documents=True)
+    ids = torch.randint(0, 20, (2, 2, LENGTH))
+    lengths = torch.tensor([[LENGTH, 4], [7, 1]])
+    mask = torch.arange(LENGTH) < lengths[..., None]
+    expected = model(ids, attention_mask=mask).logits
+    for training in (False, True):
+        model.train(training)
+        expected = model(ids, attention_mask=mask).logits
+        assert torch.allclose(model(ids, lengths=lengths).logits, expected, atol=1e-11)
+    with pytest.raises(ValueError, match="in place of an attention_mask"):
+        model(ids, attention_mask=mask, lengths=lengths)
+    with pytest.raises(ValueError, match=r"lengths \(B,\)"):
+        model.model(ids[:, 0], lengths=lengths[:1, 0])
+
+
 def test_gates_of_h3_may_start_open():
     for bias in (0.0, 1.0):
         model = H3ForSequenceClassification(

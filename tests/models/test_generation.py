@@ -4,6 +4,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+from h3lm.errors import UserError
 from h3lm.models.cache import cache_bytes, prepare_cache
 
 from .conftest import small_model
@@ -164,6 +165,21 @@ def test_stop_token_and_streamer(model, ids):
     assert out[0, -1] == stop
     assert collect.ended
     assert torch.equal(torch.cat([x.flatten() for x in collect.seen]), out[0])
+
+
+def test_a_static_cache_that_is_too_small_is_named(model, ids):
+    def static(length):
+        return StaticCache(config=model.config, max_cache_len=length)
+
+    if "attention" not in model.config.mixers:
+        pytest.skip("nothing of it grows")
+    with pytest.raises(UserError, match="made for 16 positions, prompt and new tokens need 37"):
+        model(ids, past_key_values=static(16))
+    with pytest.raises(UserError, match="made for 39 positions, prompt and new tokens need 41"):
+        generate(model, ids, max_new_tokens=5, past_key_values=static(39))
+    expected = generate(model, ids, max_new_tokens=5)
+    out = generate(model, ids, max_new_tokens=5, past_key_values=static(41))
+    assert torch.equal(out, expected)
 
 
 def test_assisted_generation_is_refused_in_one_sentence(model, ids):

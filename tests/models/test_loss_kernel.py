@@ -65,7 +65,7 @@ def test_the_kernel_is_an_operator_of_pytorch():
 @pytest.mark.gpu
 def test_on_a_gpu_a_model_has_the_loss_and_gradients_of_whole_logits():
     torch.manual_seed(0)
-    config = H3Config(vocab_size=1000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = H3Config(vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
     model = H3ForCausalLM(config).cuda()
     ids = torch.randint(0, 1000, (2, 128), device="cuda")
     whole = model(ids, labels=ids, use_cache=False).loss

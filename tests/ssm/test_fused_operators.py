@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from h3lm.ssm import fused_operators as fused
 from h3lm.ssm.fused_operators import fused_operators
 from h3lm.ssm.operators import DiagonalSystem
 
@@ -72,6 +73,27 @@ def test_kernels_equal_float64_as_well_as_pytorch_does(
     assert found["P"].is_contiguous()
     if not GPU:
         assert found["da"][0, 0] == 0
+
+
+def test_kernels_are_checked_and_pytorch_takes_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from h3lm.ssm import operators_triton
+
+    fused.operators_fault.cache_clear()
+    assert fused.operators_fault(DEVICE) == ""
+    right = operators_triton.make_backward
+
+    def wrong(*given: Tensor) -> tuple[Tensor, ...]:
+        da, *others = right(*given)
+        return 1.01 * da, *others
+
+    monkeypatch.setattr(operators_triton, "make_backward", wrong)
+    fused.operators_fault.cache_clear()
+    assert "da differs" in fused.operators_fault(DEVICE)
+    assert "PyTorch takes over" in caplog.text
+    assert not fused._works(DEVICE)
+    fused.operators_fault.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore")  # of the checker itself

@@ -1,7 +1,9 @@
+import itertools
 import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ import torch
 from h3lm.errors import UserError
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
+from h3lm.synthetics import plots
 from h3lm.synthetics.ensemble import Ensemble, Member, Recipe
 from h3lm.synthetics.report import CURVE_POINTS, Report, Run
 from h3lm.synthetics.run import Plan, live_line, model_config, plan, run, state_floats
-from h3lm.synthetics.settings import SETTINGS, Setting
+from h3lm.synthetics.settings import MIXERS_BY_DEFAULT, SETTINGS, Setting
 from h3lm.synthetics.tasks import AssociativeRecall, MultiQueryRecall
 from h3lm.synthetics.trace import trace
 
@@ -135,6 +138,50 @@ def test_a_model_stops_once_it_has_solved_the_task_while_others_go_on():
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_those_that_stop_leave_the_others_as_they_would_train_alone():
+    def members():
+        return [member(seed, epochs=epochs) for seed, epochs in ((0, 4), (1, 2), (2, 3))]
+
+    together, looks = members(), []
+    Ensemble(maker(), together, CPU).train(looks.append)
+    assert [m.steps for m in together] == [12, 6, 9]
+    assert all(m.finished for m in together)
+    # who has left keeps what it had
+    assert [len(look.accuracies) for look in looks] == [3] * 4
+    assert len({look.losses[1] for look in looks[1:]}) == 1
+    for one, other in zip(together, members(), strict=True):
+        Ensemble(maker(), [other], CPU).train()
+        assert one.test_loss == pytest.approx(other.test_loss, rel=1e-4)
+        assert [a for _, _, a in one.curve] == [a for _, _, a in other.curve]
+        for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_training_given_up_leaves_its_models_and_says_which_were_done():
+    short, long = member(0, epochs=2), member(1, epochs=9)
+    looks = iter([False] * 3 + [True])
+    assert Ensemble(maker(), [short, long], CPU).train(stop=lambda: next(looks))
+    assert (short.steps, short.finished) == (6, True)
+    assert (long.steps, long.finished) == (9, False)
+    assert long.model is not None
+    assert long.test_loss > 0
+    nothing = member(0)
+    assert not Ensemble(maker(), [nothing], CPU).train(stop=lambda: True)
+    assert nothing.model is None
+
+
+@pytest.mark.parametrize("mixer", MIXERS_BY_DEFAULT)
+def test_rows_far_longer_than_those_of_training_are_scored(mixer):
+    ensemble = Ensemble(maker(mixer), [member(0), member(1)], CPU)
+    tests = [TASK.dataset(i, num_train=70, num_test=20, test_length=80).test for i in (0, 1)]
+    _, losses = ensemble.score(tests)
+    for i, test in enumerate(tests):
+        with torch.no_grad():
+            logits = maker(mixer)(i).eval()(torch.from_numpy(test.inputs)).logits[:, -1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(test.targets[:, -1]))
+        assert losses[i] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_multi_query_loss_and_score_count_the_queries_only():
     task = MultiQueryRecall(vocab_size=40, length=32, num_pairs=4)
     one = member(0, epochs=1, task=task)
@@ -243,6 +290,51 @@ def test_reports_of_several_folders_become_one_without_training(finished, tmp_pa
     assert set(merged.sizes) == {"recall h3", "recall attention"}
     with pytest.raises(UserError, match=r"cannot read .*none.report.json"):
         run(chosen, tmp_path / "all", others=[tmp_path / "none"])
+
+
+def test_what_the_time_cut_short_is_kept_and_marked_until_it_is_finished(tmp_path, monkeypatch):
+    clock = itertools.count()  # a second for each look at it: five and a bit
+    monkeypatch.setattr("h3lm.synthetics.run.time", SimpleNamespace(time=lambda: next(clock)))
+    chosen = Plan({"recall": SMALL}, ("h3",), seeds=(0,), search=True)
+    said = []
+    run(chosen, tmp_path, said.append, minutes=0.09)
+    assert any(line.startswith("not finished in 0.09 minutes: recall h3;") for line in said)
+    report = Report.open(tmp_path)
+    recipe, search = (report.select("recall", "h3", kind) for kind in ("recipe", "search"))
+    assert all(r.finished and r.steps == r.planned_steps == 9 for r in recipe)
+    assert all(not r.finished and r.steps == 12 < r.planned_steps for r in search)
+    text = report.path.with_suffix(".md").read_text()
+    (row,) = re.findall(r"^\| h3 \| 99.8 .*", text, re.M)
+    assert "†" not in row.split("|")[3]
+    assert "†" in row.split("|")[5]
+    assert "† h3: 4 of 5 trainings were cut short by the time allowed, at step 12 of 18" in text
+
+    said.clear()
+    run(chosen, tmp_path, said.append)
+    assert "recall h3: 4 model(s) on cpu" in said
+    again = Report.open(tmp_path)
+    assert len(again.runs) == 5
+    assert all(r.finished for r in again.runs)
+    assert "†" not in report.path.with_suffix(".md").read_text()
+    again.merge(report)  # what was cut short does not replace what was finished
+    assert all(r.finished for r in again.runs)
+    report.merge(again)
+    assert all(r.finished for r in report.runs)
+
+
+def test_tables_say_where_seeds_are_fewer_and_stand_beside_the_papers(finished, tmp_path):
+    report = Report.open(finished[0])
+    report.runs = [r for r in report.runs if (r.mixer, r.kind, r.seed) != ("h3", "search", 1)]
+    assert "Beside the paper" not in report.markdown()  # one task alone is a table already
+    assert re.search(r"^\| h3 \| 99.8 \| .* \(1 of 2 seeds\) \|", report.markdown(), re.M)
+    for found in [r for r in report.runs if r.mixer == "attention"]:
+        report.add("induction", "attention", [replace(found, setting="induction")], {})
+    (row,) = re.findall(r"^\| h3 \|.*", "\n".join(report._beside_the_paper()), re.M)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0] == "h3"
+    assert cells[1] == "99.8"
+    assert cells[3].endswith("(1 of 2 seeds)")
+    assert cells[4:] == ["100.0", "-", "-"]
 
 
 def test_a_model_that_diverged_is_said_and_never_the_best(finished, tmp_path):
@@ -366,6 +458,7 @@ def test_paper_settings():
         (["recall"], ["h3"], {"num_pairs": 4}, "unknown option of recall 'num_pairs'"),
         (["mqar-4"], ["h3"], {"num_pairs": 5000}, "5000 pairs need as many keys"),
         (["mqar-4"], ["h3"], {"num_pairs": 17}, "cannot hold 17 pairs"),
+        (["recall"], ["h3"], {"num_train": 0}, "num_train=0 must be positive"),
         (["recall"], ["h3"], {"seeds": 0}, "seeds=0"),
         (["recall"], ["h3"], {"learning_rate": 0.0}, "learning_rate=0.0"),
         (["recall"], ["h3"], {"max_steps": 0}, "max_steps=0"),
@@ -382,7 +475,13 @@ def test_task_options_make_a_setting_of_their_own():
     chosen = plan(["mqar-4"], ["h3:2"], vocab_size=64, length=32, num_pairs=8, max_steps=100)
     ((name, setting),) = chosen.settings.items()
     assert name == "mqar-4-v64-l32-k8"
+    assert plots._pairs_of(name) == 8
+    assert plots._pairs_of("mqar-16-rows100") == 16
     assert setting.task == MultiQueryRecall(vocab_size=64, length=32, num_pairs=8)
+    ((name, setting),) = plan(["recall"], ["h3"], num_train=100, num_test=20).settings.items()
+    assert name == "recall-rows100-tests20"
+    assert (setting.num_train, setting.num_test) == (100, 20)
+    assert replace(SETTINGS["recall"], num_train=100, num_test=20, paper={}) == setting
     assert plan(["recall"], ["h3"], length=30).settings["recall-l30"].test_lengths == (30, 60, 120)
 
 
@@ -410,7 +509,8 @@ def test_live_line_prints_seldom_where_there_is_no_terminal(capsys):
 @pytest.mark.parametrize("mixer", ["h3", "s4d", "gss", "s4", "linear_attention", "attention"])
 def test_captured_steps_on_a_gpu_train_as_steps_on_the_cpu(mixer):
     def members():
-        return [member(seed, epochs=2, rate=r) for seed, r in ((0, 4e-3), (1, 1e-3))]
+        # the first leaves, and what is left is captured anew
+        return [member(seed, epochs=2 + seed, rate=r) for seed, r in ((0, 4e-3), (1, 1e-3))]
 
     captured, plain = members(), members()
     Ensemble(maker(mixer), captured, torch.device("cuda")).train()

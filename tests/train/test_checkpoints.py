@@ -18,9 +18,11 @@ from torch.distributed.checkpoint import CheckpointException
 
 from h3lm.data.lock import LOCK_FILE, only_writer
 from h3lm.errors import UserError
+from h3lm.evals.perplexity import TextScore
 from h3lm.models import H3ForCausalLM
 from h3lm.train import checkpoints
 from h3lm.train.run import train
+from h3lm.train.trainer import H3Trainer
 
 from .conftest import TINY, h3lm
 
@@ -253,6 +255,29 @@ def test_a_half_written_newest_folder_is_passed_over(tiny, stopped_at, tmp_path)
     assert f"cut short: {folder / 'unfinished'}" in shown
     assert "resuming at step 2 " in shown
     assert losses(recipe.folder) == losses(tmp_path / "straight")
+
+
+def test_the_best_weights_are_kept_through_a_resumption(tiny, stopped_at, monkeypatch):
+    told = {2: 3.0, 4: 1.0, 6: 2.0}
+
+    def score(self, _):
+        return TextScore(told[self.state.global_step] * 10, 10, 16, 16)
+
+    monkeypatch.setattr(H3Trainer, "score", score)
+    recipe = tiny(save_every=2, eval_every=2, keep_best=True)
+    with monkeypatch.context():
+        stopped_at(recipe, 4)
+    monkeypatch.setattr(H3Trainer, "score", score)
+    best = load_file(recipe.folder / "best" / "model.safetensors")
+    step4 = load_file(recipe.folder / "checkpoints" / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(best[name], step4[name]) for name in best)
+    run(recipe)
+    again = load_file(recipe.folder / "best" / "model.safetensors")
+    assert all(torch.equal(best[name], again[name]) for name in best)
+    assert not all(torch.equal(best[name], w) for name, w in weights(recipe.folder).items())
+    summary = json.loads((recipe.folder / "summary.json").read_text())
+    assert (summary["best_step"], summary["best_val_loss"], summary["val_loss"]) == (4, 1.0, 2.0)
+    assert H3ForCausalLM.from_pretrained(recipe.folder / "best").num_parameters() > 0
 
 
 def test_what_is_not_whole_takes_no_whole_checkpoints_place(tiny, stopped_at):

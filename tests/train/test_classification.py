@@ -282,14 +282,14 @@ def test_a_batch_is_padded_to_its_longest_and_masked(data):
     examples = [dataset[i] for i in range(4)]
     batch = ExampleCollator(labelled.kind)(examples)
     lengths = [len(example.rows[0]) for example in examples]
-    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert batch["lengths"].tolist() == lengths
     assert batch["input_values"].shape == (4, 64, 1)  # a multiple that kernels like
     exact = ExampleCollator(labelled.kind, unit=1)(examples)
     assert exact["input_values"].shape == (4, max(lengths), 1)
     for i, example in enumerate(examples):
         assert np.array_equal(batch["input_values"][i, : lengths[i]].numpy(), example.rows[0])
         assert not batch["input_values"][i, lengths[i] :].any()
-    assert "attention_mask" not in ExampleCollator(labelled.kind)(examples[:1])
+    assert "lengths" not in ExampleCollator(labelled.kind)(examples[:1])
 
 
 # What is measured

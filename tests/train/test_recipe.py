@@ -36,6 +36,7 @@ def test_unknown_keys_are_errors_that_name_the_nearest():
         ({"steps": 1, "model": "large"}, "model='large' must be dict"),
         ({"steps": 1, "eval_stride": 9, "block_length": 8}, "eval_stride=9 exceeds"),
         ({"steps": 1, "warmup_fraction": 1.5}, "warmup_fraction=1.5 must be from 0 to 1"),
+        ({"steps": 1, "task": "classification", "keep_best": True}, "keep_best is for language"),
         ({"steps": 1, "save_every": 0}, "save_every=0 must be positive"),
         ({"steps": 1.5}, "steps=1.5 must be int"),
         ({"steps": "1e400"}, "steps=inf must be int"),

@@ -8,7 +8,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from h3lm.bench.roofline import Ceilings, Work, conv_work
 from h3lm.bench.scaling import TIME
 from h3lm.errors import UserError
 from h3lm.flashconv import fft_conv
-from h3lm.flashconv.dispatch import ConvAlgorithm, Problem, capability, conv_algorithm
-from h3lm.flashconv.kernels.conv_plan import fault, plan
+from h3lm.flashconv.dispatch import Problem, capability, conv_algorithm
+from h3lm.flashconv.kernels.conv_plan import checks, fault, plan
 from h3lm.layers.long_conv import LongConv
 from h3lm.layers.s4 import S4
 
@@ -134,9 +133,10 @@ def check(lengths: list[int], say: Say) -> dict[tuple[int, bool], float]:
                 f"rows of {length}{', gated' * gated}: {worst} is off by {errors[worst]:.1e}, "
                 f"allowed {ALLOWED:.1e}: nothing is timed"
             )
-    for algorithm in get_args(ConvAlgorithm):
-        if wrong := fault(algorithm, torch.device("cuda", torch.cuda.current_device())):
-            raise RuntimeError(f"{algorithm}: {wrong}: nothing is timed")
+    device = torch.device("cuda", torch.cuda.current_device())
+    for algorithm, length in checks(device):
+        if wrong := fault(algorithm, device, length):
+            raise RuntimeError(f"{algorithm}, rows of {length}: {wrong}: nothing is timed")
     say(f"{len(cases)} cases compared with float64, gradients too: all within {ALLOWED:.1e}")
     return {case: errors["y"] for case, errors in found.items()}
 

@@ -35,27 +35,36 @@ Variant = tuple[int, AnySize]
 def variants() -> Iterator[Variant]:
     """Row length and size of everything that is tried, the likeliest first."""
     yield from ((length, ToeplitzSize(length - 1)) for length in (256, 512, 1024))
-    yield from ((size.points // 2, size) for size in SIZES.values())
+    yield from SIZES.items()
     yield from ((length, fft_long.size_for(length, True)) for length in _LONG)
+    for points, size in SIZES.items():
+        for change in _CHANGES:
+            yield points, replace(size, **change)
     for length in _LONG:
         for inner in (Size(64, 32, 4), Size(64, 64, 4)):
             for cut in _CUTS:
-                yield length, LongSize(2 * length // inner.points, inner, **cut)
+                yield length, LongSize(length // inner.points, inner, **cut)
     for tile in _TILES:
         yield from ((length, ToeplitzSize(length - 1, tile=tile)) for length in (256, 512, 1024))
-    for points, size in SIZES.items():
-        for change in _CHANGES:
-            yield points // 2, replace(size, **change)
 
 
-_LONG = [8192, 16384, 32768, 131072, 1048576]
+_LONG = [131072, 16384, 32768, 1048576]
 _CUTS: list[dict[str, int]] = [
+    {"columns": 64},
     {"columns": 128},
+    {"columns": 128, "warps": 8},
+    {"columns": 256, "warps": 8},
     {"columns": 128, "rows_out": 128, "rows_in": 128, "warps": 8},
-    {"rows_out": 128, "rows_in": 256, "warps": 8},
-    {"columns": 128, "rows_in": 256, "warps": 8},
+    {"columns": 64, "rows_out": 128, "rows_in": 128, "warps": 8},
 ]
-_CHANGES: list[dict[str, Any]] = [{"together": False}, {"stages": 2}, {"registers": 168}]
+_CHANGES: list[dict[str, Any]] = [
+    {"together": False},
+    {"keep": True},
+    {"programs": 8},
+    {"programs": 16},
+    {"ahead": True},
+    {"registers": 168},
+]
 _TILES = [
     Tile(filter_pieces=16),
     Tile(filter_pieces=64),
@@ -97,7 +106,8 @@ def _name(size: AnySize) -> str:
         cut = f"c{size.columns} w{size.warps} o{size.rows_out} i{size.rows_in}"
         return f"{size.outer} {cut} * {_name(size.inner)}"
     kernels = "one" if size.together else "two"
-    return f"{size.N1}x{size.N2} w{size.warps} s{size.stages} {kernels} r{size.registers or '-'}"
+    launch = f"w{size.warps} r{size.registers or '-'} p{size.programs}"
+    return f"{size.N1}x{size.N2} {launch} {kernels}{' kept' * size.keep}{' ahead' * size.ahead}"
 
 
 def _kernels(size: AnySize) -> ModuleType:
@@ -170,11 +180,14 @@ def _timed(length: int, size: AnySize) -> str:
         run = LongRun(u, size)
         exponents = run.exponents(u, None)
         planes, y = run.outward(u, None, exponents), torch.empty_like(u)
+        more = planes.clone()
         calls += [
             lambda: run.exponents(u, None),
             lambda: run.outward(u, None, exponents),
             lambda: run.convolve(planes, spectrum),
-            lambda: run.inward(planes, y, None, None, None, exponents, spectrum.unscale),
+            lambda: run.inward(planes, y, spectrum.unscale, exponents=exponents),
+            lambda: run.convolve(planes, spectrum, conjugate=True),
+            lambda: run.filter_planes(planes, more, exponents, exponents, spectrum),
         ]
     repeats = 3 if length > 1 << 19 else 9
     times = " ".join(f"{median_ms(call, repeats=repeats, warm_up=1):7.3f}" for call in calls)

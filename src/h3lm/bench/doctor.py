@@ -3,22 +3,26 @@
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from h3lm import flashconv
-from h3lm.flashconv.dispatch import BACKENDS, ConvAlgorithm
-from h3lm.flashconv.kernels.conv_plan import fault
+from h3lm.flashconv.dispatch import BACKENDS
+from h3lm.flashconv.kernels.conv_plan import checks, fault
+from h3lm.flashconv.kernels.self_test import hopper_fault, segments_fault
 from h3lm.layers.self_test import step_fault
 from h3lm.models.generation import pick_device
 from h3lm.ssm import DiagonalSSM, DiagonalSystem, ShiftSSM
+from h3lm.ssm.fused_operators import operators_fault
 
 PACKAGES = ("h3lm", "torch", "triton", "transformers", "accelerate", "safetensors", "datasets")
 # A fast path may be twice as wrong as plain PyTorch in the same dtype, plus rounding of the result
 MAX_RATIO = 2.0
+HEADS = {"h3_core, head_dim 2": 2, "h3_core, head_dim 8": 8}
+PACKED = "h3_core, packed"
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
@@ -59,16 +63,16 @@ def examine(device: str, say: Callable[[str], None]) -> bool:
         good &= check.passed
         mark = "ok  " if check.passed else "FAIL"
         say(f"  {mark}  {check.name}: error {check.error:.1e}, allowed {check.allowed:.1e}")
-    for algorithm in get_args(ConvAlgorithm) if where.type == "cuda" else ():
-        if wrong := fault(algorithm, where):
+    for algorithm, length in checks(where) if where.type == "cuda" else ():
+        name = f"fft_conv by {algorithm}, rows of {length}"
+        if wrong := fault(algorithm, where, length):
             good = False
-            say(f"  FAIL  fft_conv by {algorithm}: {wrong}; torch.fft runs in its place")
+            say(f"  FAIL  {name}: {wrong}; torch.fft runs in its place")
         else:
-            say(f"  ok    fft_conv by {algorithm}: agrees with torch.fft")
-    if where.type == "cuda":
-        wrong = step_fault(where)
+            say(f"  ok    {name}: agrees with torch.fft")
+    for name, agrees, wrong in _self_tests(where) if where.type == "cuda" else ():
         good &= not wrong
-        say(f"  FAIL  decoding step: {wrong}" if wrong else "  ok    decoding step: as its modules")
+        say(f"  FAIL  {name}: {wrong}" if wrong else f"  ok    {name}: {agrees}")
     choice = flashconv.choose("h3_core", where, torch.bfloat16)
     say(f"h3_core in bfloat16 on {where} runs by {choice.backend}: {choice.reason}")
     say("all paths agree with their definition" if good else "a path is wrong: do not use it")
@@ -81,7 +85,7 @@ def run_check(op: str, dtype: torch.dtype, backend: str, device: torch.device) -
     Raises:
         ValueError: if the backend is not here or does not take this.
     """
-    exact = _run(op, torch.float64, "reference", torch.device("cpu"))
+    exact = _exact(op)
     fast = _run(op, dtype, backend, device)
     plain = fast if backend == "torch" else _run(op, dtype, "torch", device)
     errors, allowed = [], []
@@ -92,12 +96,26 @@ def run_check(op: str, dtype: torch.dtype, backend: str, device: torch.device) -
     return Check(f"{op} {backend} {_short(dtype)}", errors[worst], allowed[worst])
 
 
+def _self_tests(device: torch.device) -> Iterator[tuple[str, str, str]]:
+    """What is checked before its first use: name, what it agrees with, what is wrong with it."""
+    if torch.cuda.get_device_capability(device)[0] == 9:
+        yield "Hopper kernels", "as the Triton kernels", hopper_fault(device)
+    yield "few channels in segments", "as whole rows", segments_fault(device)
+    yield "making of operators", "as in PyTorch", operators_fault(device)
+    yield "decoding step", "as its modules", step_fault(device)
+
+
+@cache
+def _exact(op: str) -> list[Tensor]:
+    return _run(op, torch.float64, "reference", torch.device("cpu"))
+
+
 def _excess(error: float, allowed: float) -> float:
     return float("inf") if error != error else error / allowed
 
 
 def _paths() -> Iterator[tuple[str, torch.dtype, str]]:
-    for op in ("h3_core", "ssm_conv", "fft_conv"):
+    for op in ("h3_core", *HEADS, PACKED, "ssm_conv", "fft_conv"):
         for backend in BACKENDS:
             if backend not in ("auto", "reference"):
                 for dtype in FLOOR:
@@ -106,10 +124,11 @@ def _paths() -> Iterator[tuple[str, torch.dtype, str]]:
 
 def _run(op: str, dtype: torch.dtype, backend: str, device: torch.device) -> list[Tensor]:
     """Output and gradients of one op on inputs that are the same for every call."""
-    B, D, L = 2, 8, 304
+    B, D, L = 1 if op == PACKED else 2, 8, 304
+    head_dim = HEADS.get(op, 1)
     torch.manual_seed(0)
     with torch.no_grad():
-        taps, made = ShiftSSM(D).taps(), DiagonalSSM(D).system()
+        taps, made = ShiftSSM(D).taps(), DiagonalSSM(D // head_dim).system()
         f = made.filter(L)
     # drawn in bfloat16, so that every dtype is given the same numbers
     q, k, v, grad = (x.to(device, dtype) for x in torch.randn(4, B, D, L).to(torch.bfloat16))
@@ -121,12 +140,15 @@ def _run(op: str, dtype: torch.dtype, backend: str, device: torch.device) -> lis
 
     taps, f, a, b, c, skip = map(leaf, (taps, f, made.a, made.b, made.c, made.skip))
     system = DiagonalSystem(a, b, c, skip)
-    used = {"h3_core": [taps, a, b, c, skip], "ssm_conv": [a, b, c, skip], "fft_conv": [f, skip]}
-    inputs = [q, k, v, *used[op]]
+    used = {"ssm_conv": [a, b, c, skip], "fft_conv": [f, skip]}
+    inputs = [q, k, v, *used.get(op, [taps, a, b, c, skip])]
     for x in inputs:
         x.requires_grad_()
-    if op == "h3_core":
-        y, _ = flashconv.h3_core(q, k, v, taps, system, backend=backend)
+    if op not in used:
+        bounds = torch.tensor([0, 100, L], device=device) if op == PACKED else None
+        y, _ = flashconv.h3_core(
+            q, k, v, taps, system, head_dim=head_dim, cu_seqlens=bounds, backend=backend
+        )
     elif op == "ssm_conv":
         y, _ = flashconv.ssm_conv(k, system, pre_gate=v, post_gate=q, backend=backend)
     else:

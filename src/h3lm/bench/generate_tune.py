@@ -1,10 +1,12 @@
 """Time every size of the kernels of a decoding step: what their tables of sizes were chosen by.
 
-    python -m h3lm.bench.generate_tune [--minutes 3] [--only core,attend,product]
+    python -m h3lm.bench.generate_tune [--minutes 3] [--only core,attend,product] [--steps]
 
 Kernels are compiled by many processes at once into Triton's cache; then each is checked and timed
 in this one, under a CUDA graph over as many layers as exceed the L2 cache, beside the libraries'.
-Products in parts are timed without the last sum, which the norm behind them makes.
+Products in parts are timed without the last sum, which the norm behind them makes. `--steps` then
+takes the sizes that are right and chooses among them by the time of whole steps, where kernels
+overlap one another: that is what the tables hold.
 """
 
 import argparse
@@ -14,28 +16,32 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from h3lm.bench.generate import graph_ms
+from h3lm.bench.generate import filled_decoder, graph_ms, make_model
+from h3lm.bench.measure import median_ms
 from h3lm.bench.roofline import Ceilings
 from h3lm.flashconv import RingState, StepOperators, h3_step_in_place
+from h3lm.flashconv.kernels import step_triton as core
 from h3lm.flashconv.kernels.launch import multiprocessors
 from h3lm.flashconv.kernels.overlap import can_overlap
 from h3lm.flashconv.kernels.step_triton import StepSize
-from h3lm.flashconv.kernels.step_triton import step as core_step
+from h3lm.layers import step_triton as step
 from h3lm.layers.step_triton import AttendSize, ProductSize, attend_step, product
 
 D, HEADS, HEAD_DIM, MODES, TAPS = 2048, 16, 128, 32, 64  # of the 1.3B preset
 TOLERANCE = 1e-2
 WORKERS = 8  # each takes up to 7 GB of the GPU while it compiles
 PRODUCTS = {"qkv": (3 * D, D), "out": (D, D), "up": (4 * D, D), "down": (D, 4 * D)}
-CONTEXTS = ((64, 576), (64, 1088), (16, 8256), (4, 65600))  # rows and keys
+KINDS = {"qkv": "whole", "out": "square", "up": "whole", "down": "deep"}
+CONTEXTS = ((64, 576), (64, 1600), (16, 8256), (4, 65600))  # rows and keys
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,11 @@ def cases(only: set[str]) -> Iterator[Case]:
             moved = rows * D * (2 * MODES * 8 + TAPS * 2 + 8) + D * (3 * MODES * 8 + TAPS * 4)
             yield Case(f"core {rows}", partial(_core, rows), 8, moved, list(core_sizes(rows)))
     if "product" in only:
-        for rows in (64, 1):
+        for rows in (64, 16, 1):
             for name, shape in PRODUCTS.items():
                 yield Case(
                     f"{name} {rows}", partial(_product, rows, name), 24 if name == "out" else 8,
-                    2 * shape[0] * shape[1], list(product_sizes(rows, name)),
+                    2 * shape[0] * shape[1], list(product_sizes(rows, KINDS[name])),
                 )  # fmt: skip
     if "attend" in only:
         for rows, keys in CONTEXTS:
@@ -82,30 +88,47 @@ def cases(only: set[str]) -> Iterator[Case]:
 def core_sizes(rows: int) -> Iterator[StepSize]:
     """Sizes of the H3 core."""
     for columns, at_once, warps in (
-        (8, 4, 4), (8, 2, 4), (4, 4, 2), (4, 8, 4), (8, 8, 8), (16, 4, 8), (4, 4, 4), (4, 2, 1),
+        (4, 2, 1), (8, 4, 4), (4, 1, 1), (2, 2, 1), (8, 1, 1), (2, 4, 1), (4, 4, 1), (8, 2, 2),
+        (4, 2, 2),
     ):  # fmt: skip
-        if at_once == 4 or rows > 1:
+        if at_once <= rows:
             yield StepSize(columns, at_once, warps)
 
 
-def product_sizes(rows: int, name: str) -> Iterator[ProductSize]:
+def product_sizes(rows: int, kind: str) -> Iterator[ProductSize]:
     """Sizes of products of few rows; parts only where a norm follows."""
-    splits = {"out": (2, 4, 8), "down": (4, 8, 16)}.get(name, (1,))
-    columns = (64, 128, 32) if rows > 16 else (32, 64, 16)
-    for parts in splits:
-        for width in columns:
-            yield ProductSize(width, 128, parts, 3)
-            yield ProductSize(width, 64, parts, 5)
-        yield ProductSize(columns[0], 128, parts, 4)
-        yield ProductSize(columns[0], 256, parts, 2, 8)
+    if rows == 1:
+        for parts, columns, depth, warps in {
+            "whole": (
+                (1, 8, 1024, 4), (1, 4, 2048, 4), (1, 4, 1024, 2), (1, 8, 512, 2), (1, 16, 512, 4),
+            ),
+            "square": ((2, 8, 1024, 4), (1, 4, 2048, 4), (4, 4, 512, 1), (4, 8, 512, 2)),
+            "deep": (
+                (4, 8, 1024, 4), (8, 8, 1024, 4), (2, 4, 2048, 4), (4, 4, 2048, 4), (4, 4, 1024, 2),
+            ),
+        }[kind]:  # fmt: skip
+            yield ProductSize(columns, depth, parts, warps=warps)
+        return
+    for parts, columns, depth, stages, warps in {
+        "whole": (
+            (1, 64, 128, 4, 4), (1, 64, 128, 5, 4), (1, 64, 128, 4, 8), (1, 32, 128, 5, 4),
+            (1, 64, 256, 3, 4),
+        ),
+        "square": ((4, 64, 128, 4, 4), (2, 64, 128, 4, 4), (8, 128, 64, 4, 4), (4, 32, 128, 4, 4)),
+        "deep": (
+            (4, 64, 128, 4, 4), (8, 64, 128, 3, 4), (8, 128, 128, 3, 4), (4, 64, 128, 5, 4),
+            (4, 64, 256, 3, 4),
+        ),
+    }[kind]:  # fmt: skip
+        yield ProductSize(columns, depth, parts, stages, warps)
 
 
 def attend_sizes() -> Iterator[AttendSize]:
     """Sizes of attention."""
-    base = AttendSize()
-    for keys, stages, warps in ((32, 3, 4), (32, 4, 4), (64, 2, 4), (64, 3, 8), (16, 4, 2)):
-        for programs in (4, 8, 16):
-            yield replace(base, keys=keys, stages=stages, warps=warps, programs_per_sm=programs)
+    for keys, stages, warps, programs in (
+        (32, 4, 4, 4), (32, 4, 4, 8), (32, 4, 4, 16), (64, 3, 4, 4), (64, 3, 4, 8), (32, 1, 4, 16),
+    ):  # fmt: skip
+        yield AttendSize(keys, stages, warps, programs)
 
 
 def _draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -128,7 +151,7 @@ def _core(rows: int, layers: int, size: object) -> Callable[[int], Tensor]:
         return lambda i: h3_step_in_place(q, k, v, operators, states[i], backend="torch")
     assert isinstance(size, StepSize)
     early = can_overlap(q.device)
-    return lambda i: core_step(q, k, v, *operators, *states[i], head_dim=1, early=early, size=size)
+    return lambda i: core.step(q, k, v, *operators, *states[i], head_dim=1, early=early, size=size)
 
 
 def _product(rows: int, name: str, layers: int, size: object) -> Callable[[int], Tensor]:
@@ -168,8 +191,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=3.0, help="stop after this long")
     parser.add_argument("--only", default="core,product,attend", help="some of the kernels")
+    parser.add_argument("--steps", action="store_true", help="choose by whole steps as well")
     arguments = parser.parse_args()
     start = time.monotonic()
+    bad = set()
     todo = list(cases(set(arguments.only.split(","))))
     jobs = [(case.name, arguments.only, size) for case in todo for size in case.sizes]
     context = multiprocessing.get_context("spawn")
@@ -191,13 +216,76 @@ def main() -> None:
             fault = faults[case.name, size] or _wrong(case, size)
             if fault:
                 _say(f"  {size}: {fault}")
+                bad.add((case.name, size))
                 continue
             times[size] = _us(case, size)
             _say(f"  {times[size]:8.2f} us {100 * floor / times[size]:5.1f} %  {size}")
         best = min(times, key=lambda size: times[size])
         _say(f"  best: {best or 'plain PyTorch'}")
         torch.cuda.empty_cache()
+    if arguments.steps:
+        search(bad)
     _say(f"all in {time.monotonic() - start:.0f} s")
+
+
+@torch.no_grad()
+def search(bad: set[tuple[str, object]]) -> dict[str, object]:
+    """Choose sizes one after the other by whole steps of pure H3, and leave them in the tables.
+
+    That of attention is chosen by itself, over all contexts alike.
+
+    Args:
+        bad: Names of cases and sizes that are not to be tried.
+
+    Returns:
+        What was chosen.
+    """
+    model = make_model("1.3b", mixers="h3", h3_head_dim=1, num_hidden_layers=6)
+
+    def step_us(rows: int) -> float:
+        decoder = filled_decoder(model, rows, 512)
+        graph = decoder.record()
+        return 1e3 * median_ms(graph.replay, 15)
+
+    chosen: dict[str, object] = {}
+
+    def choose(name: str, rows: int, sizes: list[Any], put: Callable[[Any], None]) -> None:
+        times = {}
+        for size in sizes:
+            put(size)
+            times[size] = step_us(rows)
+        best = min(times, key=lambda size: times[size])
+        put(best)
+        chosen[name] = best
+        _say(f"{name}: {best}; " + ", ".join(f"{us:.1f}" for us in times.values()) + " us")
+
+    def put_core(size: StepSize) -> None:
+        core.SIZE = size
+
+    for rows in (64, 1, 16):
+        for kind in ("whole", "deep", "square"):
+            names = [f"{name} {rows}" for name, of in KINDS.items() if of == kind]
+            sizes = [
+                size for size in product_sizes(rows, kind)
+                if not any((name, size) in bad for name in names)
+            ]  # fmt: skip
+            choose(
+                f"{rows} {kind}", rows, [*sizes, None],
+                partial(step.SIZES.__setitem__, (rows, kind)),
+            )  # fmt: skip
+        if rows == 64:
+            good = [size for size in core_sizes(rows) if ("core 64", size) not in bad]
+            choose("core", rows, good, put_core)
+    attend = list(cases({"attend"}))
+    over_floor = {
+        size: sum(_us(case, size) / case.bytes for case in attend)
+        for size in attend_sizes()
+        if not any((case.name, size) in bad for case in attend)
+    }
+    step.ATTEND = min(over_floor, key=lambda size: over_floor[size])
+    chosen["attend"] = step.ATTEND
+    _say(f"attend: {step.ATTEND}")
+    return chosen
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
 """Time and memory of a call on a GPU, and what it ran on."""
 
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -36,11 +39,26 @@ def gpu_name() -> str:
     return torch.cuda.get_device_name().lower().replace(" ", "_")
 
 
-def environment(command: str) -> dict[str, str]:
-    """GPU, driver, versions, commit and the command, for a report."""
+def cpu_name() -> str:
+    """The processor's model as Linux says it, or what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment(command: str, *, cpu: bool = False) -> dict[str, str]:
+    """GPU and driver (or processor and threads), versions, commit and the command."""
+    if cpu:
+        busy = f"{os.getloadavg()[0]:.1f} processes on {os.cpu_count()} cores, this one among them"
+        where = {"cpu": cpu_name(), "threads": str(torch.get_num_threads()), "load": busy}
+    else:
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        where = {"gpu": torch.cuda.get_device_name(), "driver": driver}
     return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        **where,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": sys.version.split()[0],

@@ -1,5 +1,6 @@
 """The command line. Each command has a file; none of them holds logic."""
 
+import logging
 import os
 import sys
 from typing import Any
@@ -56,6 +57,8 @@ def _version(
 
 def main() -> None:
     """Run the command line; mistakes of the user end in one line and a non-zero status."""
+    # without a network a name that is no folder would take a dozen lines of tries first
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         status = app(standalone_mode=False)
     except UsageMistake as error:

@@ -80,8 +80,16 @@ def generate(
     out: Folder = DEFAULT_FOLDER,
     preset: Annotated[str, Option(help="125m, 355m, 1.3b or 2.7b.")] = "1.3b",
     minutes: Annotated[float, Option(help="What is not measured by then is left out.")] = 10.0,
+    cpu: Annotated[
+        bool, Option("--cpu", help="Models of the demo's size on this processor, up to 100K.")
+    ] = False,
 ) -> None:
     """Tokens per second of `generate`: H3, the hybrid and Transformers at several prompts."""
+    if cpu:
+        from h3lm.bench.generate_cpu import run as run_on_cpu
+
+        print(run_on_cpu(out, print))
+        return
     from h3lm.bench.generate import run
 
     print(run(out, print, preset=preset, minutes=minutes))

@@ -3,14 +3,40 @@
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument
+from typer import Argument, Option
+
+from h3lm.errors import UserError
 
 
 def compare(
-    first: Annotated[Path, Argument(help="Report folder of `h3lm eval --output`.")],
-    second: Annotated[Path, Argument(help="Another one.")],
+    folders: Annotated[
+        list[Path],
+        Argument(
+            help="Two report folders of `h3lm eval --output`, or any number of training runs."
+        ),
+    ],
+    output: Annotated[
+        Path | None, Option(help="Training runs: folder for the table and the picture.")
+    ] = None,
 ) -> None:
-    """Two evaluation reports side by side, paired by document where they can be."""
+    """Two evaluation reports, paired by document where they can be, or training runs, side by side.
+
+    h3lm compare report/ other/
+
+    h3lm compare runs/* --output comparison
+    """
+    from h3lm.train import side_by_side as runs
+
+    if all(runs.is_run(folder) for folder in folders):
+        groups = runs.side_by_side(folders)
+        print(runs.write(groups, output) if output else runs.markdown(runs.table(groups)), end="")
+        return
+    if len(folders) != 2:
+        raise UserError(
+            f"two report folders are compared, or training runs that are done: of {len(folders)} "
+            f"folders {sum(map(runs.is_run, folders))} are such runs"
+        )
     from h3lm.evals import compare as reports
 
+    first, second = folders
     print(reports.lines(reports.compare(first, second), (str(first), str(second))))

@@ -62,7 +62,7 @@ def evaluate(
     device: Annotated[str, Option(help="auto, cpu, cuda or mps.")] = "auto",
     output: Annotated[
         Path | None,
-        Option(help="Folder for the report; a killed run of tasks goes on from it."),
+        Option(help="Folder for the report; a killed run goes on from it."),
     ] = None,
 ) -> None:
     """Perplexity of a text, or zero- and few-shot tasks, with everything stated.
@@ -73,9 +73,9 @@ def evaluate(
 
     h3lm eval MODEL --tasks superglue,hellaswag --num-fewshot 3 --output report
     """
-    if (data is None and perplexity is None) == (tasks is None):
+    if (not data and not perplexity) == (not tasks):
         raise BadParameter("give either --data or --perplexity, or --tasks")
-    if tasks is not None:
+    if tasks:
         from h3lm.evals.progress import RequestLine
         from h3lm.evals.tasks import evaluate_tasks
 
@@ -119,7 +119,10 @@ def evaluate(
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if text and not names:
+        raise BadParameter(f"{text!r}: give names with commas between")
+    return names
 
 
 def _numbers(text: str) -> list[int]:

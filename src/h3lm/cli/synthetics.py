@@ -30,6 +30,8 @@ def synthetics(
     vocab_size: Annotated[int | None, Option(help="Of the task, in place of its own.")] = None,
     length: Annotated[int | None, Option(help="Of the task, in place of its own.")] = None,
     num_pairs: Annotated[int | None, Option(help="Of mqar, in place of its own.")] = None,
+    num_train: Annotated[int | None, Option(help="Training rows, in place of the task's.")] = None,
+    num_test: Annotated[int | None, Option(help="Test rows, in place of the task's.")] = None,
     short: Annotated[bool, Option("--short", help=f"The short version: {SHORT}.")] = False,
     out: Annotated[
         Path | None,
@@ -73,6 +75,8 @@ def synthetics(
         vocab_size=vocab_size,
         length=length,
         num_pairs=num_pairs,
+        num_train=num_train,
+        num_test=num_test,
     )
     say, progress = live_line()
     folder = out or Path("runs/synthetics-short" if short else "runs/synthetics")

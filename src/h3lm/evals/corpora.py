@@ -46,7 +46,7 @@ class Text:
         line_ends_are_words: Whether words are counted as of WikiText, with one for each line end.
         metric: The figure that the literature gives for this text.
         notes: What a reader of figures has to know.
-        files: SHA-256 of the files read, filled while they are.
+        files: SHA-256 of the files read.
     """
 
     name: str

@@ -27,19 +27,38 @@ def encode_all(
         options: For the tokenizer.
     """
     unique = list(dict.fromkeys(texts))
+    if not unique:
+        return {}
     if not splits_at_newlines(tokenizer):
-        return _encode(tokenizer, unique, options)
-    lines = {text: _lines(text) for text in unique}
-    ids = _encode(tokenizer, list(dict.fromkeys(chain.from_iterable(lines.values()))), options)
-    return {text: np.concatenate([ids[line] for line in lines[text]]) for text in unique}
+        ids = tokenizer(unique, return_attention_mask=False, return_token_type_ids=False, **options)
+        rows = (np.array(x, dtype=np.int64) for x in ids["input_ids"])
+        return dict(zip(unique, rows, strict=True))
+    lines = [_lines(text) for text in unique]
+    each = list(dict.fromkeys(chain.from_iterable(lines)))
+    # without the offsets that the tokenizer's own call works out; there are no options left
+    found = tokenizer.backend_tokenizer.encode_batch_fast(each)
+    known = {line: np.array(x.ids, dtype=np.int64) for line, x in zip(each, found, strict=True)}
+    return {
+        text: known[parts[0]] if len(parts) == 1 else np.concatenate([known[x] for x in parts])
+        for text, parts in zip(unique, lines, strict=True)
+    }
+
+
+def stands_alone(text: str) -> bool:
+    """Whether a text's ids are its own behind any text that does not end in white space.
+
+    Where `splits_at_newlines`: a space in front of a word or mark begins a token.
+    """
+    return text[:1] == " " and text[1:2] != "" and not text[1].isspace()
 
 
 def splits_at_newlines(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the ids of a text are those of its lines, each with the newline before it.
 
     True for GPT-2's tokenizer and those made like it: its pattern never joins a newline to what
-    stands before it but white space, and neither looks back nor ahead across that border. Others
-    do: Llama's joins newlines to punctuation, and SentencePiece marks where a text begins.
+    stands before it but white space, nor to that if a word follows, and neither looks back nor
+    ahead across that border (added tokens would, if they began like words). Others do: Llama's
+    joins newlines to punctuation, and SentencePiece marks where a text begins.
     """
     backend = tokenizer.backend_tokenizer
     before, behind = _described(backend.pre_tokenizer), _described(backend.post_processor)
@@ -54,7 +73,7 @@ def splits_at_newlines(tokenizer: PreTrainedTokenizerFast) -> bool:
         and backend.truncation is None
         and backend.padding is None
         and not any(
-            token.lstrip or token.rstrip or "\n" in token.content
+            token.lstrip or token.rstrip or "\n" in token.content or token.content[:1].isalnum()
             for token in tokenizer.added_tokens_decoder.values()
         )
     )
@@ -65,23 +84,12 @@ def _described(part: Any) -> dict[str, Any]:
     return {} if part is None else dict(json.loads(part.__getstate__()))
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str], options: dict[str, bool]
-) -> dict[str, Ints]:
-    if not texts:
-        return {}
-    ids = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)
-    return {
-        text: np.array(x, dtype=np.int64) for text, x in zip(texts, ids["input_ids"], strict=True)
-    }
-
-
 def _lines(text: str) -> list[str]:
-    """A text cut in front of each newline that follows no white space."""
+    """A text cut in front of each newline behind no white space, or in front of a word."""
     lines, begin = [], 0
     at = text.find("\n", 1)
     while at > 0:
-        if not text[at - 1].isspace():
+        if not text[at - 1].isspace() or text[at + 1 : at + 2].isalnum():
             lines.append(text[begin:at])
             begin = at
         at = text.find("\n", at + 1)

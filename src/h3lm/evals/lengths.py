@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from h3lm.errors import UserError
 from h3lm.evals.figures import influence, standard_error
+from h3lm.evals.kept import KeptArrays, is_known
 from h3lm.evals.perplexity import Tokens
 from h3lm.evals.scorer import Limits
 from h3lm.evals.states import NO_MASK, States, probe
@@ -72,6 +73,7 @@ def score_lengths(
     *,
     limits: Limits | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    kept: KeptArrays | None = None,
 ) -> LengthScores:
     """Predict a text in windows of several lengths, none of which overlap.
 
@@ -82,6 +84,8 @@ def score_lengths(
         lengths: Lengths of windows in tokens.
         limits: Memory; what suits the device if None.
         progress: Called with a name of the length, tokens done and their total.
+        kept: Where the nats of windows are kept, so that none is read again by a later call; in
+            memory if None.
 
     Raises:
         UserError: if the text is shorter than a length.
@@ -100,7 +104,9 @@ def score_lengths(
     nats = np.zeros(0)
     by_length = []
     for length in lengths:
-        nats, counts = _windows(model, tokens, usable, length, limits, progress)
+        shape = usable // length, len(_edges(length)) - 1
+        nats = (kept or KeptArrays())(f"length-{length}", shape)
+        counts = _windows(model, tokens, length, limits, progress, nats)
         by_length.append(_point(nats.sum(1), counts.sum(1), 0, length))
     edges = _edges(lengths[-1])
     by_position = [
@@ -125,29 +131,36 @@ def _point(nats: NDArray[np.float64], tokens: NDArray[np.float64], begin: int, e
 def _windows(
     model: Any,
     tokens: Tokens,
-    usable: int,
     length: int,
     limits: Limits,
     progress: Callable[[str, int, int], None] | None,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Nats and tokens, (windows, buckets) each."""
+    nats: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Fill in what is not known yet of the nats (windows, buckets); returns their tokens."""
     model.eval()
     edges = np.array(_edges(length))
     bucket = np.searchsorted(edges, np.arange(length), side="right") - 1
-    count = usable // length
+    count = len(nats)
     chunk = min(length, limits.segment)
     rows = max(1, min(limits.batch_tokens, limits.batch_logits) // chunk)
-    nats = np.zeros((count, len(edges) - 1))
+
+    def tell(done: int) -> None:
+        if progress is not None:
+            progress(f"length {length:,}", done, count * length)
+
     for first in range(0, count, rows):
         some = range(first, min(first + rows, count))
+        if is_known(nats[some.start : some.stop]):
+            tell(some.stop * length)
+            continue
+        found = np.zeros((len(some), nats.shape[1]))
         for begin, losses in _chunks(model, tokens, some, length, chunk):
             here = bucket[begin : begin + losses.shape[1]]
             starts = np.flatnonzero(np.diff(here, prepend=-1))
-            nats[some.start : some.stop, here[starts]] += np.add.reduceat(losses, starts, axis=1)
-            if progress is not None:
-                done = some.start * length + len(some) * (begin + losses.shape[1])
-                progress(f"length {length:,}", done, count * length)
-    return nats, np.tile(np.bincount(bucket).astype(float), (count, 1))
+            found[:, here[starts]] += np.add.reduceat(losses, starts, axis=1)
+            tell(some.start * length + len(some) * (begin + losses.shape[1]))
+        nats[some.start : some.stop] = found
+    return np.tile(np.bincount(bucket).astype(float), (count, 1))
 
 
 def _chunks(model: Any, tokens: Tokens, windows: range, length: int, chunk: int):

@@ -259,7 +259,9 @@ def _documents(path: Path, to_documents: Callable[[Row], Iterable[Row]]) -> list
                     continue
                 try:
                     documents += to_documents(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}, line {number:,}: is not JSON ({error.msg})") from None
+                except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                     raise UserError(
                         f"{path}, line {number:,}: is not a document of this set "
                         f"({type(error).__name__}: {error})"

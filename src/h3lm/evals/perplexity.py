@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from h3lm.errors import UserError
 from h3lm.evals.figures import figure
+from h3lm.evals.kept import is_known
 
 # Logits of a batch: 1 GiB in float32, of which about three are held at once
 BATCH_LOGITS = 2**28
@@ -66,7 +67,7 @@ def score_tokens(
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
     share: tuple[int, int] = (0, 1),
-    each: NDArray[np.float64] | None = None,
+    each: NDArray[np.floating] | None = None,
 ) -> TextScore:
     """Predict every token from `first` on once, in windows of `context` inputs.
 
@@ -86,7 +87,8 @@ def score_tokens(
         share: (i, n) to score only every n-th batch from the i-th on, as the i-th of n processes
             that sum their `nats` and `tokens`. All n call the model equally often, as one that is
             sharded between them needs.
-        each: (tokens,), filled with the nats of each predicted token, at its position.
+        each: (tokens,), filled with the nats of each predicted token, at its position. Batches
+            whose nats are all there already, and not NaN, are not run again.
 
     Raises:
         UserError: if there is nothing to predict or the sizes make no sense.
@@ -108,6 +110,15 @@ def score_tokens(
     with torch.no_grad():
         for i in range(number, -(-len(batches) // of) * of, of):
             batch = batches[min(i, len(batches) - 1)]
+            predicted = sum(end - begin for _, begin, end in batch)
+            if each is not None:
+                known = np.concatenate([each[begin + 1 : end + 1] for _, begin, end in batch])
+                if is_known(known):
+                    nats += float(known.sum(dtype=np.float64))
+                    counted += predicted
+                    if progress is not None:
+                        progress(predicted)
+                    continue
             ids = [torch.from_numpy(tokens[start : end + 1]) for start, _, end in batch]
             inputs = torch.stack([x[:-1] for x in ids]).to(device)
             targets = torch.stack([x[1:] for x in ids]).to(device)
@@ -121,9 +132,9 @@ def score_tokens(
                 nats += float(mine.sum())
                 if each is not None:
                     each[begin + 1 : end + 1] = mine.cpu().numpy()
-                counted += end - begin
+            counted += predicted
             if progress is not None:
-                progress(sum(end - begin for _, begin, end in batch))
+                progress(predicted)
     model.train(was_training)
     return TextScore(nats, counted, context, stride)
 

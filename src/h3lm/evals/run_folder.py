@@ -35,12 +35,13 @@ def open_run(folder: Path, identity: dict[str, Any]) -> Journal:
 
 
 def fingerprint(model: str) -> str:
-    """Hash of a folder's configuration and weights; of the name for a model of the hub."""
+    """Hash of a folder's configuration, weights and tokenizer; of a hub model's name."""
     digest = blake2b(digest_size=16)
     folder = Path(model)
     if not folder.is_dir():
         digest.update(model.encode())
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+    named = [folder / "config.json", folder / "tokenizer.json"]
+    for path in sorted([*filter(Path.is_file, named), *folder.glob("*.safetensors")]):
         with path.open("rb") as file:
             while block := file.read(2**24):
                 digest.update(block)

@@ -19,6 +19,7 @@ from h3lm.evals.states import NO_MASK, States, empty_cache, probe, to_device
 from h3lm.models.configuration_h3 import H3Config
 
 GIB = 2**30
+LARGE_GPU = 48 * GIB  # free memory from which calls are twice as large
 READ_ROWS = 2048
 MASK_BYTES = 4  # of a query and a key, at most: masks become floats on their way
 
@@ -43,6 +44,7 @@ class Limits:
         align: Lengths of all edges are multiples of this: branching points are moved to one, see
             `PrefixTree`, and edges behind which nothing follows are padded.
         call_tokens: What a call costs, as the tokens that take as long.
+        state_cost_tokens: What a kept state costs, see `PrefixTree`.
     """
 
     batch_tokens: int
@@ -52,6 +54,7 @@ class Limits:
     mask_bytes: int
     align: int
     call_tokens: int = 32
+    state_cost_tokens: int = STATE_COST_TOKENS
 
     @classmethod
     def of(cls, device: torch.device, state_bytes: int | None = None) -> "Limits":
@@ -62,9 +65,10 @@ class Limits:
             state_bytes: Budget for states; an eighth of a GPU's free memory, or 1 GiB, if None.
         """
         if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0] // 8
-            # Hopper's kernels take multiples of 16; a call is hundreds of launches, 10 ms of a host
-            return cls(32768, 16384, 2048, state_bytes or free, GIB // 2, 16, 4096)
+            free = torch.cuda.mem_get_info(device)[0]
+            tokens = 65536 if free > LARGE_GPU else 32768
+            # Hopper's kernels take multiples of 16; a call is hundreds of launches, 15 ms of a host
+            return cls(tokens, tokens // 2, 2048, state_bytes or free // 8, GIB // 2, 16, 16384, 16)
         return cls(2048, 1024, 512, state_bytes or GIB, GIB // 8, 1)
 
 
@@ -115,7 +119,7 @@ class TreeScorer:
     Args:
         model: In eval mode. Its cache has to be of constant states and keys and values.
         limits: What suits the device if None.
-        state_cost_tokens: See `PrefixTree`.
+        state_cost_tokens: See `PrefixTree`; as the limits say if None.
 
     Raises:
         UserError: if the model's cache cannot be branched.
@@ -126,11 +130,13 @@ class TreeScorer:
         model: PreTrainedModel,
         *,
         limits: Limits | None = None,
-        state_cost_tokens: int = STATE_COST_TOKENS,
+        state_cost_tokens: int | None = None,
     ) -> None:
         self.model, self.device = model, model.device
         self.limits = limits or Limits.of(model.device)
-        self.state_cost_tokens = state_cost_tokens
+        self.state_cost_tokens = (
+            self.limits.state_cost_tokens if state_cost_tokens is None else state_cost_tokens
+        )
         with torch.inference_mode():
             self.shape = probe(model)
         config: Any = model.config
@@ -344,7 +350,7 @@ class TreeScorer:
         if front.states is None:
             self._call(ids, None, None, place, asked, answers)
         else:
-            past = front.states.borrow(front.rows[part])
+            past = front.states.for_leaves(front.rows[part], width)
             self._call(ids, past, past.cache(self.model, last=True), place, asked, answers)
 
     def _call(
@@ -443,15 +449,16 @@ class _Answers:
         self.missing -= seen
         done = np.flatnonzero((seen > 0) & (self.missing == 0)).tolist()
         if done and self.finished is not None:
-            self.finished(done, [self._answer(i) for i in done])
+            self.finished(done, self._answers(self.sums[done], self.greedy[done]))
 
     def all(self) -> list[Answer]:
         """Every request's answer."""
         assert not self.missing.any()
-        return [self._answer(i) for i in range(len(self.missing))]
+        return self._answers(self.sums, self.greedy)
 
-    def _answer(self, i: int) -> Answer:
-        return Answer(float(self.sums[i]), bool(self.greedy[i]))
+    @staticmethod
+    def _answers(sums: NDArray[np.float64], greedy: NDArray[np.bool_]) -> list[Answer]:
+        return list(map(Answer, sums.tolist(), greedy.tolist()))
 
 
 def _fetch(waiting: list[tuple[Ints, Tensor, Tensor]]) -> _OnTheirWay:

@@ -182,25 +182,8 @@ class States:
             rows: Which.
             slots: Room for keys in the copy; as many as the longest of the rows if None.
         """
-        lengths = self.lengths[rows]
-        used = int(lengths.max(initial=0))
-        slots = used if slots is None else slots
-        index = to_device(rows, self.shape.device)
-        layers: list[tuple[Tensor | None, Tensor | None]] = []
-        for layer, grows in zip(self.layers, self.shape.grows, strict=True):
-            picked: list[Tensor | None] = []
-            for x in layer:
-                if x is None:
-                    picked.append(None)
-                elif not grows:
-                    picked.append(x.index_select(0, index))
-                else:
-                    x = x[:, :, :used].index_select(0, index)
-                    if slots > used:
-                        x = torch.nn.functional.pad(x, (0, 0, 0, slots - used))
-                    picked.append(x)
-            layers.append((picked[0], picked[1]))
-        return States(self.shape, lengths, layers)
+        room = 0 if slots is None else slots - int(self.lengths[rows].max(initial=0))
+        return self._gathered(rows, room, to_read=False)
 
     def borrow(self, rows: Ints) -> "States":
         """Some rows to read from only: these tensors themselves where that is all of them."""
@@ -210,6 +193,40 @@ class States:
         return States(
             self.shape, self.lengths, [self._cut(i, used) for i in range(len(self.layers))]
         )
+
+    def for_leaves(self, rows: Ints, new_tokens: int) -> "States":
+        """Some rows for one call that nothing follows: `cache(..., last=True)` may be made of them.
+
+        Keys and values are copied once, with room for the new ones behind the longest row.
+        """
+        return self._gathered(rows, new_tokens, to_read=True)
+
+    def _gathered(self, rows: Ints, room: int, *, to_read: bool) -> "States":
+        """Rows as often as they are named, with so many slots behind the longest.
+
+        Those are zero, or left as they are where rows are `to_read`: then constant states of all
+        rows are these themselves.
+        """
+        lengths = self.lengths[rows]
+        used = int(lengths.max(initial=0))
+        index = to_device(rows, self.shape.device)
+        share = to_read and self.are_all(rows)
+        layers: list[tuple[Tensor | None, Tensor | None]] = []
+        for layer, grows in zip(self.layers, self.shape.grows, strict=True):
+            picked: list[Tensor | None] = []
+            for x in layer:
+                if x is None or (share and not grows):
+                    picked.append(x)
+                elif not grows:
+                    picked.append(x.index_select(0, index))
+                else:
+                    copy = x.new_empty(len(rows), x.shape[1], used + room, x.shape[3])
+                    torch.index_select(x[:, :, :used], 0, index, out=copy[:, :, :used])
+                    if not to_read:
+                        copy[:, :, used:] = 0
+                    picked.append(copy)
+            layers.append((picked[0], picked[1]))
+        return States(self.shape, lengths, layers)
 
     @property
     def is_aligned(self) -> bool:
@@ -223,7 +240,8 @@ class States:
             model: The model.
             in_place: Let the cache write new keys and values into these tensors, of which there
                 must be enough. Only where all prefixes have the same length.
-            last: Nothing follows the next call: the constant states behind it are not made.
+            last: Nothing follows the next call: the constant states behind it are not made. For
+                what `for_leaves` made.
         """
         cache = empty_cache(model)
         used = int(self.lengths.max(initial=0))
@@ -235,8 +253,8 @@ class States:
                     layer.hand(first, second)
                 if isinstance(layer, _CountingHanded):
                     layer.length = used
-            elif first is not None and second is not None and in_place:
-                assert self.is_aligned
+            elif first is not None and second is not None and (in_place or last):
+                assert last or self.is_aligned
                 slots = _Slots()
                 slots.hand(first, second, used)
                 cache.layers[i] = slots

@@ -17,6 +17,7 @@ from h3lm.data.tokenizers import Encoder
 from h3lm.errors import UserError
 from h3lm.evals.corpora import Text, open_corpus, open_files
 from h3lm.evals.figures import UNITS, figure, influence, parts_of, standard_error
+from h3lm.evals.kept import KeptArrays
 from h3lm.evals.lengths import LengthScores, draw, score_lengths
 from h3lm.evals.perplexity import Tokens, score_tokens
 from h3lm.evals.run_folder import (
@@ -169,7 +170,8 @@ def evaluate_texts(
         batch_size: Windows at a time.
         precision: fp32 or bf16; SSM parameters stay in fp32.
         device: auto, cpu, cuda or mps.
-        output: Folder for the report.
+        output: Folder for the report. The nats of each token are kept there as they come: a run
+            that was killed goes on from them.
         progress: Called with a text's name, the tokens done and their total.
 
     Raises:
@@ -190,7 +192,7 @@ def evaluate_texts(
                 model,
                 precision,
                 texts=[*names, *([] if data is None else [f"{data}, {split}"])],
-                data=[x.files if isinstance(x, Text) else str(x.folder) for x in opened],
+                data=[_files(x) for x in opened],
                 lengths=list(lengths),
                 context=context,
                 stride=stride,
@@ -208,7 +210,7 @@ def evaluate_texts(
             )
     tokenizer = load_tokenizer_of(model)
     found = []
-    for text in opened:
+    for i, text in enumerate(opened):
         stream = _read(text, tokenizer, model)
         own_context = context or (
             text.index.block_length
@@ -218,7 +220,7 @@ def evaluate_texts(
         found.append(
             _score(
                 loaded, stream, str(model), own_context, stride, lengths, batch_size, precision,
-                progress,
+                progress, KeptArrays(output, f"nats-{i}-"),
             )
         )  # fmt: skip
     if output is not None:
@@ -312,6 +314,13 @@ def _open(path: Path, split: str, limit: int | None) -> Text | TokenStream:
     return open_files(path, limit=limit)
 
 
+def _files(text: Text | TokenStream) -> dict[str, str]:
+    """SHA-256 of the files that a text comes from."""
+    if isinstance(text, Text):
+        return text.files
+    return {shard.tokens.name: shard.tokens.sha256 for shard in text.shards}
+
+
 def _read(text: Text | TokenStream, tokenizer: "PreTrainedTokenizerFast", model: str) -> _Stream:
     """Tokenise a text, or open its tokens, and count its parts."""
     if isinstance(text, TokenStream):
@@ -383,6 +392,7 @@ def _score(
     batch_size: int,
     precision: str,
     progress: Progress | None,
+    kept: KeptArrays,
 ) -> TextReport:
     tokens = stream.tokens
     total, done = len(tokens) - 1, 0
@@ -393,14 +403,16 @@ def _score(
         if progress is not None:
             progress(stream.name, done, total)
 
-    each = np.zeros(len(tokens))
+    nats = kept("tokens", (len(tokens),), np.float32)
     score = score_tokens(
         model, tokens, context=context, stride=stride, batch_size=batch_size, progress=count,
-        each=each,
+        each=nats,
     )  # fmt: skip
+    each = np.asarray(nats, np.float64)
+    each[0] = 0.0  # the first of all is not predicted
     for part, start, end in zip(stream.parts, [0, *stream.ends], stream.ends, strict=False):
         part["nats"] = float(each[start:end].sum())
-        part["tokens"] = end - max(1, start)  # the first of all is not predicted
+        part["tokens"] = end - max(1, start)
     text = stream.text
     metrics = [m for m in UNITS if m != "bits_per_character" or (text and text.metric == m)]
     report = TextReport(
@@ -412,7 +424,7 @@ def _score(
         words=sum(int(part["words"]) for part in stream.parts),
         characters=sum(int(part["characters"]) for part in stream.parts),
         bytes=sum(int(part["bytes"]) for part in stream.parts),
-        nats_per_token=score.loss,
+        nats_per_token=float(each.sum()) / score.tokens,
         errors={},
         context=score.context,
         stride=score.stride,
@@ -420,7 +432,9 @@ def _score(
         device=str(next(model.parameters()).device),
         notes=[] if text is None else list(text.notes),
         documents=stream.parts,
-        lengths=score_lengths(model, tokens, lengths, progress=progress) if lengths else None,
+        lengths=score_lengths(model, tokens, lengths, progress=progress, kept=kept)
+        if lengths
+        else None,
     )
     for metric in metrics:
         report.errors[metric] = _error(report, metric, each[1:])

@@ -1,6 +1,8 @@
 """The harness's model interface on top of the prefix tree. Importing it loads lm-eval."""
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -8,9 +10,9 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from h3lm.errors import UserError
-from h3lm.evals.encoding import encode_all
+from h3lm.evals.encoding import encode_all, splits_at_newlines, stands_alone
 from h3lm.evals.journal import Journal
-from h3lm.evals.prefix_tree import STATE_COST_TOKENS, Ints, Request
+from h3lm.evals.prefix_tree import Ints, Request
 from h3lm.evals.scorer import Answer, Limits, TreeScorer, Work
 
 Progress = Callable[[int, int, Work], None]
@@ -30,7 +32,7 @@ class TreeLM(HFLM):
         limits: Memory of the tree.
         journal: Answers that are known already, and where new ones go.
         progress: Called with the number of requests answered, of all, and the work so far.
-        state_cost_tokens: See `PrefixTree`.
+        state_cost_tokens: See `PrefixTree`; as the limits say if None.
 
     Raises:
         UserError: if the tokenizer has no token to begin with, or the cache of the model cannot
@@ -46,7 +48,7 @@ class TreeLM(HFLM):
         limits: Limits | None = None,
         journal: Journal | None = None,
         progress: Progress | None = None,
-        state_cost_tokens: int = STATE_COST_TOKENS,
+        state_cost_tokens: int | None = None,
     ) -> None:
         check_begin_token(tokenizer)
         super().__init__(
@@ -60,7 +62,8 @@ class TreeLM(HFLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Answer the harness's (context, continuation) requests."""
-        return self.answer(self.encode([request.args for request in requests]))
+        with _little_to_collect():
+            return self.answer(self.encode([request.args for request in requests]))
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -72,43 +75,57 @@ class TreeLM(HFLM):
         """Tokens of (context, continuation) pairs, as the harness's `_encode_pair` makes them.
 
         The harness tokenises one text at a time, and a context once for each of its
-        continuations; here equal texts are tokenised once and all of them together.
+        continuations; here equal texts are tokenised once and all of them together, continuations
+        by themselves where that makes the same tokens.
         """
         moved = [_spaces_to_continuation(*pair) for pair in pairs]
-        contexts = self._encode_all({context for context, _ in moved if context})
-        wholes = self._encode_all({context + asked for context, asked in moved if context})
+        alone = splits_at_newlines(self.tokenizer)
+        texts = dict.fromkeys(context for context, _ in moved if context)
+        behind = dict[str, Ints]()
+        if alone:
+            behind = encode_all(self.tokenizer, (x for c, x in moved if c and stands_alone(x)))
+        texts |= dict.fromkeys(c + x for c, x in moved if c and x not in behind)
+        ids = self._encode_all(texts)
         requests = []
         for context, asked in moved:
             if context:
-                ids = contexts[context]
-                requests.append(Request(ids, wholes[context + asked][len(ids) :]))
+                known = ids[context]
+                own = behind.get(asked)
+                rest = ids[context + asked][len(known) :] if own is None else own
+                requests.append(Request(known, rest))
                 continue
-            ids = self.tok_encode(asked, add_special_tokens=False)
+            first = self.tok_encode(asked, add_special_tokens=False)
             begin = self.prefix_token_id
-            split = ([begin], ids) if ids[:1] != [begin] else (ids[:1], ids[1:])
+            split = ([begin], first) if first[:1] != [begin] else (first[:1], first[1:])
             requests.append(Request(*split))
         return requests
 
     def answer(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """Answer tokenised requests, those that the journal knows without running them."""
         fitting = self._fit(requests)
-        keys = [Journal.key(request) for request in fitting]
-        known = {} if self.journal is None else self.journal.known
-        new = {key: i for i, key in enumerate(keys) if key not in known}
-        names, places = list(new), list(new.values())
-        done = len(keys) - len(names)
+        if self.journal is None:
+            keys, known = list[str](), dict[str, Answer]()
+            places = list(range(len(fitting)))
+        else:
+            keys, known = [Journal.key(request) for request in fitting], self.journal.known
+            places = list({key: i for i, key in enumerate(keys) if key not in known}.values())
+        done = len(fitting) - len(places)
 
         def finished(numbers: Sequence[int], answers: Sequence[Answer]) -> None:
             nonlocal done
             done += len(numbers)
             if self.journal is not None:
-                self.journal.add([names[i] for i in numbers], answers)
+                self.journal.add([keys[places[i]] for i in numbers], answers)
             if self.progress is not None:
-                self.progress(done, len(keys), self.scorer.work)
+                self.progress(done, len(fitting), self.scorer.work)
 
-        answers = self.scorer.score([fitting[i] for i in places], finished=finished)
-        found = known | dict(zip(names, answers, strict=True))
-        return [(found[key].log_likelihood, found[key].is_greedy) for key in keys]
+        answers = self.scorer.score(
+            [fitting[i] for i in places],
+            finished=None if self.journal is None and self.progress is None else finished,
+        )
+        if self.journal is not None:
+            answers = [known[key] for key in keys]
+        return [(answer.log_likelihood, answer.is_greedy) for answer in answers]
 
     def _fit(self, requests: Sequence[Request]) -> list[Request]:
         """Cut contexts from the left to what the model takes, as the harness does."""
@@ -136,7 +153,7 @@ class TreeLM(HFLM):
         self.truncated += 1
         return Request(request.context[too_long:], request.continuation)
 
-    def _encode_all(self, texts: set[str]) -> dict[str, Ints]:
+    def _encode_all(self, texts: Iterable[str]) -> dict[str, Ints]:
         begin = self.tokenizer.decode(self.prefix_token_id)
         encoded: dict[str, Ints] = {}
         for with_begin in (False, True):
@@ -148,6 +165,19 @@ class TreeLM(HFLM):
                 special["add_special_tokens"] = self.add_bos_token
             encoded |= encode_all(self.tokenizer, group, **special)
         return encoded
+
+
+@contextmanager
+def _little_to_collect() -> Iterator[None]:
+    """Leave what is there out of garbage collections: many requests cause many of them.
+
+    With the harness loaded each takes a few tenths of a second.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def check_begin_token(tokenizer: PreTrainedTokenizerFast) -> None:

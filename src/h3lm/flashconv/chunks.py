@@ -108,6 +108,25 @@ class DenseCut(Cut):
         return torch.cat([before.to(k.dtype), k], -1)[..., self.length :]
 
 
+def last_inputs(k: Tensor, bounds: Tensor, count: int, before: Tensor | None) -> Tensor:
+    """The last values of k of each packed sequence, (sequences, D, count), oldest first.
+
+    Args:
+        k: (1, D, L).
+        bounds: Boundaries of the sequences, int64.
+        before: What stood in front of them, (sequences, D, at most count); zero if None.
+    """
+    sequences = len(bounds) - 1
+    if before is None:
+        before = k.new_zeros(sequences, k.shape[1], 0)
+    before = F.pad(before.to(k.dtype), (count - before.shape[-1], 0))
+    both = torch.cat([k[0], before.transpose(0, 1).flatten(1)], 1)
+    position = bounds[1:, None] - count + torch.arange(count, device=k.device)
+    behind = position - bounds[:-1, None]  # negative: in front of the sequence
+    old = k.shape[-1] + torch.arange(sequences, device=k.device)[:, None] * count
+    return both[:, torch.where(behind >= 0, position, old + count + behind)].transpose(0, 1)
+
+
 class PackedCut(Cut):
     """One row of S sequences one after another; each starts at a chunk of its own."""
 
@@ -129,7 +148,7 @@ class PackedCut(Cut):
         self._sequence, self._in_sequence = sequence.to(device), in_sequence.to(device)
         self._first, self._last = first[:-1].to(device), (first[1:] - 1).to(device)
         self._last_lengths = (lengths - (per_sequence - 1) * T).to(device)
-        self._starts, self._ends = bounds[:-1].to(device), bounds[1:].to(device)
+        self._bounds = cu_seqlens.long()
 
     def split(self, x: Tensor) -> Tensor:
         """Cut, (B, D, L) to (D, rows, chunks, T)."""
@@ -168,10 +187,4 @@ class PackedCut(Cut):
 
     def last_inputs(self, k: Tensor, count: int, before: Tensor | None) -> Tensor:
         """Take the last values of k of each sequence."""
-        if before is None:
-            before = k.new_zeros(self.sequences, k.shape[1], count)
-        both = torch.cat([k[0], before.to(k.dtype).transpose(0, 1).flatten(1)], 1)
-        position = self._ends[:, None] - count + torch.arange(count, device=k.device)
-        behind = position - self._starts[:, None]  # negative: in front of the sequence
-        old = self.length + torch.arange(self.sequences, device=k.device)[:, None] * count
-        return both[:, torch.where(behind >= 0, position, old + count + behind)].transpose(0, 1)
+        return last_inputs(k, self._bounds, count, before)

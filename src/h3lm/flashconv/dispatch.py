@@ -26,7 +26,7 @@ LARGE_SHARED = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 HOPPER_SHARED = ((9, 0), (10, 0), (10, 3))
 # rows of half dtypes through the block FFT, in one kernel and with a factor through device memory;
 # with Hopper's shared memory, and with the 99 KB that every GPU from 8.0 on has
-MAX_FFT_LENGTH, MAX_FFT_LENGTH_SMALL = 4096, 1024
+MAX_FFT_LENGTH, MAX_FFT_LENGTH_SMALL = 8192, 2048
 MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL = 1 << 22, 1 << 19
 # lags up to which blocks of a Toeplitz matrix are faster than transforms, forward and backward, by
 # GPU generation; measured on an H200 (9), see docs/log.md
@@ -150,8 +150,6 @@ def _triton_lacks(op: str, device: torch.device, dtype: torch.dtype, problem: Pr
         return "kernels take bfloat16, float16 and float32, with complex64 systems"
     if problem.head_dim not in HEAD_DIMS:
         return f"kernels take head_dim 1, 2, 4 and 8, not {problem.head_dim}"
-    if problem.packed:
-        return "kernels take no cu_seqlens"
     if problem.num_modes > MAX_MODES:
         return f"kernels take d_state up to {2 * MAX_MODES}"
     if problem.n_taps > MAX_TAPS:
@@ -243,6 +241,10 @@ def _gluon_lacks(op: str, dtype: torch.dtype, problem: Problem) -> str:
         return "the other kernel is for Hopper GPUs"
     if op not in ("h3_core", "h3_end_state"):
         return "the Hopper kernel is for h3_core"
+    if problem.head_dim > 1:
+        return "the Hopper kernel takes head_dim 1"
+    if problem.packed:
+        return "the Hopper kernel takes no cu_seqlens"
     if dtype not in GLUON_DTYPES:
         return "the Hopper kernel takes bfloat16 and float16"
     if problem.num_modes != 32 or problem.n_taps > 64:
@@ -252,20 +254,20 @@ def _gluon_lacks(op: str, dtype: torch.dtype, problem: Problem) -> str:
     return ""
 
 
-def segments(B: int, channels: int, L: int, multiprocessors: int) -> int:
+def segments(programs: int, L: int, multiprocessors: int) -> int:
     """Into how many segments the kernels cut a row to fill a GPU, a pure function.
 
-    One program walks a row of a channel, two fit on a multiprocessor. Segments cost a second pass
+    Two programs fit on a multiprocessor. Segments cost a second pass
     over k and v (and q and do), so there are at least as many as double the programs, each long
     enough to pay for its start.
 
     Args:
-        B: Rows.
-        channels: Channels, or pairs of channels where heads have several.
+        programs: How many walk along rows: one for each row of a channel, or for 64 pairs of
+            channels where heads have several.
         L: Length of a row.
         multiprocessors: Of the GPU.
     """
-    wanted = 2 * multiprocessors // max(1, B * channels)
+    wanted = 2 * multiprocessors // max(1, programs)
     if wanted < 2 or L < 2 * MIN_SEGMENT:
         return 1
     tiles = -(-L // SEGMENT_UNIT)

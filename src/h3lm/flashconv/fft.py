@@ -103,8 +103,13 @@ def filter_spectrum(f: Tensor, f_reverse: Tensor | None, points: int) -> Tensor:
 
 
 def transform_length(L: int, taps: int, taps_reverse: int | None) -> int:
-    """Points with which nothing wraps around in rows of length L."""
-    return _fast_length(L + taps - 1 + (taps_reverse or 1) - 1)
+    """Points with which nothing wraps around in rows of length L.
+
+    A lag s and its other self, s - n, must not both move a position of the row to another of it,
+    and all lags need a place of their own: 2 L - 1 points for two filters of L taps, not 3 L - 2.
+    """
+    reverse = taps_reverse or 1
+    return _fast_length(max(L + taps, L + reverse, taps + reverse) - 1)
 
 
 def _gated(x: Tensor, gate: Tensor | None) -> Tensor:

@@ -164,7 +164,7 @@ def _algorithm(
         gated=gated,
     )
     algorithm = conv_algorithm(u.dtype, problem, backward)
-    return algorithm if works(algorithm, u.device) else "torch.fft"
+    return algorithm if works(algorithm, u.device, u.shape[-1]) else "torch.fft"
 
 
 def _plan(

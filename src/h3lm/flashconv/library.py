@@ -3,6 +3,7 @@
 `h3_core`, `h3_end_state` and `ssm_conv` have the signatures of `chunked`, and its meaning. Around
 the kernels they make, in plain PyTorch, what is small: the part of the short filter that a state
 brings into the first chunk, and the final state after a last chunk that is not full.
+Packed sequences are rows of a walk for the kernels, which read on the device where each begins.
 
 Complex tensors cross the border as real pairs. The states before tiles, which the backward pass
 needs, are an output without a gradient. The kernels themselves are imported at their first use.
@@ -16,11 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from h3lm.flashconv import chunked, dispatch
+from h3lm.flashconv.chunks import last_inputs
 from h3lm.flashconv.dispatch import CHUNK_LENGTH, is_aligned
 from h3lm.flashconv.state import H3State, as_real_pairs, diagonal_shape
 from h3lm.ssm.operators import ChunkOperators
 
 MIN_STATES = 16
+PAIRS = 64  # of channels of heads, that a program walks with
 
 
 def h3_core(
@@ -33,14 +36,17 @@ def h3_core(
     head_dim: int = 1,
     initial_state: H3State | None = None,
     with_state: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, H3State | None]:
     """`flashconv.h3_core`, left to right, by the kernels of a backend."""
     q, k, v = (_positions_last(x) for x in (q, k, v))
     o, end = _run(
         q, k, v, operators, initial_state, backend,
-        with_output=True, with_end=with_state, head_dim=head_dim,
+        with_output=True, with_end=with_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    return o, _final_h3_state(k, v, operators, initial_state, end, head_dim) if with_state else None
+    if not with_state:
+        return o, None
+    return o, _final_h3_state(k, v, operators, initial_state, end, head_dim, cu_seqlens)
 
 
 def h3_end_state(
@@ -51,14 +57,15 @@ def h3_end_state(
     backend: str,
     head_dim: int = 1,
     initial_state: H3State | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> H3State:
     """`flashconv.h3_end_state`, by the kernels of a backend."""
     k, v = _positions_last(k), _positions_last(v)
     _, end = _run(
         None, k, v, operators, initial_state, backend, with_output=False,
-        with_end=True, head_dim=head_dim,
+        with_end=True, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    return _final_h3_state(k, v, operators, initial_state, end, head_dim)
+    return _final_h3_state(k, v, operators, initial_state, end, head_dim, cu_seqlens)
 
 
 def ssm_conv(
@@ -70,6 +77,7 @@ def ssm_conv(
     post_gate: Tensor | None = None,
     initial_state: Tensor | None = None,
     with_state: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`flashconv.ssm_conv`, left to right, by the kernels of a backend."""
     u = _positions_last(u)
@@ -77,10 +85,16 @@ def ssm_conv(
     state = None if initial_state is None else H3State(u[..., :0], initial_state)
     y, end = _run(
         post, u, pre, operators, state, backend,
-        with_output=True, with_end=with_state, filtered=False,
+        with_output=True, with_end=with_state, filtered=False, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     if not with_state:
         return y, None
+    if cu_seqlens is not None:
+        w = last_inputs(u, cu_seqlens.long(), CHUNK_LENGTH, None).to(end.dtype)
+        if pre is not None:
+            w = w * last_inputs(pre, cu_seqlens.long(), CHUNK_LENGTH, None)
+        diagonal = torch.view_as_complex(end)[:, :, None]
+        return y, _behind_last_chunks(w[:, :, None], diagonal, operators, cu_seqlens)[:, :, 0]
     full = u.shape[-1] // CHUNK_LENGTH * CHUNK_LENGTH
     diagonal = torch.view_as_complex(end)
     if full < u.shape[-1]:
@@ -100,25 +114,24 @@ def _run(
     *,
     with_output: bool,
     with_end: bool,
-    head_dim: int = 1,
     filtered: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(k.device.type, enabled=False):
         filters = _filter_blocks(operators) if filtered else None
         carry = None
         if state is not None and filters is not None and state.shift.shape[-1] > 0:
             carry = _filter_carry(state.shift, filters)
-            if head_dim > 1:  # channel of k in its pairs
-                carry = carry.repeat_interleave(head_dim, 1)
         start = None
         if state is not None:
             start = as_real_pairs(state.diagonal.to(torch.complex64)).contiguous()
             start = start.flatten(1, -3)
         matrices = _kernel_matrices(operators, start)
-        inputs = (q, k, v, filters, *matrices[:4], carry, matrices[4])
+        bounds = None if cu_seqlens is None else cu_seqlens.int().contiguous()
+        inputs = (q, k, v, filters, *matrices[:4], carry, matrices[4], bounds)
         needs = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         run = torch.ops.h3lm.h3_core_fwd
-        o, end, _ = run(*inputs, head_dim, with_output, with_end, needs, backend)
+        o, end, _ = run(*inputs, with_output, with_end, needs, backend)
         return o, end[:, :, : operators.num_modes] if with_end else end
 
 
@@ -176,8 +189,11 @@ def _final_h3_state(
     initial: H3State | None,
     end: Tensor,
     head_dim: int,
+    cu_seqlens: Tensor | None,
 ) -> H3State:
     """Carry the state after the last full chunk over the positions behind it."""
+    if cu_seqlens is not None:
+        return _final_packed_state(k, v, operators, initial, end, head_dim, cu_seqlens.long())
     full = k.shape[-1] // CHUNK_LENGTH * CHUNK_LENGTH
     count = operators.n_taps - 1
     if initial is None:
@@ -197,14 +213,60 @@ def _final_h3_state(
     )
 
 
-def _kernels(backend: str, *tensors: Tensor | None) -> ModuleType:
+def _final_packed_state(
+    k: Tensor,
+    v: Tensor,
+    operators: ChunkOperators,
+    initial: H3State | None,
+    end: Tensor,
+    head_dim: int,
+    bounds: Tensor,
+) -> H3State:
+    """`_final_h3_state` for packed sequences, whatever their lengths."""
+    T, count = CHUNK_LENGTH, operators.n_taps - 1
+    filters = _filter_blocks(operators)
+    blocks, shift = filters.shape[1], None if initial is None else initial.shift
+    window = last_inputs(k, bounds, blocks * T, shift)  # [S, D, blocks T], the last at the end
+    chunks = window.to(filters.dtype).transpose(0, 1).unflatten(-1, (blocks, T))
+    s = sum(chunks[:, :, blocks - 1 - m] @ filters[:, m].mT for m in range(blocks))  # [D, S, T]
+    s = s.transpose(0, 1).unflatten(1, (-1, head_dim))
+    value = last_inputs(v, bounds, T, None).to(s.dtype).unflatten(1, (-1, head_dim))
+    w = (s[:, :, :, None] * value[:, :, None]).flatten(2, 3)  # [S, H, pairs, T]
+    diagonal = torch.view_as_complex(end.contiguous()).unflatten(1, w.shape[1:3])
+    diagonal = _behind_last_chunks(w, diagonal, operators, bounds)
+    shape = diagonal_shape(len(w), w.shape[1], head_dim, operators.num_modes)
+    return H3State(last_inputs(k, bounds, count, shift), diagonal.reshape(shape))
+
+
+def _behind_last_chunks(
+    w: Tensor, diagonal: Tensor, operators: ChunkOperators, bounds: Tensor
+) -> Tensor:
+    """States after the last full chunk of each sequence, carried over the positions behind it.
+
+    Args:
+        w: The last T inputs of each sequence, (S, H, pairs, T); those of full chunks do not count.
+        diagonal: (S, H, pairs, N/2).
+    """
+    T = w.shape[-1]
+    rest = bounds.diff() % T
+    counts = torch.arange(T, device=w.device) >= T - rest[:, None]
+    w = torch.where(counts[:, None, None], w, 0.0)
+    into = (w.transpose(0, 1).flatten(1, 2) @ operators.K.to(w.dtype).mT).unflatten(1, (len(w), -1))
+    re, im = into.transpose(0, 1).chunk(2, -1)
+    decay = operators.powers(rest).permute(2, 0, 1)[:, :, None]  # [S, H, 1, N/2]
+    return decay * diagonal + torch.complex(re, im)
+
+
+def _kernels(backend: str, M: Tensor, *tensors: Tensor | None) -> ModuleType:
     """The kernels that run: Triton's wherever Hopper's fail their test or cannot copy a tensor.
 
     Both save the same states, so that each takes over from the other.
     """
-    from h3lm.flashconv.kernels import chunk_triton
+    from h3lm.flashconv.kernels import chunk_triton, heads_triton
 
     given = [x for x in tensors if x is not None]
+    if len(M) != given[0].shape[1]:
+        return heads_triton
     if backend == "gluon" and all(is_aligned(x) for x in given):
         from h3lm.flashconv.kernels.self_test import hopper_kernels
 
@@ -212,12 +274,17 @@ def _kernels(backend: str, *tensors: Tensor | None) -> ModuleType:
     return chunk_triton
 
 
-def _segments(k: Tensor, head_dim: int) -> int:
+def _segments(k: Tensor, M: Tensor, bounds: Tensor | None) -> int:
     """Segments that a row is cut into, the same in both directions."""
     from h3lm.flashconv.kernels.launch import multiprocessors
+    from h3lm.flashconv.kernels.self_test import segments_work
 
     B, D, L = k.shape
-    return dispatch.segments(B, D * head_dim, L, multiprocessors(k.device))
+    if bounds is not None:
+        return 1
+    programs = B * D if len(M) == D else -(-B * D * (D // len(M)) // PAIRS)
+    cut = dispatch.segments(programs, L, multiprocessors(k.device))
+    return cut if cut == 1 or segments_work(k.device) else 1
 
 
 @torch.library.custom_op("h3lm::h3_core_fwd", mutates_args=())
@@ -232,7 +299,7 @@ def _forward(
     decay: Tensor,
     carry: Tensor | None,
     start: Tensor | None,
-    head_dim: int,
+    bounds: Tensor | None,
     with_output: bool,
     with_end: bool,
     save_states: bool,
@@ -242,16 +309,15 @@ def _forward(
     from h3lm.flashconv.kernels.launch import Operators
 
     operators = Operators(filters, M, K, P, decay)
-    kernels, cut = _kernels(backend, q, k, v), _segments(k, head_dim)
+    kernels, cut = _kernels(backend, M, q, k, v), _segments(k, M, bounds)
+    wanted = {"with_output": with_output, "with_end": with_end, "save_states": save_states}
     if cut > 1:
         return in_segments.forward(
-            kernels, q, k, v, operators, carry, start, segments=cut,
-            head_dim=head_dim, with_output=with_output, with_end=with_end, save_states=save_states,
-        )  # fmt: skip
-    return kernels.forward(
-        q, k, v, operators, carry, start,
-        head_dim=head_dim, with_output=with_output, with_end=with_end, save_states=save_states,
-    )  # fmt: skip
+            kernels, q, k, v, operators, carry, start, segments=cut, **wanted
+        )
+    if bounds is not None:
+        return kernels.forward(q, k, v, operators, carry, start, bounds=bounds, **wanted)
+    return kernels.forward(q, k, v, operators, carry, start, **wanted)
 
 
 @_forward.register_fake
@@ -266,19 +332,21 @@ def _(
     decay: Tensor,
     carry: Tensor | None,
     start: Tensor | None,
-    head_dim: int,
+    bounds: Tensor | None,
     with_output: bool,
     with_end: bool,
     save_states: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from h3lm.flashconv.kernels.launch import saved_states_shape
+    from h3lm.flashconv.kernels.launch import rows_of_walk, saved_states_shape
 
     B, D, L = k.shape
-    modes = decay.shape[1]
+    H, modes, _ = decay.shape
     o = k.new_empty((B, D, L) if with_output else (0,))
-    end = k.new_empty((B, D * head_dim, modes, 2) if with_end else (0,), dtype=torch.float32)
-    shape = saved_states_shape(k, modes, head_dim, _segments(k, head_dim)) if save_states else (0,)
+    rows = rows_of_walk(k, 1, bounds)
+    end = k.new_empty((rows, D * (D // H), modes, 2) if with_end else (0,), dtype=torch.float32)
+    cut = _segments(k, M, bounds)
+    shape = saved_states_shape(k, H, modes, cut, bounds) if save_states else (0,)
     return o, end, k.new_empty(shape, dtype=torch.float32)
 
 
@@ -296,8 +364,8 @@ def _backward(
     decay: Tensor,
     carry: Tensor | None,
     start: Tensor | None,
+    bounds: Tensor | None,
     states: Tensor,
-    head_dim: int,
     backend: str,
 ) -> list[Tensor]:
     from h3lm.flashconv.kernels import segments as in_segments
@@ -305,16 +373,14 @@ def _backward(
 
     operators = Operators(filters, M, K, P, decay)
     do = _positions_last(do)
-    kernels, cut = _kernels(backend, q, k, v, do), _segments(k, head_dim)
+    kernels, cut = _kernels(backend, M, q, k, v, do), _segments(k, M, bounds)
+    given = (do, dend, q, k, v, operators, carry, start, states)
     if cut > 1:
-        grads = in_segments.backward(
-            kernels, do, dend, q, k, v, operators, carry, start, states,
-            segments=cut, head_dim=head_dim,
-        )  # fmt: skip
+        grads = in_segments.backward(kernels, *given, segments=cut)
+    elif bounds is not None:
+        grads = kernels.backward(*given, bounds=bounds)
     else:
-        grads = kernels.backward(
-            do, dend, q, k, v, operators, carry, start, states, head_dim=head_dim
-        )
+        grads = kernels.backward(*given)
     return [x for x in grads.in_order() if x is not None]
 
 
@@ -332,8 +398,8 @@ def _(
     decay: Tensor,
     carry: Tensor | None,
     start: Tensor | None,
+    bounds: Tensor | None,
     states: Tensor,
-    head_dim: int,
     backend: str,
 ) -> list[Tensor]:
     inputs = (q, k, v, filters, M, K, P, decay, carry, start)
@@ -346,7 +412,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.head_dim, _, with_end, _, ctx.backend = inputs
+    *tensors, _, with_end, _, ctx.backend = inputs
     states = output[2]
     ctx.mark_non_differentiable(*output[2 if with_end else 1 :])
     ctx.set_materialize_grads(False)
@@ -357,7 +423,7 @@ def _differentiate(
     ctx: Any, do: Tensor | None, dend: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     *tensors, states = ctx.saved_tensors
-    q, k, v, filters, M, K, P, decay, carry, start = tensors
+    q, k, v, filters, M, K, P, decay, carry, start, bounds = tensors
     if do is None:
         do = torch.zeros_like(k)
     dend = None if dend is None or not dend.numel() else dend.contiguous()
@@ -375,12 +441,12 @@ def _differentiate(
             decay,
             carry,
             start,
+            bounds,
             states,
-            ctx.head_dim,
             ctx.backend,
         )
     )
-    given = [None if x is None else next(grads).to(x.dtype) for x in tensors]
+    given = [None if x is None else next(grads).to(x.dtype) for x in tensors[:-1]]
     return (*given, None, None, None, None, None)
 
 
@@ -405,7 +471,9 @@ def h3_step(
 ) -> Tensor:
     """`flashconv.h3_step_in_place` by its kernel, which all GPUs share."""
     from h3lm.flashconv.kernels import step_triton
+    from h3lm.flashconv.kernels.overlap import can_overlap
 
+    early = early and can_overlap(q.device)
     return step_triton.step(
         q, k, v, taps, a, b, c, skip, ring, position, diagonal, head_dim=head_dim, early=early
     )

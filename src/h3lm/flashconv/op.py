@@ -128,7 +128,7 @@ def h3_core(
     elif choice.backend in KERNELS:
         o, state = library.h3_core(
             q, k, v, _operators(system, taps), backend=choice.backend, head_dim=head_dim,
-            initial_state=initial_state, with_state=return_final_state,
+            initial_state=initial_state, with_state=return_final_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     else:
         operators = _operators(system, taps)
@@ -176,7 +176,7 @@ def h3_end_state(
     if choice.backend in KERNELS:
         return library.h3_end_state(
             k, v, _operators(system, taps), backend=choice.backend, head_dim=head_dim,
-            initial_state=initial_state,
+            initial_state=initial_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     return chunked.h3_end_state(
         k, v, _operators(system, taps),
@@ -278,6 +278,7 @@ def ssm_conv(
         y, state = library.ssm_conv(
             u, _operators(_scannable(system), None), backend=choice.backend, pre_gate=pre_gate,
             post_gate=post_gate, initial_state=initial_state, with_state=return_final_state,
+            cu_seqlens=cu_seqlens,
         )  # fmt: skip
     else:
         y, state = chunked.ssm_conv(

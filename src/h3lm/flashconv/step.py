@@ -16,7 +16,7 @@ from h3lm.ssm.operators import DiagonalSystem
 
 
 class RingState(NamedTuple):
-    """An `H3State` that is advanced in place.
+    """An `H3State` that is advanced in place; contiguous for kernels.
 
     Attributes:
         ring: The last n_taps values of k, (B, D, n_taps), in k's dtype; the value of step p lies
@@ -81,7 +81,8 @@ def h3_step_in_place(
         `o`, (B, D) in the dtype of q.
 
     Raises:
-        ValueError: if the backend is unknown or cannot do this.
+        ValueError: if the backend is unknown or cannot do this, or a kernel gets a state that is
+            not contiguous.
     """
     problem = Problem(
         length=1,
@@ -94,6 +95,8 @@ def h3_step_in_place(
     choice = choose("h3_step", q.device, q.dtype, backend, problem)
     announce("h3_step", choice)
     if choice.backend in KERNELS:
+        if not (state.ring.is_contiguous() and state.diagonal.is_contiguous()):
+            raise ValueError("a state that is advanced in place by a kernel must be contiguous")
         return library.h3_step(q, k, v, *operators, *state, head_dim, early)
     old = H3State(unrolled(state.ring, state.position), from_real_pairs(state.diagonal))
     a, b, c = (from_real_pairs(z) for z in (operators.a, operators.b, operators.c))

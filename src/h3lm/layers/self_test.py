@@ -19,6 +19,7 @@ from h3lm.layers.mixers import MixerSizes
 from h3lm.layers.step import Stream, add_norm, attend_step
 
 logger = logging.getLogger("h3lm.layers")
+_known: dict[torch.device, str] = {}
 SIZES = MixerSizes(d_model=128, num_heads=2, rotary_dim=32)
 ROWS, SEEN = 3, 63  # as many positions as a ring remembers
 TOLERANCE = 8e-2  # of what a block adds; modules in bfloat16 are off by 1.4e-2 themselves
@@ -35,7 +36,13 @@ def step_fault(device: torch.device) -> str:
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if found:
         logger.warning("kernels of decoding steps are off, modules take over: %s", found)
+    _known[device] = found
     return found
+
+
+def known_fault(device: torch.device) -> str | None:
+    """What `step_fault` found before; None if it has not run."""
+    return _known.get(device)
 
 
 def _compare(name: str, device: torch.device) -> str:
@@ -57,7 +64,7 @@ def _h3_core(block: Block, state: tuple[Tensor, Tensor]) -> Callable[[Tensor], T
     shift, diagonal = state
     ring = torch.cat([shift, torch.zeros_like(shift[..., :1])], 2)  # goes on at its last slot
     position = torch.full((ROWS,), SEEN, device=shift.device)
-    pairs = as_real_pairs(diagonal).clone()
+    pairs = as_real_pairs(diagonal).clone(memory_format=torch.contiguous_format)
     return lambda qkv: block.mixer.step_core(qkv, RingState(ring, position, pairs), early=True)
 
 

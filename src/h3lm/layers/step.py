@@ -37,10 +37,10 @@ def has_kernels(x: Tensor) -> bool:
     able = found is not None and found >= (8, 0) and Problem(1).has_triton
     if not able or x.dtype not in TRITON_DTYPES or torch.is_autocast_enabled("cuda"):
         return False
-    if torch.cuda.is_current_stream_capturing():
-        return True  # no test inside of a CUDA graph
-    from h3lm.layers.self_test import step_fault
+    from h3lm.layers.self_test import known_fault, step_fault
 
+    if torch.cuda.is_current_stream_capturing():  # no test inside of a CUDA graph
+        return known_fault(x.device) == ""
     return not step_fault(x.device)
 
 
@@ -50,6 +50,8 @@ def can_advance(block: Any, r: Tensor) -> bool:
     Not with gradients, nor with modules that are not plain (LoRA, quantised, with hooks).
     """
     if torch.is_grad_enabled() or block.training or not has_kernels(r):
+        return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in block.modules()):
         return False
     mixer, norms, linears = block.mixer, [block.norm1], []
     if not all(hasattr(mixer, name) for name in ("qkv_proj", "output_proj")):
@@ -64,12 +66,19 @@ def can_advance(block: Any, r: Tensor) -> bool:
     return plain and all(map(_is_affine, norms)) and _have_dtype(r.dtype, (*norms, *linears))
 
 
+def can_norm(norm: Any, r: Tensor) -> bool:
+    """Whether `add_norm` may take the place of a norm."""
+    return _is_affine(norm) and _have_dtype(r.dtype, [norm])
+
+
 def _have_dtype(dtype: torch.dtype, modules: Iterable[nn.Module]) -> bool:
     return all(p.dtype == dtype for module in modules for p in module.parameters())
 
 
 def _is_affine(norm: Any) -> bool:
-    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
+    hooked = norm._forward_hooks or norm._forward_pre_hooks
+    affine = type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
+    return affine and not hooked
 
 
 def _has_tanh_gelu(mlp: MLP) -> bool:
@@ -90,8 +99,9 @@ def add_norm(stream: Stream, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
 
 def product(linear: nn.Linear, x: Tensor, *, gelu: bool = False) -> Tensor:
     """A linear map of (rows, d_in), perhaps with GELU behind it."""
-    if _is_small(x):
-        return _small_product(linear, x, gelu=gelu, in_parts=False)
+    y = _small_product(linear, x, gelu=gelu, in_parts=False)
+    if y is not None:
+        return y
     if gelu and linear.bias is not None and x.is_cuda:  # elsewhere it is the exact GELU
         return torch._addmm_activation(linear.bias, x, linear.weight.T, use_gelu=True)
     y = linear(x)
@@ -100,23 +110,20 @@ def product(linear: nn.Linear, x: Tensor, *, gelu: bool = False) -> Tensor:
 
 def product_in_parts(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """A linear map of (rows, d_in) in parts that are still to be added, and its bias."""
-    if _is_small(x):
-        return _small_product(linear, x, gelu=False, in_parts=True), linear.bias
-    return F.linear(x, linear.weight)[None], linear.bias
+    y = _small_product(linear, x, gelu=False, in_parts=True)
+    return F.linear(x, linear.weight)[None] if y is None else y, linear.bias
 
 
-def _is_small(x: Tensor) -> bool:
-    """Whether reading the weights is all that a product costs."""
-    from h3lm.layers.step_triton import MAX_ROWS
-
-    return len(x) <= MAX_ROWS and x.dtype != torch.float32
-
-
-def _small_product(linear: nn.Linear, x: Tensor, *, gelu: bool, in_parts: bool) -> Tensor:
+def _small_product(linear: nn.Linear, x: Tensor, *, gelu: bool, in_parts: bool) -> Tensor | None:
+    """A product that costs as much as reading its weights; None for others."""
     from h3lm.flashconv.kernels.overlap import can_overlap
     from h3lm.layers import step_triton
 
-    size = step_triton.product_size(len(x), linear.weight, in_parts)
+    if len(x) > step_triton.MAX_ROWS or x.dtype == torch.float32:
+        return None
+    size = step_triton.SIZES[step_triton.product_kind(len(x), linear.weight, in_parts)]
+    if size is None:
+        return None
     bias = None if in_parts else linear.bias
     return step_triton.product(x, linear.weight, bias, gelu, in_parts, can_overlap(x.device), size)
 

@@ -26,15 +26,15 @@ class AttendSize:
 
     Attributes:
         keys: Keys that a program takes at a time.
-        stages: How many of these are on their way.
+        stages: How many of these are on their way through shared memory; 1 for registers.
         warps: Warps of a program.
-        programs_per_sm: The keys of the batch are spread over at least so many.
+        programs_per_sm: The keys of the batch are spread over about so many.
     """
 
     keys: int = 32
-    stages: int = 3
+    stages: int = 4
     warps: int = 4
-    programs_per_sm: int = 8
+    programs_per_sm: int = 4
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ProductSize:
         columns: Outputs of a program.
         depth: Inputs that it takes at a time.
         parts: Programs that share the inputs of an output.
-        stages: How many tiles of weights are on their way.
+        stages: How many tiles of weights are on their way; of several rows alone.
         warps: Warps of a program.
     """
 
@@ -58,23 +58,24 @@ class ProductSize:
 
 ATTEND = AttendSize()
 MAX_ROWS = 64  # of products; with more, the libraries' kernels are as good
-FEW_ROWS = 16
-# Chosen by hand, not yet measured: 96 KB of shared memory at most, so that the programs of the next
-# product fit beside those of this one and have their weights fetched
-SIZES = {
-    (True, "whole"): ProductSize(32),
-    (True, "square"): ProductSize(32, parts=4),
-    (True, "deep"): ProductSize(32, parts=8),
-    (False, "whole"): ProductSize(64),
-    (False, "square"): ProductSize(64, parts=4),
-    (False, "deep"): ProductSize(64, parts=8),
+# By rows at most and kind of product; None for the library's
+SIZES: dict[tuple[int, str], ProductSize | None] = {
+    (1, "whole"): ProductSize(8, 1024),
+    (1, "square"): ProductSize(8, 1024, parts=2),
+    (1, "deep"): ProductSize(8, 1024, parts=4),
+    (16, "whole"): ProductSize(64, 128, stages=4),
+    (16, "square"): ProductSize(64, 128, parts=4, stages=4),
+    (16, "deep"): ProductSize(64, 128, parts=4, stages=4),
+    (64, "whole"): ProductSize(64, 128, stages=4),
+    (64, "square"): ProductSize(64, 128, parts=4, stages=4),
+    (64, "deep"): ProductSize(64, 128, parts=4, stages=4),
 }
 
 
-def product_size(rows: int, weight: Tensor, in_parts: bool) -> ProductSize:
-    """The size that measured best for products like this one."""
+def product_kind(rows: int, weight: Tensor, in_parts: bool) -> tuple[int, str]:
+    """The key of `SIZES` for a product."""
     kind = "whole" if not in_parts else "deep" if weight.shape[1] > weight.shape[0] else "square"
-    return SIZES[rows <= FEW_ROWS, kind]
+    return (1 if rows == 1 else 16 if rows <= 16 else MAX_ROWS), kind
 
 
 @triton.jit
@@ -99,6 +100,38 @@ def load_rotated(
 
 
 @triton.jit
+def take_keys(
+    peak,
+    total,
+    summed,
+    k,
+    v,
+    q,
+    here,
+    MASKED: tl.constexpr,
+    KEYS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Add a tile of keys and values [KEYS, WIDTH] to the running softmax of each lane.
+
+    Keys i and i + LANES share a lane, and the threads that hold them: nothing but the product with
+    q crosses threads.
+    """
+    score = tl.sum(k.to(tl.float32) * q[None, :], 1)
+    if MASKED:
+        score = tl.where(here, score, float("-inf"))
+    score = tl.reshape(score, (KEYS // LANES, LANES))
+    higher = tl.maximum(peak, tl.max(score, 0))
+    shrink = tl.exp2(peak - higher)
+    weight = tl.exp2(score - higher[None, :])
+    total = total * shrink + tl.sum(weight, 0)
+    wide = tl.reshape(v, (KEYS // LANES, LANES, WIDTH)).to(tl.float32)
+    summed = summed * shrink[:, None] + tl.sum(wide * weight[:, :, None], 0)
+    return higher, total, summed
+
+
+@triton.jit
 def attend_step_kernel(
     qkv,
     keys,
@@ -119,15 +152,16 @@ def attend_step_kernel(
     WIDTH: tl.constexpr,
     HALF: tl.constexpr,
     KEYS: tl.constexpr,
+    LANES: tl.constexpr,
+    AHEAD: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One head of one row against its part of the keys; the first part also stores the new one.
 
-    Every lane of KEYS has a running maximum of its own: nothing crosses lanes before the end.
+    All but the last of its tiles are whole and loaded without a mask.
     """
-    wait_for_inputs(EARLY)
     number = tl.program_id(0)
     part = tl.program_id(1)
     row = (number // HEADS).to(tl.int64)
@@ -135,34 +169,46 @@ def attend_step_kernel(
     seen = tl.load(lengths + row).to(tl.int32)
     feature = tl.arange(0, WIDTH)
     inside = feature < HEAD_DIM
-    base = qkv + row * row_stride + head * HEAD_DIM
-    turn = row * rotation_stride
-    q = load_rotated(base, cos + turn, sin + turn, HEAD_DIM, WIDTH, HALF).to(tl.float32) * scale
-
     length = tl.cdiv(tl.cdiv(seen, SPLITS), KEYS) * KEYS
     begin = part * length
     end = tl.minimum(begin + length, seen)
     slots = number.to(tl.int64) * capacity * HEAD_DIM
-    lane = tl.arange(0, KEYS)
-    peak = tl.full((KEYS,), -1e30, tl.float32)
-    total = tl.zeros((KEYS,), tl.float32)
-    summed = tl.zeros((KEYS, WIDTH), tl.float32)
-    for start in tl.range(begin, end, KEYS, num_stages=STAGES):
-        key = start + lane
-        here = key < end
-        at = slots + key.to(tl.int64)[:, None] * HEAD_DIM + feature[None, :]
-        mask = here[:, None]
-        if WIDTH != HEAD_DIM:
-            mask = mask & inside[None, :]
-        k = tl.load(keys + at, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(values + at, mask=mask, other=0.0).to(tl.float32)
-        score = tl.where(here, tl.sum(k * q[None, :], 1), float("-inf"))
-        higher = tl.maximum(peak, score)
-        shrink = tl.exp2(peak - higher)
-        weight = tl.exp2(score - higher)
-        total = total * shrink + weight
-        summed = summed * shrink[:, None] + weight[:, None] * v
-        peak = higher
+    k_from, v_from = keys + slots, values + slots
+    if EARLY:
+        LINE: tl.constexpr = 1024 // keys.dtype.element_ty.primitive_bitwidth
+        line = begin * HEAD_DIM + tl.arange(0, AHEAD * WIDTH // LINE) * LINE
+        line = tl.minimum(line, tl.maximum(end * HEAD_DIM - 1, 0))
+        fetch(k_from + line, EARLY)
+        fetch(v_from + line, EARLY)
+    wait_for_inputs(EARLY)
+    base = qkv + row * row_stride + head * HEAD_DIM
+    turn = row * rotation_stride
+    q = load_rotated(base, cos + turn, sin + turn, HEAD_DIM, WIDTH, HALF).to(tl.float32) * scale
+
+    key = tl.arange(0, KEYS)
+    at = key[:, None] * HEAD_DIM + feature[None, :]
+    whole = begin + tl.maximum(end - begin, 0) // KEYS * KEYS
+    peak = tl.full((LANES,), -1e30, tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    summed = tl.zeros((LANES, WIDTH), tl.float32)
+    for start in tl.range(begin, whole, KEYS, num_stages=STAGES):
+        if WIDTH == HEAD_DIM:
+            k = tl.load(k_from + start * HEAD_DIM + at)
+            v = tl.load(v_from + start * HEAD_DIM + at)
+        else:
+            k = tl.load(k_from + start * HEAD_DIM + at, mask=inside[None, :], other=0.0)
+            v = tl.load(v_from + start * HEAD_DIM + at, mask=inside[None, :], other=0.0)
+        peak, total, summed = take_keys(
+            peak, total, summed, k, v, q, True, False, KEYS, LANES, WIDTH
+        )
+    if whole < end:
+        here = whole + key < end
+        mask = here[:, None] & inside[None, :]
+        k = tl.load(k_from + whole * HEAD_DIM + at, mask=mask, other=0.0)
+        v = tl.load(v_from + whole * HEAD_DIM + at, mask=mask, other=0.0)
+        peak, total, summed = take_keys(
+            peak, total, summed, k, v, q, here, True, KEYS, LANES, WIDTH
+        )
 
     top = tl.max(peak, 0)
     if part == 0:
@@ -228,7 +274,7 @@ def attend_step(
     rotation: tuple[Tensor, Tensor] | None,
     multiprocessors: int,
     early: bool = False,
-    size: AttendSize = ATTEND,
+    size: AttendSize | None = None,
 ) -> Tensor:
     """Attend from one new position of each row and store its key and value.
 
@@ -239,27 +285,30 @@ def attend_step(
         rotation: Cosine and sine, (B, 1, 1, half) each, float32.
         multiprocessors: Of the GPU.
         early: Whether to start while the kernel before still runs.
-        size: Sizes of the kernel.
+        size: Sizes of the kernel; `ATTEND` if None.
 
     Returns:
         (B, heads head_dim).
     """
+    size = size or ATTEND
     B, heads, capacity, head_dim = keys.shape
-    programs = size.programs_per_sm * multiprocessors
-    splits = min(triton.cdiv(programs, B * heads), triton.cdiv(capacity, 4 * size.keys))
+    wanted = round(size.programs_per_sm * multiprocessors / (B * heads))
+    splits = max(1, min(wanted, capacity // (2 * size.keys)))
     o = torch.empty((B, heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     parts = B * heads, splits if splits > 1 else 0
     sums = qkv.new_empty((*parts, head_dim), dtype=torch.float32)
     peaks, totals = (qkv.new_empty(parts, dtype=torch.float32) for _ in range(2))
     cos, sin = (None, None) if rotation is None else (x.flatten(1) for x in rotation)
     width = triton.next_power_of_2(head_dim)
+    # keys that a program's threads load at once, 16 bytes each
+    lanes = max(1, min(size.keys, size.warps * 512 // keys.itemsize // width))
     attend_step_kernel[(B * heads, splits)](
         qkv, keys, values, lengths,
         qkv if cos is None else cos, qkv if sin is None else sin, o, sums, peaks, totals,
         qkv.stride(0), 0 if cos is None or cos.shape[0] == 1 else cos.stride(0), capacity,
         LOG2_E / head_dim**0.5,
         HEADS=heads, HEAD_DIM=head_dim, WIDTH=width, HALF=0 if cos is None else cos.shape[1],
-        KEYS=size.keys, SPLITS=splits, STAGES=size.stages, EARLY=early,
+        KEYS=size.keys, LANES=lanes, AHEAD=64, SPLITS=splits, STAGES=size.stages, EARLY=early,
         num_warps=size.warps, **launch_options(early),
     )  # fmt: skip
     if splits > 1:
@@ -269,6 +318,12 @@ def attend_step(
             **launch_options(early),
         )  # fmt: skip
     return o
+
+
+@triton.jit
+def tanh_gelu(x):
+    """GELU in its tanh approximation: tanh z = 2 sigmoid(2 z) - 1."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
 @triton.jit
@@ -323,12 +378,60 @@ def product_kernel(
     if WHOLE:
         if BIAS:
             total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-        if GELU:  # its tanh approximation: tanh z = 2 sigmoid(2 z) - 1
-            inner = 1.5957691216057308 * (total + 0.044715 * total * total * total)
-            total = total * tl.sigmoid(inner)
+        if GELU:
+            total = tanh_gelu(total)
         tl.store(y + y_at, total.to(y.dtype.element_ty), mask=mask)
     else:
         tl.store(y + part.to(tl.int64) * M * N + y_at, total, mask=mask)
+
+
+@triton.jit
+def row_product_kernel(
+    x,
+    weight,
+    bias,
+    y,
+    N,
+    K,
+    depth_of_part,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """`product_kernel` for one row, without matrix units: weights go from memory to registers.
+
+    The first of them are on their way before the program waits for x.
+    """
+    part = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    inside = (column < N)[:, None]
+    begin = part * depth_of_part
+    end = tl.minimum(begin + depth_of_part, K)
+    weight_row = weight + column.to(tl.int64)[:, None] * K
+    at = begin + depth
+    weights = tl.load(weight_row + at[None, :], mask=inside & (at < end)[None, :], other=0.0)
+    wait_for_inputs(EARLY)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in tl.range(begin, end, DEPTH, num_stages=1):
+        at = start + depth
+        values = tl.load(x + at, mask=at < end, other=0.0).to(tl.float32)
+        if start > begin:
+            weights = tl.load(
+                weight_row + at[None, :], mask=inside & (at < end)[None, :], other=0.0
+            )
+        total += tl.sum(weights.to(tl.float32) * values[None, :], 1)
+    if WHOLE:
+        if BIAS:
+            total += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)
+        if GELU:
+            total = tanh_gelu(total)
+        tl.store(y + column, total.to(y.dtype.element_ty), mask=column < N)
+    else:
+        tl.store(y + part * N + column, total, mask=column < N)
 
 
 def product(
@@ -360,12 +463,20 @@ def product(
     assert in_parts or parts == 1
     shape, dtype = ((parts, M, N), torch.float32) if in_parts else ((M, N), x.dtype)
     y = torch.empty(shape, dtype=dtype, device=x.device)
-    product_kernel[(triton.cdiv(N, size.columns), parts)](
-        x, weight, weight if bias is None else bias, y, M, N, K, depth_of_part,
-        ROWS=max(16, triton.next_power_of_2(M)), COLUMNS=size.columns, DEPTH=size.depth,
-        WHOLE=not in_parts, BIAS=bias is not None, GELU=gelu, STAGES=size.stages, EARLY=early,
-        num_warps=size.warps, **launch_options(early),
-    )  # fmt: skip
+    columns = triton.cdiv(N, size.columns)
+    tensors = x, weight, weight if bias is None else bias, y
+    choices = {"WHOLE": not in_parts, "BIAS": bias is not None, "GELU": gelu, "EARLY": early}
+    launch = {"num_warps": size.warps, **launch_options(early)}
+    if M == 1:
+        row_product_kernel[(columns, parts)](
+            *tensors, N, K, depth_of_part,
+            COLUMNS=size.columns, DEPTH=size.depth, **choices, **launch,
+        )  # fmt: skip
+    else:
+        product_kernel[(columns, parts)](
+            *tensors, M, N, K, depth_of_part, ROWS=max(16, triton.next_power_of_2(M)),
+            COLUMNS=size.columns, DEPTH=size.depth, STAGES=size.stages, **choices, **launch,
+        )  # fmt: skip
     return y
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer, StaticLayer
 
 from h3lm.errors import UserError
 from h3lm.flashconv import RingState, StepOperators
@@ -352,6 +352,20 @@ class DecodingCache(Cache):
         self.longest = 0
         self.stepping = False
 
+    def make_room(self, row: "DecodingCache") -> None:
+        """Take memory for all rows, of the kinds that another cache of one row has."""
+
+        def for_all(x: Any) -> Any:
+            return None if x is None else x.expand(self.rows, *x.shape[1:])
+
+        for mine, theirs in zip(self.layers, row.layers, strict=True):
+            if isinstance(mine, SlotLayer):
+                if not mine.is_initialized:
+                    mine.lazy_initialization(for_all(theirs.keys), for_all(theirs.values))
+            else:
+                packed = theirs.read()
+                mine.write(tuple(map(for_all, packed)), 0)
+
     def insert(self, rows: Tensor, other: "DecodingCache", length: int) -> None:
         """Put the rows of another cache, which has read a prompt, in place of some rows here.
 
@@ -377,8 +391,14 @@ class DecodingCache(Cache):
 
     def own_operators(self, operators: dict[int, StepOperators]) -> None:
         """Keep the parameters of single steps, by layer, where a graph finds them."""
+        for i, of_layer in operators.items():  # some are views of the parameters themselves
+            self.layers[i].operators = StepOperators(*(x.clone() for x in of_layer))
+
+    def renew_operators(self, operators: dict[int, StepOperators]) -> None:
+        """Put other values in their place."""
         for i, of_layer in operators.items():
-            self.layers[i].operators = of_layer
+            for mine, new in zip(self.layers[i].operators, of_layer, strict=True):
+                mine.copy_(new)
 
 
 def _layers(config: H3Config, ring: RingPosition, attention: Any) -> list[Any]:
@@ -431,6 +451,20 @@ def prepare_cache(cache: Cache | None, config: H3Config) -> Cache:
         if kind == "linear_attention" and not isinstance(layer, RecurrentLayer):
             cache.layers[i] = ours[i]
     return cache
+
+
+def check_room(cache: Any, positions: int) -> None:
+    """See that the library's static layers have room: on a GPU they would fail in a kernel.
+
+    Raises:
+        UserError: if they have not.
+    """
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, StaticLayer) and positions > layer.max_cache_len:
+            raise UserError(
+                f"this cache was made for {layer.max_cache_len} positions, prompt and new tokens "
+                f"need {positions}: make it larger or cut the prompt"
+            )
 
 
 def _used_by_another(layer: LinearAttentionLayer) -> bool:

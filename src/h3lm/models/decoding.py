@@ -21,7 +21,9 @@ from transformers.generation import (
 )
 
 from h3lm.errors import UserError
+from h3lm.flashconv import StepOperators
 from h3lm.layers import H3
+from h3lm.models import kept
 from h3lm.models.cache import DecodingCache
 from h3lm.models.sampling import Chooser, unknown_processor
 
@@ -30,6 +32,7 @@ ARGUMENTS = {
     "attention_mask", "past_key_values", "position_ids", "use_cache", "logits_to_keep", "tokenizer",
 }  # fmt: skip
 PREFILL_TOKENS = {"cuda": 2**16, "cpu": 4096}  # of all rows, that are in memory at a time
+GRAPH_DEVICES = {"cuda"}
 GRAPH_FROM = 8  # steps from which capturing pays
 ROUND = 64  # capacities are multiples of this
 
@@ -98,22 +101,34 @@ def generate(
     """
     ids = ids.to(model.device)
     steps = _steps(criteria, ids)
-    cache = new_cache(model, ids.shape[0], ids.shape[1] + steps)
-    logits_of = model.lm_head.out_features
-    chooser = Chooser(processors, config.do_sample, ids.shape[0], logits_of, ids.device)
-    decoder = Decoder(model, cache, chooser)
-    if ids.is_cuda and steps >= GRAPH_FROM:
-        decoder.capture()
-    prefill(model, cache, decoder, ids, attention_mask, config.prefill_chunk_size)
-    chooser.start(ids)
+    rows, positions = ids.shape[0], ids.shape[1] + steps
+    key = None
+    if ids.device.type in GRAPH_DEVICES:
+        key = kept.key(model, rows, capacity_for(positions), processors, config.do_sample)
+    decoder = kept.take(model, key)
+    if decoder is None:
+        cache = new_cache(model, rows, positions)
+        logits_of = model.lm_head.out_features
+        chooser = Chooser(processors, config.do_sample, rows, logits_of, ids.device)
+        decoder = Decoder(model, cache, chooser)
+        if ids.device.type in GRAPH_DEVICES and steps >= GRAPH_FROM:
+            decoder.capture()
+    prefill(model, decoder.cache, decoder, ids, attention_mask, config.prefill_chunk_size)
+    decoder.chooser.start(ids)
     decoder.choose()
     text = _Text(ids, steps, criteria, config, streamer)
     for tokens in decoder.tokens(steps):
         if text.add(tokens):
             break
+    kept.keep(model, key, decoder)
     if streamer is not None:
         streamer.end()
     return text.result().to(ids.device)
+
+
+def capacity_for(positions: int) -> int:
+    """Positions of a cache in which so many are used."""
+    return -(-(positions + 1) // ROUND) * ROUND  # one step runs ahead of the last token
 
 
 def new_cache(model: Any, rows: int, positions: int) -> DecodingCache:
@@ -122,7 +137,8 @@ def new_cache(model: Any, rows: int, positions: int) -> DecodingCache:
     Raises:
         UserError: if the device has not the memory; says how many rows would fit.
     """
-    capacity = -(-(positions + 1) // ROUND) * ROUND  # one step runs ahead of the last token
+    kept.forget()
+    capacity = capacity_for(positions)
     room = _free_bytes(model.device)
     need = bytes_of_row(model, capacity)
     if room is not None and rows * need > room:
@@ -165,40 +181,66 @@ class Decoder:
         self.logits = torch.zeros(
             cache.rows, model.lm_head.out_features, dtype=model.lm_head.weight.dtype, device=device
         )
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: Any = None
         self.reader = _Reader(cache.rows, device)
+        self.paused: torch.cuda.Event | None = None
 
     @torch.no_grad()
     def capture(self) -> None:
-        """Record a step as a CUDA graph. What the cache holds is lost: prompts come later.
+        """Record a step as a CUDA graph. What the cache holds is lost: prompts come later."""
+        self.allocate()
+        self.graph = self.record()
+        self.cache.restart()
+
+    @torch.no_grad()
+    def record(self) -> Any:
+        """A step as a CUDA graph.
 
         Everything that a step touches must be in its place, every kernel compiled and every
         library warmed up before; the generator is put back to where it was.
         """
-        device = self.cache.lengths.device
+        device = self.token.device
         random = torch.cuda.get_rng_state(device)
-        self.allocate()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(2):
                 self._advance()
         torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
             self._advance()
         torch.cuda.set_rng_state(random, device)
+        return graph
+
+    def pause(self) -> None:
+        """Let go of the model, for a time without a call: its life must not depend on ours."""
+        self.model = None
+        if self.token.is_cuda:
+            self.paused = torch.cuda.Event()
+            self.paused.record()
+
+    @torch.no_grad()
+    def resume(self, model: Any) -> None:
+        """Serve another call: an empty cache, and parameters of steps as they are now."""
+        self.model = model
+        if self.paused is not None:  # the last call's last step, perhaps on another stream
+            torch.cuda.current_stream(self.token.device).wait_event(self.paused)
         self.cache.restart()
+        self.cache.renew_operators(self._operators())
 
     @torch.no_grad()
     def allocate(self) -> None:
-        """Put all states in their place by reading one token; parameters of steps too."""
-        self.model(input_ids=self.token[:, None], past_key_values=self.cache, use_cache=True)
+        """Put all states in their place, as one row that reads a token has them; parameters too."""
+        one = DecodingCache(self.model.config, 1, 1, self.token.device)
+        self.model(input_ids=self.token[:1, None], past_key_values=one, use_cache=True)
+        self.cache.make_room(one)
         self.cache.start_steps(1)
+        self.cache.own_operators(self._operators())
+
+    def _operators(self) -> dict[int, StepOperators]:
         layers = enumerate(self.model.model.layers)
-        self.cache.own_operators(
-            {i: x.mixer.step_operators() for i, x in layers if isinstance(x.mixer, H3)}
-        )
+        return {i: x.mixer.step_operators() for i, x in layers if isinstance(x.mixer, H3)}
 
     @torch.no_grad()
     def choose(self) -> None:
@@ -272,7 +314,8 @@ def read_prompt(model: Any, cache: DecodingCache, ids: Tensor, chunk: int | None
     """Read prompts of equal length in chunks; returns the logits behind them, (B, vocab_size)."""
     if chunk is None:
         tokens = PREFILL_TOKENS.get(ids.device.type, PREFILL_TOKENS["cpu"])
-        chunk = max(ROUND, tokens // len(ids) // ROUND * ROUND)
+        step = ROUND if tokens // len(ids) >= ROUND else 16
+        chunk = max(step, tokens // len(ids) // step * step)
     for part in ids.split(chunk, dim=1):
         output = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1]

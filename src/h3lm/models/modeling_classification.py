@@ -34,7 +34,8 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         self.norm1 = _norm(config)
         self.mixer: Any = mixer(name).build(config.mixer_sizes)
         if name == "h3":
-            self.mixer.qkv_proj.gate_bias = config.h3_gate_bias  # for the initialisation too
+            projection: Any = self.mixer.qkv_proj
+            projection.gate_bias = config.h3_gate_bias  # a mark for the initialisation
         residual: list[Any] = [] if name != "attention" else [self.mixer.output_proj]
         self.mlp = None
         inner_width = config.inner_width(layer_idx)
@@ -57,18 +58,25 @@ class H3EncoderLayer(GradientCheckpointingLayer):
     def _residual(
         self, r: Tensor, norm: nn.Module, sublayer: Any, lengths: Tensor | None
     ) -> Tensor:
-        if self.pre_norm:
-            # in what the sublayer reads, so that it turns and casts nothing
-            dtype = _dtype_of_mixing(r)
-            last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
-            u = _normalise(norm, r, lengths, dtype=dtype, positions_last=last)
-            return r + self.dropout(sublayer(u, lengths))
-        return _normalise(norm, r + self.dropout(sublayer(r, lengths)), lengths)
+        if not self.pre_norm:
+            return _normalise(norm, self._added(r, r, sublayer, lengths), lengths)
+        # in what the sublayer reads, so that it turns and casts nothing
+        last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
+        u = _normalise(norm, r, lengths, dtype=_dtype_of_mixing(r), positions_last=last)
+        return self._added(r, u, sublayer, lengths)
 
-    def _mix(self, u: Tensor, lengths: Tensor | None) -> Tensor:
+    def _added(self, r: Tensor, u: Tensor, sublayer: Any, lengths: Tensor | None) -> Tensor:
+        """The residual stream r plus what the sublayer makes of u."""
+        dropped = self.training and self.dropout.p > 0
+        if sublayer == self._mix and not dropped and hasattr(self.mixer, "reads_positions_last"):
+            return self._mix(u, lengths, residual=r)
+        return r + self.dropout(sublayer(u, lengths))
+
+    def _mix(self, u: Tensor, lengths: Tensor | None, **residual: Tensor) -> Tensor:
         u = u.to(_dtype_of_mixing(u))
         # a causal mixer never sees the padding, since it stands behind
-        return self.mixer(u, lengths=lengths)[0] if self.both_ways else self.mixer(u)[0]
+        where = {"lengths": lengths} if self.both_ways else {}
+        return self.mixer(u, **where, **residual)[0]
 
 
 class H3ClassificationPreTrainedModel(H3PreTrainedModel):
@@ -138,6 +146,7 @@ class H3Encoder(H3ClassificationPreTrainedModel):
         attention_mask: Tensor | None = None,
         input_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        lengths: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -150,6 +159,8 @@ class H3Encoder(H3ClassificationPreTrainedModel):
                 there is seen.
             input_values: (B, L, C) numbers.
             inputs_embeds: (B, L, D) in place of both.
+            lengths: (B,), in place of a mask: how many positions of each row count, from its
+                beginning. No device is waited for, and shapes stay as they are.
             output_hidden_states: Whether to return what each layer saw.
             return_dict: False for a plain tuple.
             kwargs: Ignored, as the library passes more than a model needs.
@@ -159,20 +170,27 @@ class H3Encoder(H3ClassificationPreTrainedModel):
             behind it they mean nothing.
 
         Raises:
-            ValueError: if not exactly one input is given, or it is not one of this model.
+            ValueError: if not exactly one input is given, or it is not one of this model; or if
+                there are a mask and lengths.
         """
-        r, _, seen = self.run(self.embed(input_ids, input_values, inputs_embeds), attention_mask)
+        embeds = self.embed(input_ids, input_values, inputs_embeds)
+        r, _, seen = self.run(embeds, attention_mask, lengths)
         output = BaseModelOutput(
             last_hidden_state=r, hidden_states=(*seen[:-1], r) if output_hidden_states else None
         )
         return output if return_dict is not False else output.to_tuple()
 
     def run(
-        self, embeds: Tensor, attention_mask: Tensor | None
+        self, embeds: Tensor, attention_mask: Tensor | None, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Hidden states, how many of each row count (None: all), and what each layer saw."""
-        most = self.config.num_learned_positions or None
-        r, lengths = _to_the_front(embeds, attention_mask, most)
+        if lengths is None:
+            most = self.config.num_learned_positions or None
+            r, lengths = _to_the_front(embeds, attention_mask, most)
+        else:
+            if attention_mask is not None or lengths.shape != embeds.shape[:1]:
+                raise ValueError("give lengths (B,) in place of an attention_mask, not beside it")
+            r = _without_padding(embeds, lengths)
         if self.config.num_learned_positions:
             if r.shape[1] > self.config.num_learned_positions:
                 raise ValueError(
@@ -265,6 +283,7 @@ class H3ForSequenceClassification(H3ClassificationPreTrainedModel):
         input_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        lengths: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -279,6 +298,7 @@ class H3ForSequenceClassification(H3ClassificationPreTrainedModel):
             input_values: (B, L, C) or (B, 2, L, C) numbers.
             inputs_embeds: (B, L, D) or (B, 2, L, D).
             labels: (B,) classes.
+            lengths: (B,) or (B, 2), in place of a mask where padding stands behind each row.
             output_hidden_states: Whether to return what each layer saw.
             return_dict: False for a plain tuple.
             kwargs: `num_items_in_batch` for the loss; else ignored.
@@ -293,10 +313,11 @@ class H3ForSequenceClassification(H3ClassificationPreTrainedModel):
                 raise ValueError(f"a model of pairs takes inputs (B, 2, L), here it is {found}")
             embeds = embeds.flatten(0, 1)
             attention_mask = None if attention_mask is None else attention_mask.flatten(0, 1)
+            lengths = None if lengths is None else lengths.flatten()
         elif embeds.dim() != 3:
             found = tuple(embeds.shape[:-1])
             raise ValueError(f"a model of single rows takes inputs (B, L), here it is {found}")
-        hidden, lengths, seen = self.model.run(embeds, attention_mask)
+        hidden, lengths, seen = self.model.run(embeds, attention_mask, lengths)
         pooled = _pool(hidden, lengths, self.config.pooling)
         if self.config.two_documents:
             pooled = pooled.unflatten(0, (-1, 2))
@@ -365,9 +386,13 @@ def _to_the_front(
         longest = max(longest, padded)
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
     front = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
-    # an FFT would spread the rounding of whatever stands behind over the row
-    padding = torch.arange(longest, device=embeds.device) >= lengths[:, None]
-    return front.masked_fill(padding[..., None], 0), lengths
+    return _without_padding(front, lengths), lengths
+
+
+def _without_padding(embeds: Tensor, lengths: Tensor) -> Tensor:
+    """Zeros behind each row: an FFT would spread the rounding of what stands there over it."""
+    padding = torch.arange(embeds.shape[1], device=embeds.device) >= lengths[:, None]
+    return embeds.masked_fill(padding[..., None], 0)
 
 
 def _pool(hidden: Tensor, lengths: Tensor | None, how: str) -> Tensor:

@@ -27,9 +27,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from h3lm.layers import H3, Block, CausalAttention
 from h3lm.layers.attention import Rotation
 from h3lm.layers.long_conv import LongConv
-from h3lm.layers.step import Stream, add_norm, attend_step, can_advance
-from h3lm.models import decoding
-from h3lm.models.cache import DecodingCache, RingLayer, prepare_cache
+from h3lm.layers.step import Stream, add_norm, attend_step, can_advance, can_norm
+from h3lm.models import decoding, kept
+from h3lm.models.cache import DecodingCache, RingLayer, check_room, prepare_cache
 from h3lm.models.configuration_h3 import NOT_CAUSAL, H3Config
 from h3lm.models.loss import IGNORED, head_loss
 from h3lm.models.slices import RowSlice
@@ -281,6 +281,7 @@ class H3Model(H3PreTrainedModel):
             use_cache = bool(self.config.use_cache) and not self.training
         if past_key_values is not None or use_cache:
             past_key_values = prepare_cache(past_key_values, self.config)
+            check_room(past_key_values, inputs_embeds.shape[1])
         where, position_ids = self._where(
             inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q
         )
@@ -305,7 +306,8 @@ class H3Model(H3PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     def _can_advance(self, r: Tensor, cache: DecodingCache) -> bool:
-        return all(layer.can_advance(r, cache) for layer in self.layers)
+        blocks = all(layer.can_advance(r, cache) for layer in self.layers)
+        return blocks and can_norm(self.norm, r)
 
     def _advance(self, r: Tensor, where: Where, cache: DecodingCache) -> Tensor:
         """All layers and the last norm for one position of each row, (B, 1, D)."""
@@ -433,6 +435,16 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def train(self, mode: bool = True) -> "H3ForCausalLM":
+        """Switch mode; what `generate` kept on the device is freed for training."""
+        if mode:
+            kept.forget(self)
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "H3ForCausalLM":
+        kept.forget(self)
+        return super()._apply(*args, **kwargs)
+
     def get_output_embeddings(self) -> nn.Linear:
         """The language model head."""
         return self.lm_head
@@ -527,6 +539,9 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
     ) -> Any:
         # The library makes the cache; its layers for constant states are exchanged for ours
         given = model_kwargs.get("past_key_values") is not None
+        if given:
+            needed = kwargs.get("max_cache_length", args[-1] if args else 0)
+            check_room(model_kwargs["past_key_values"], needed)
         result = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )

@@ -1,8 +1,11 @@
 """The making of chunk operators as one operator of PyTorch, by the kernels of `operators_triton`.
 
-Complex tensors cross the border as real pairs. The kernels are imported at their first use.
+Complex tensors cross the border as real pairs. The kernels are imported at their first use, and
+compared with plain PyTorch on a small system before it: where they fail, that takes over.
 """
 
+import logging
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,6 +16,9 @@ MAX_MODES = 64
 CHUNK_LENGTHS = (16, 32, 64)
 
 _HAS_TRITON = find_spec("triton") is not None
+logger = logging.getLogger("h3lm.ssm")
+TOLERANCE = 1e-4  # both round to float32 what they make in float64 or as products of such
+NAMES = ("M", "K", "P", "F", "decay")
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -26,7 +32,8 @@ def can_fuse(a: Tensor, taps: Tensor | None, chunk_length: int) -> bool:
     if not has_kernels(a):
         return False
     single = a.dtype == torch.complex64 and (taps is None or taps.dtype == torch.float32)
-    return single and a.shape[1] <= MAX_MODES and chunk_length in CHUNK_LENGTHS
+    fits = single and a.shape[1] <= MAX_MODES and chunk_length in CHUNK_LENGTHS
+    return fits and _works(a.device)
 
 
 def fused_operators(
@@ -130,3 +137,63 @@ def _side_by_side(
 
 
 _forward.register_vmap(_side_by_side)
+
+
+@torch.compiler.assume_constant_result
+def _works(device: torch.device) -> bool:
+    """Whether the kernels may be used; inside of a CUDA graph nothing can be tried."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return capturing or not operators_fault(device)
+
+
+@cache
+def operators_fault(device: torch.device) -> str:
+    """What is wrong with the kernels on this machine; empty if they work."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            found = _compare(device)
+    except Exception as error:  # whatever a compiler may raise
+        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if found:
+        logger.warning("kernels that make operators are off, PyTorch takes over: %s", found)
+    return found
+
+
+def _compare(device: torch.device) -> str:
+    from h3lm.ssm import operators_triton
+
+    H, modes, n_taps, T = 3, 20, 64, 64  # two programs for each system, one of them not full
+    random = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device)
+
+    angle = normal(H, modes)
+    a = torch.view_as_real(torch.polar(0.99 - 0.1 * angle.abs() / (1 + angle.abs()), angle))
+    a, b, c = a.contiguous(), normal(H, modes, 2), normal(H, modes, 2)
+    skip, taps = normal(H), normal(H, n_taps)
+    made = operators_triton.make(a, b, c, skip, taps, T)
+    given = [x.requires_grad_() for x in (a, b, c, skip, taps)]
+    plain = _plain(a, b, c, skip, taps, T)
+    dM, dK, dP, dF, ddecay = (normal(*x.shape) for x in plain)
+    plain_back = torch.autograd.grad(plain, given, (dM, dK, dP, dF, ddecay))
+    a, b, c = (x.detach() for x in (a, b, c))
+    back = operators_triton.make_backward(dM, dK, dP, dF, ddecay, a, b, c, n_taps)
+    names = (*NAMES, "da", "db", "dc", "dskip", "dtaps")
+    for name, x, y in zip(names, (*made, *back), (*plain, *plain_back), strict=True):
+        error = float((x - y).norm().detach() / y.norm().detach())
+        if not error < TOLERANCE:
+            return f"{name} differs by {error:.1e}"
+    return ""
+
+
+def _plain(
+    a: Tensor, b: Tensor, c: Tensor, skip: Tensor, taps: Tensor, T: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`operators_triton.make` in plain PyTorch, differentiable."""
+    from h3lm.ssm.operators import DiagonalSystem  # it imports this module
+
+    a, b, c = (torch.view_as_complex(x) for x in (a, b, c))
+    made = DiagonalSystem(a, b, c, skip).plain_chunk_operators(taps, T)
+    assert made.F is not None
+    return made.M, made.K, made.P, made.F, torch.view_as_real(made.decay)

@@ -154,6 +154,10 @@ class DiagonalSystem:
         if can_fuse(self.a, taps, T):
             M, K, P, filters, decay = fused_operators(self.a, self.b, self.c, self.skip, taps, T)
             return ChunkOperators(M, K, P, filters, decay, system=self, taps=taps)
+        return self.plain_chunk_operators(taps, T)
+
+    def plain_chunk_operators(self, taps: Tensor | None, T: int) -> "ChunkOperators":
+        """`chunk_operators` in plain PyTorch, on any device."""
         response = self.filter(T)
         response = torch.cat([response[:, :1] + self.skip[:, None], response[:, 1:]], 1)
         into, out = self._power_tables(T)

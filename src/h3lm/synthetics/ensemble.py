@@ -13,6 +13,7 @@ import copy
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from h3lm.synthetics.tasks import IGNORED, Dataset, Split
 
 Schedule = Literal["cosine", "linear"]
 _SMALL_VOCABULARY = 64
+_AHEAD = 8
 
 # Of threads that train ensembles side by side, one at a time makes models, operates eagerly or
 # writes files: the generator of new models and much of what they are made with is common to all
@@ -184,16 +186,25 @@ class Ensemble:
             for part, shape in zip(flat.split(self._sizes, 1), self._shapes, strict=True)
         ]
         stacked = dict(zip(self._names, parts, strict=True))
-        together = vmap(lambda p, *args: functional_call(self._template, p, args))
-        return together(stacked, inputs, positions, keep)
 
-    def dropout(self, rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+        def one(parameters: dict[str, Tensor], *args: Any) -> Tensor:
+            return functional_call(self._template, parameters, args)
+
+        if len(flat) > 1:
+            return vmap(one)(stacked, inputs, positions, keep)
+        # an axis of one would cost a CPU a quarter of its step
+        alone, factors = ({name: x[0] for name, x in d.items()} for d in (stacked, keep))
+        return one(alone, inputs[0], positions[0], factors)[None]
+
+    def dropout(
+        self, models: int, rows: int, length: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """New factors of dropout, zero or 1/(1 - p), for one step."""
         config, found = self._config, {}
 
         def draw(name: str, rate: float, *shape: int) -> None:
             if rate:
-                kept = torch.empty(len(self), rows, *shape, device=self.device)
+                kept = torch.empty(models, rows, *shape, device=self.device)
                 found[name] = kept.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
 
         draw("embedding", config.embedding_dropout, length, config.hidden_size)
@@ -206,8 +217,8 @@ class Ensemble:
         self, splits: list[Split], rows_at_once: int | None = None
     ) -> tuple[list[float], list[float]]:
         """Accuracy and loss of each model over the answers of its rows."""
-        with TURN, self.on_stream():
-            scorer = _Scorer(self, splits, rows_at_once)
+        with TURN, _GATE.alone(), self.on_stream():
+            scorer = _Scorer(self, self.flat, splits, rows_at_once)
             scorer.run()
             return scorer.read()
 
@@ -228,30 +239,28 @@ class Ensemble:
         Returns:
             Whether there is a model: False where it was given up before the first look.
         """
-        tests = [member.data.test for member in self.members]
         with TURN, self.on_stream():
             trainer = _Trainer(self)
-            scorer = _Scorer(self, tests)
-            score = scorer.run if self.stream is None else capture(scorer.run, self.stream)
         start = time.perf_counter()
         every = max(1, trainer.steps_per_epoch // looks_per_epoch)
-        test_losses: list[float] = []
         while not trainer.done and not stop():
             with self.on_stream():
                 with _GATE.together():
                     count = trainer.run(every)
-                    score()
-                losses, (accuracies, test_losses) = trainer.losses(count), scorer.read()
-                trainer.record(losses, accuracies)
+                    trainer.score()
+                losses, accuracies = trainer.record(count)
             if report is not None:
                 elapsed = time.perf_counter() - start
                 report(Look(trainer.step, trainer.total_steps, elapsed, losses, accuracies))
-        if not test_losses:
+            if trainer.idle:
+                with TURN, self.on_stream():
+                    trainer.shrink()
+        if not trainer.step:
             return False
         with TURN, self.on_stream():
+            trainer.put_back()
             for i, member in enumerate(self.members):
                 member.model = self.model(i)
-                member.test_loss = test_losses[i]
         return True
 
     @contextmanager
@@ -275,7 +284,11 @@ class Ensemble:
 
 
 class _Gate:
-    """Lets threads replay graphs together, but none while one captures."""
+    """Lets threads replay graphs together, but none while one captures or works eagerly.
+
+    A replay that waits for room in its stream holds the driver's lock, for which each of the
+    thousands of launches of eager work would have to queue: it would take minutes.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -335,11 +348,16 @@ class _Scorer:
     """Accuracy and loss of each model over the answers of some rows, in tensors of fixed place."""
 
     def __init__(
-        self, ensemble: Ensemble, splits: list[Split], rows_at_once: int | None = None
+        self,
+        ensemble: Ensemble,
+        flat: Tensor,
+        splits: list[Split],
+        rows_at_once: int | None = None,
     ) -> None:
-        self.ensemble, self.rows = ensemble, _Rows.of(splits, "answers", ensemble.device)
+        self.ensemble, self.flat = ensemble, flat
+        self.rows = _Rows.of(splits, "answers", ensemble.device)
         self.rows_at_once = rows_at_once or (100 if ensemble.device.type == "cpu" else 500)
-        self.sums = torch.zeros(2, len(ensemble), device=ensemble.device)
+        self.sums = torch.zeros(2, len(flat), device=ensemble.device)
 
     @torch.no_grad()
     def run(self) -> None:
@@ -349,7 +367,7 @@ class _Scorer:
             inputs, positions, targets = (
                 x[:, start : start + self.rows_at_once] for x in self.rows
             )
-            logits = ensemble.logits(ensemble.flat, inputs, positions, {})
+            logits = ensemble.logits(self.flat, inputs, positions, {})
             nll = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
             right = logits.argmax(-1) == targets
             self.sums[0] += right.flatten(1).sum(1)
@@ -362,7 +380,10 @@ class _Scorer:
 
 
 class _Trainer:
-    """The optimiser, the order of the rows, and the captured step."""
+    """The optimiser, the order of the rows, and the captured step, of the models that still train.
+
+    Tensors of a place for each model hold those of `live` only, in its order.
+    """
 
     def __init__(self, ensemble: Ensemble) -> None:
         self.ensemble, members, device = ensemble, ensemble.members, ensemble.device
@@ -372,8 +393,10 @@ class _Trainer:
         self.steps_per_epoch = -(-rows // self.batch)
         self.lengths = [m.recipe.epochs * self.steps_per_epoch for m in members]
         self.total_steps, self.step = max(self.lengths), 0
-        self.data = _Rows.of([m.data.train for m in members], "targets", device)
         self.stops: list[int] = list(self.lengths)
+        self.live = list(range(len(members)))
+        self.flat = ensemble.flat.detach().clone().requires_grad_()
+        self.data = _Rows.of([m.data.train for m in members], "targets", device)
         self.falls = torch.full((len(members), 1), math.inf, device=device)  # from a stop on
         self.fall_length = torch.tensor(
             [[max(1.0, length // 10)] for length in self.lengths], device=device
@@ -394,14 +417,32 @@ class _Trainer:
             [[m.recipe.weight_decay] for m in members], device=device
         )
         self.loss = torch.zeros(len(members), device=device)
-        self.generator = torch.Generator(device).manual_seed(first.seed)
-        self.advance = self._advance
-        if ensemble.stream is not None:
-            self.advance = self._captured(ensemble.stream)
+        self.reached: deque[torch.cuda.Event] = deque()  # on the stream, every `_AHEAD` steps
+        self.known = [(math.nan, math.nan)] * len(members)  # loss and accuracy, of all models
+        self._make_ready()
+
+    def _make_ready(self) -> None:
+        """The step and the look for the tensors of now, captured on a GPU."""
+        tests = [self.ensemble.members[i].data.test for i in self.live]
+        self.scorer = _Scorer(self.ensemble, self.flat, tests)
+        self.generator = torch.Generator(self.ensemble.device)
+        self.generator.manual_seed(self.ensemble.members[0].seed + self.step)
+        self.advance, self.score = self._advance, self.scorer.run
+        if (stream := self.ensemble.stream) is not None:
+            self.advance = self._captured(stream)
+            self.score = capture(self.scorer.run, stream)
 
     @property
     def done(self) -> bool:
         return self.step >= max(self.stops)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is worth it to go on without the models that have stopped."""
+        left = sum(self.step < self.stops[i] for i in self.live)
+        # to capture anew takes seconds, in which no other ensemble trains
+        most = len(self.live) - 1 if self.ensemble.stream is None else 2 * len(self.live) // 3
+        return 0 < left <= most
 
     def run(self, count: int) -> int:
         """Take up to `count` steps; how many."""
@@ -412,26 +453,60 @@ class _Trainer:
                 self._reorder()
             self.advance()
             self.step += 1
+            self._keep_pace()
         return count
 
-    def losses(self, count: int) -> list[float]:
-        """Mean training loss of each model over the last `count` steps."""
-        return [x / count for x in self.loss.tolist()]
+    def _keep_pace(self) -> None:
+        """Stay at most two times `_AHEAD` steps ahead of the GPU, so that no launch has to wait."""
+        stream = self.ensemble.stream
+        if stream is None or self.step % _AHEAD:
+            return
+        self.reached.append(stream.record_event())
+        if len(self.reached) > 1:
+            self.reached.popleft().synchronize()
 
-    def record(self, losses: list[float], accuracies: list[float]) -> None:
-        """Note where each model stands, and begin to stop those that are done."""
-        for i, member in enumerate(self.ensemble.members):
+    def record(self, count: int) -> tuple[list[float], list[float]]:
+        """Note where each model stands after `count` steps, and begin to stop those that are done.
+
+        Returns:
+            Mean training loss since the last look and test accuracy of every model; of those that
+            have left, as they left.
+        """
+        losses, (accuracies, test_losses) = self.loss.tolist(), self.scorer.read()
+        for place, i in enumerate(self.live):
+            member = self.ensemble.members[i]
+            self.known[i] = losses[place] / count, accuracies[place]
             if member.steps >= self.stops[i]:
                 continue
             before = member.solved
             member.steps = min(self.step, self.stops[i])
-            member.curve.append((member.steps, losses[i], accuracies[i]))
+            member.curve.append((member.steps, *self.known[i]))
+            member.test_loss = test_losses[place]
             if member.solved and not before:
-                stop = self.step + int(self.fall_length[i])
+                stop = self.step + int(self.fall_length[place])
                 if stop < self.stops[i]:
                     self.stops[i] = stop
-                    self.falls[i] = stop
+                    self.falls[place] = stop
             member.finished = member.steps >= self.stops[i]
+        return [loss for loss, _ in self.known], [accuracy for _, accuracy in self.known]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give the ensemble the parameters of those that train here."""
+        self.ensemble.flat[self.live] = self.flat.detach()
+
+    def shrink(self) -> None:
+        """Go on without the models that have stopped."""
+        self.put_back()
+        places = [p for p, i in enumerate(self.live) if self.step < self.stops[i]]
+        self.live = [self.live[p] for p in places]
+        kept = torch.tensor(places, device=self.ensemble.device)
+        self.flat = self.flat.detach()[kept].requires_grad_()
+        self.data = _Rows(*(x[kept] for x in self.data))
+        for name in ("falls", "fall_length", "owner", "mean", "square", "decay", "loss"):
+            setattr(self, name, getattr(self, name)[kept])
+        self.rates, self.order = self.rates[:, kept], self.order[:, kept]
+        self._make_ready()
 
     def _reorder(self) -> None:
         width = self.steps_per_epoch * self.batch
@@ -451,13 +526,13 @@ class _Trainer:
 
     def _advance(self) -> None:
         """One step of every model; reads and writes tensors of fixed place only."""
-        ensemble, flat = self.ensemble, self.ensemble.flat
+        ensemble, flat = self.ensemble, self.flat
         order, present = (
             _at(x, self.counter % self.steps_per_epoch) for x in (self.order, self.present)
         )
-        model = torch.arange(len(ensemble), device=ensemble.device)[:, None]
+        model = torch.arange(len(flat), device=ensemble.device)[:, None]
         inputs, positions, targets = (x[model, order] for x in self.data)
-        keep = ensemble.dropout(self.batch, inputs.shape[2], self.generator)
+        keep = ensemble.dropout(len(flat), self.batch, inputs.shape[2], self.generator)
         logits = ensemble.logits(flat, inputs, positions, keep)
         nll = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
         loss = nll.view_as(targets).mean(2) @ present / present.sum()
@@ -481,13 +556,13 @@ class _Trainer:
 
     def _captured(self, stream: torch.cuda.Stream) -> Callable[[], None]:
         """The step as a CUDA graph; what it changed on the way is taken back."""
-        flat = self.ensemble.flat.detach().clone()
+        changed = (self.flat, self.mean, self.square, self.counter, self.loss)
+        before = [x.detach().clone() for x in changed]
         replay = capture(self._advance, stream, self.generator)
-        self.generator.manual_seed(self.ensemble.members[0].seed)
+        self.generator.manual_seed(self.ensemble.members[0].seed + self.step)
         with torch.no_grad():
-            self.ensemble.flat.copy_(flat)
-            for x in (self.mean, self.square, self.counter, self.loss):
-                x.zero_()
+            for x, old in zip(changed, before, strict=True):
+                x.copy_(old)
         return replay
 
 
@@ -504,15 +579,16 @@ def capture(
     Returns:
         What replays it.
     """
-    for _ in range(3):
-        work()
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
     # other threads wait for their own work meanwhile, which the strictest mode forbids
     thread_local = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-    with _GATE.alone(), thread_local:
-        work()
+    with _GATE.alone():
+        for _ in range(3):
+            work()
+        with thread_local:
+            work()
     return graph.replay
 
 

@@ -1,5 +1,6 @@
 """Pictures of the lab."""
 
+import re
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from h3lm.synthetics.report import CUT
 from h3lm.synthetics.settings import SETTINGS
 
 if TYPE_CHECKING:
@@ -103,7 +105,11 @@ def _accuracy(report: "Report") -> Figure:
         _paper_marks(axis, setting, mixers)
         for baseline in report.baselines[setting]:
             axis.axhline(100 * baseline["accuracy"], color="0.6", linewidth=0.8, linestyle=":")
-        axis.set_xticks(range(len(mixers)), mixers, rotation=30, ha="right", fontsize=8)
+        names = [
+            mixer if all(r.finished for r in _shown(report, setting, mixer)) else f"{mixer} {CUT}"
+            for mixer in mixers
+        ]
+        axis.set_xticks(range(len(mixers)), names, rotation=30, ha="right", fontsize=8)
         axis.set_title(f"{setting} (dotted: rules that learn nothing)", fontsize=9)
         axis.set_ylabel("accuracy, %")
         axis.set_ylim(0, 103)
@@ -194,8 +200,9 @@ def _pairs(report: "Report", settings: list[str]) -> Figure:
 
 
 def _pairs_of(setting: str) -> int:
-    digits = setting.rpartition("-")[2].lstrip("k")
-    return int(digits) if digits.isdigit() else 0
+    """Pairs of a setting's name: mqar-8, or mqar-8-l128-k16 where they were altered."""
+    found = re.search(r"-k(\d+)", setting) or re.search(r"mqar-(\d+)", setting)
+    return int(found[1]) if found else 0
 
 
 def _shown(report: "Report", setting: str, mixer: str) -> "list[Run]":

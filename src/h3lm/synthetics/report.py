@@ -10,7 +10,7 @@ from typing import Any
 from h3lm.errors import UserError
 from h3lm.synthetics.settings import MIXERS_BY_DEFAULT, PAPER_LONGER, SETTINGS
 
-_CUT = "†"
+CUT = "†"  # marks what the time allowed cut short
 CURVE_POINTS = 40  # the whole grid of seven tasks stays below a megabyte
 _COLUMNS = (
     "mixer", "paper", "one recipe", "lr", "best of the search", "lr", "steps", "loss",
@@ -165,16 +165,16 @@ class Report:
         return list(dict.fromkeys(run.setting for run in self.runs))
 
     def mixers(self, setting: str) -> list[str]:
-        """Mixers of a setting, the default ones first."""
+        """Mixers of a setting, the default ones first, others by name."""
         found = dict.fromkeys(r.mixer for r in self.runs if r.setting == setting)
         known = {mixer: i for i, mixer in enumerate(MIXERS_BY_DEFAULT)}
-        return sorted(found, key=lambda mixer: known.get(mixer, len(known)))
+        return sorted(found, key=lambda mixer: (known.get(mixer, len(known)), mixer))
 
     def select(self, setting: str, mixer: str, kind: str) -> list[Run]:
         """Runs of one kind: those of the recipe, or those of the search's best rate.
 
         The rate (and the schedule, where a folder holds several) is chosen by the mean test
-        accuracy at the end, and by its loss where that is equal.
+        accuracy at the end; where that is equal, by how many are finished and then by the loss.
         """
         runs = [r for r in self.runs if (r.setting, r.mixer, r.kind) == (setting, mixer, kind)]
         if not runs:
@@ -184,9 +184,10 @@ class Report:
         for run in runs:
             groups.setdefault((run.learning_rate, run.planned_steps), []).append(run)
 
-        def merit(same: list[Run]) -> tuple[float, float]:
-            loss = fmean(r.test_loss for r in same)
-            return fmean(r.accuracy for r in same), -math.inf if math.isnan(loss) else -loss
+        def merit(same: list[Run]) -> tuple[float, float, float]:
+            loss, finished = fmean(r.test_loss for r in same), fmean(r.finished for r in same)
+            worth = -math.inf if math.isnan(loss) else -loss
+            return fmean(r.accuracy for r in same), finished, worth
 
         best = max(groups.values(), key=merit)
         return sorted(best, key=lambda run: run.seed)
@@ -203,7 +204,32 @@ class Report:
         """All tables, under what they were made by."""
         calls = [f"- {call}" for call in self.calls]
         tables = [self._table(setting) for setting in self.settings()]
-        return "\n".join(["# Expressivity lab", "", *calls, *([""] if calls else []), *tables])
+        head = ["# Expressivity lab", "", *calls, *([""] if calls else [])]
+        return "\n".join([*head, *self._beside_the_paper(), *tables])
+
+    def _beside_the_paper(self) -> list[str]:
+        """One table of the settings of which the paper has figures; none for fewer than two."""
+        settings = [s for s in self.settings() if s in SETTINGS and SETTINGS[s].paper]
+        if len(settings) < 2:
+            return []
+        kinds = ("paper", "one recipe", "best of the search")
+        columns = [f"{setting}, {kind}" for setting in settings for kind in kinds]
+        lines = [
+            "## Beside the paper's table",
+            "",
+            f"| mixer | {' | '.join(columns)} |",
+            "|---" * (1 + len(columns)) + "|",
+        ]
+        for mixer in dict.fromkeys(m for s in settings for m in self.mixers(s)):
+            cells = [mixer]
+            for setting in settings:
+                paper = SETTINGS[setting].paper
+                seeds = len({run.seed for run in self.runs if run.setting == setting})
+                cells.append(f"{paper[mixer]:.1f}" if mixer in paper else "-")
+                for kind in ("recipe", "search"):
+                    cells.append(_cells(self.select(setting, mixer, kind), seeds)[0])
+            lines.append(f"| {' | '.join(cells)} |")
+        return [*lines, ""]
 
     def _table(self, setting: str) -> str:
         paper = SETTINGS[setting].paper if setting in SETTINGS else {}
@@ -215,6 +241,7 @@ class Report:
             f"| {' | '.join(_COLUMNS)} |",
             "|---" * len(_COLUMNS) + "|",
         ]
+        seeds = len({run.seed for run in self.runs if run.setting == setting})
         for mixer in self.mixers(setting):
             recipe, search = (self.select(setting, mixer, kind) for kind in ("recipe", "search"))
             shown = search or recipe
@@ -222,7 +249,7 @@ class Report:
             cells = [
                 mixer,
                 f"{paper[mixer]:.1f}" if mixer in paper else "-",
-                *(cell for runs in (recipe, search) for cell in _cells(runs)),
+                *(cell for runs in (recipe, search) for cell in _cells(runs, seeds)),
                 f"{fmean(r.steps for r in shown):,.0f}",
                 _loss(shown),
                 f"{size['parameters']:,}",
@@ -245,7 +272,7 @@ class Report:
             cut = [r for r in runs if not r.finished]
             if cut:
                 lines.append(
-                    f"{_CUT} {mixer}: {len(cut)} of {len(runs)} trainings were cut short by the "
+                    f"{CUT} {mixer}: {len(cut)} of {len(runs)} trainings were cut short by the "
                     f"time allowed, at step {max(r.steps for r in cut):,} of "
                     f"{max(r.planned_steps for r in cut):,}, their rate still high."
                 )
@@ -283,11 +310,13 @@ class Report:
         return [*lines, ""]
 
 
-def _cells(runs: list[Run]) -> tuple[str, str]:
+def _cells(runs: list[Run], seeds: int) -> tuple[str, str]:
+    """Accuracy, with what sets it apart from others of its table, and rate."""
     if not runs:
         return "-", "-"
-    cut = "" if all(r.finished for r in runs) else f" {_CUT}"
-    return _spread([r.accuracy for r in runs]) + cut, f"{runs[0].learning_rate:g}"
+    fewer = "" if len(runs) == seeds else f" ({len(runs)} of {seeds} seeds)"
+    cut = "" if all(r.finished for r in runs) else f" {CUT}"
+    return _spread([r.accuracy for r in runs]) + fewer + cut, f"{runs[0].learning_rate:g}"
 
 
 def _loss(runs: list[Run]) -> str:

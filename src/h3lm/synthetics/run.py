@@ -35,6 +35,7 @@ from h3lm.synthetics.tasks import Baseline, Dataset, Task, check_known, make_tas
 NUM_LAYERS = 2
 SEARCH_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SEARCH_LENGTH = 2  # times the recipe's epochs
+_ROWS = ("num_train", "num_test")
 SIDE_BY_SIDE = 4  # jobs on one GPU: their kernels are too small to fill it
 _GIVEN_UP = threading.Event()  # set where a person stops jobs that are threads
 Say = Callable[[str], None]
@@ -89,7 +90,7 @@ def plan(
         max_steps: See `Plan`.
         device: "cpu", "cuda" or another of torch's.
         early_stop: See `Plan`.
-        options: Of the task, in place of the setting's: vocab_size, length, num_pairs.
+        options: In place of the setting's: vocab_size, length, num_pairs, num_train, num_test.
 
     Raises:
         UserError: if a name is unknown, or the task or the model cannot be made so.
@@ -102,6 +103,9 @@ def plan(
         raise UserError(f"max_steps={max_steps} must be positive")
     settings = {}
     given = {name: value for name, value in options.items() if value is not None}
+    for name in _ROWS:
+        if given.get(name, 1) < 1:
+            raise UserError(f"{name}={given[name]} must be positive")
     for name in tasks:
         check_known("task", name, SETTINGS)
         setting = SETTINGS[name]
@@ -252,15 +256,16 @@ def run(
             say(f"{name} {mixer}: {len(wanted)} model(s) on {', '.join(devices)}")
             jobs.append(Job(name, setting, mixer, wanted, devices[0], out, deadline))
     jobs.sort(key=lambda job: -job.steps)  # stable: the longest first
-    unfinished, call = [], _describe_call(plan, devices)
+    unfinished, came, calls = [], [], list(report.calls)
     for job, outcome in _outcomes(jobs, devices, workers, progress):
         if outcome is None or not all(run.finished for run in outcome.runs):
             unfinished.append(f"{job.name} {job.mixer}")
         if outcome is None:
             continue
         report.add(job.name, job.mixer, outcome.runs, outcome.size)
-        if call not in report.calls:
-            report.calls.append(call)
+        came.append(job)
+        call = _describe_call(came, devices)
+        report.calls = calls if call in calls else [*calls, call]
         _measure_baselines(report, job.name, job.setting)
         report.write()
         say(f"{job.name} {job.mixer}: {report.summary(job.name, job.mixer)}")
@@ -322,11 +327,13 @@ def _outcomes(
         raise failures[0]
 
 
-def _describe_call(plan: Plan, devices: list[str]) -> str:
+def _describe_call(jobs: list[Job], devices: list[str]) -> str:
+    settings = dict.fromkeys(job.name for job in jobs)
+    mixers = dict.fromkeys(job.mixer for job in jobs)
     device = torch.device(devices[0])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     return (
-        f"{date.today()}: {', '.join(plan.settings)} by {', '.join(plan.mixers)} on {name}, "
+        f"{date.today()}: {', '.join(settings)} by {', '.join(mixers)} on {name}, "
         f"torch {torch.__version__}, h3lm {__version__}"
     )
 
@@ -528,15 +535,28 @@ def _mean_baselines(setting: Setting, seeds: list[int], length: int) -> list[dic
 def _altered(setting: Setting, options: dict[str, int]) -> Setting:
     old = setting.task
     fields = {f.name: getattr(old, f.name) for f in dataclasses.fields(old)}  # type: ignore[arg-type]
-    for option in options:
+    chosen = {option: value for option, value in options.items() if option not in _ROWS}
+    for option in chosen:
         check_known(f"option of {old.name}", option, fields)
-    task = make_task(old.name, **{**fields, **options})
-    longer = tuple(task.length * i for i in (1, 2, 4)) if setting.test_lengths else ()
-    return replace(setting, task=task, test_lengths=longer, paper={})
+    task = make_task(old.name, **{**fields, **chosen})
+    longer = setting.test_lengths
+    if longer and task != old:
+        longer = tuple(task.length * i for i in (1, 2, 4))
+    return replace(
+        setting,
+        task=task,
+        test_lengths=longer,
+        paper={},
+        num_train=options.get("num_train", setting.num_train),
+        num_test=options.get("num_test", setting.num_test),
+    )
 
 
 def _label(name: str, options: dict[str, int]) -> str:
-    short = {"vocab_size": "v", "length": "l", "num_pairs": "k"}
+    short = {
+        "vocab_size": "v", "length": "l", "num_pairs": "k",
+        "num_train": "rows", "num_test": "tests",
+    }  # fmt: skip
     return "-".join([name, *(f"{short.get(o, o)}{value}" for o, value in options.items())])
 
 

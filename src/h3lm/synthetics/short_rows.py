@@ -9,6 +9,7 @@ the same.
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,15 +31,17 @@ MAX_LENGTH = 64
 def shorten(model: nn.Module) -> None:
     """Let the mixers of a model run rows of up to `MAX_LENGTH` positions by a Toeplitz product.
 
-    They return no state then. Longer rows run as ever, in plain PyTorch, which `vmap` knows.
+    They return no state then. Longer rows run as ever, in plain PyTorch, which `vmap` knows; but
+    S4's convolve with kept spectra where gradients are off, which it does not: they stay here.
     """
     for module in model.modules():
         if isinstance(module, H3):
             module.backend = "torch"
-            module.forward = _for_short(module.forward, module, _h3, 1)  # type: ignore[method-assign]
+            module.forward = _for_short(module.forward, module, _h3, 1, MAX_LENGTH)  # type: ignore[method-assign]
         elif isinstance(module, Recurrence):
             module.backend = "torch"
-            module.mix = _for_short(module.mix, module, _mix, 2)  # type: ignore[method-assign]
+            longest = None if isinstance(module, S4) else MAX_LENGTH
+            module.mix = _for_short(module.mix, module, _mix, 2, longest)  # type: ignore[method-assign]
 
 
 def attend(
@@ -72,11 +75,8 @@ def response(system: DiagonalSystem | DPLRSystem, length: int) -> Float[Tensor, 
 def convolve(taps: Float[Tensor, "H L"], x: Float[Tensor, "H rows L"]) -> Float[Tensor, "H rows L"]:
     """Causal convolution of each channel's rows with its taps, as one matrix product."""
     L = x.shape[-1]
-    at = torch.arange(L, device=x.device)
-    lag = (at - at[:, None]).flatten()  # [u, t] -> t - u; negative ones match no tap
-    shifts = (lag == at[:, None]).to(x.dtype)
     # the matrix by a product too: the gradient of an index is a sum of scattered elements
-    return x @ (taps.to(x.dtype) @ shifts).unflatten(-1, (L, L))
+    return x @ (taps.to(x.dtype) @ _shifts(L, x.dtype, x.device)).unflatten(-1, (L, L))
 
 
 def _for_short(
@@ -84,9 +84,11 @@ def _for_short(
     mixer: nn.Module,
     short: Callable[[Any, Tensor], Tensor],
     length_axis: int,
+    longest: int | None,
 ) -> Callable[..., Any]:
     def run(u: Tensor, state: Any = None, *args: Any, **where: Any) -> Any:
-        if u.shape[length_axis] > MAX_LENGTH or state is not None:
+        too_long = longest is not None and u.shape[length_axis] > longest
+        if too_long or state is not None:
             return usual(u, state, *args, **where)
         return short(mixer, u), None
 
@@ -160,5 +162,20 @@ def _krylov(system: DPLRSystem, length: int) -> Tensor:
 
 
 def _with_skip(taps: Tensor, skip: Tensor) -> Tensor:
-    first = (torch.arange(taps.shape[-1], device=taps.device) == 0).to(taps.dtype)
-    return taps + skip[..., None] * first
+    return taps + skip[..., None] * _first(taps.shape[-1], taps.dtype, taps.device)
+
+
+# Made once: as part of every step they were one operation in fifteen. On a GPU that is while a
+# first pass warms up, before anything is captured.
+@cache
+def _shifts(length: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "L L_squared"]:
+    """1 where column (u, t) is t - u = row; negative lags match no row."""
+    at = torch.arange(length, device=device)
+    lag = (at - at[:, None]).flatten()
+    return (lag == at[:, None]).to(dtype)
+
+
+@cache
+def _first(length: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " L"]:
+    """(1, 0, 0, ...)."""
+    return (torch.arange(length, device=device) == 0).to(dtype)

@@ -42,6 +42,8 @@ class ClassificationSettings:
         gain_db: Signals in training: louder or softer by up to so much.
         noise: Signals in training: white noise of up to so many standard deviations of the row.
         stretch: Signals in training: played faster or slower by up to this part.
+        graphs: Whether a GPU replays steps as CUDA graphs (`train.graphs`); with one process and
+            whole batches.
     """
 
     seeds: int = 1
@@ -52,6 +54,7 @@ class ClassificationSettings:
     gain_db: float = 0.0
     noise: float = 0.0
     stretch: float = 0.0
+    graphs: bool = False
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Self:
@@ -171,7 +174,7 @@ class ExampleOrder(BlockOrder):
 class ExampleCollator:
     """Examples to a batch for `H3ForSequenceClassification`.
 
-    Rows are padded to the longest of the batch; there is a mask if any is.
+    Rows are padded behind, to the longest of the batch; there are lengths if any is.
 
     Args:
         kind: What the rows are.
@@ -182,7 +185,7 @@ class ExampleCollator:
         self.kind, self.unit = kind, unit
 
     def __call__(self, examples: list[Example]) -> dict[str, Tensor]:
-        """`input_ids` or `input_values`, `labels`, and `attention_mask` where it hides anything."""
+        """`input_ids` or `input_values`, `labels`, and `lengths` where there is padding."""
         rows = [row for example in examples for row in example.rows]
         lengths = np.array([len(row) for row in rows])
         longest = int(lengths.max())
@@ -197,7 +200,7 @@ class ExampleCollator:
             "labels": np.array([example.label for example in examples]),
         }
         if lengths.min() < longest:
-            batch["attention_mask"] = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
+            batch["lengths"] = lengths
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         if self.kind.rows_per_example > 1:
             pairs = self.kind.rows_per_example

@@ -57,6 +57,9 @@ def finish(trainer: H3Trainer, test: list[HeldOut], tokenizer: Any, console: Con
         if len(trainer.valid) > 1:
             by_source = {one.source: metrics[f"eval_loss_{one.source}"] for one in trainer.valid}
             summary["val_loss_by_source"] = by_source
+        found = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        best = min(found, key=lambda entry: entry["eval_loss"])
+        summary |= {"best_val_loss": best["eval_loss"], "best_step": best["step"]}
         console.print(_told("validation", trainer.valid, metrics["eval_loss"]), highlight=False)
     if tested is not None:
         summary |= _score_summary(recipe, "test", test, tested.loss)

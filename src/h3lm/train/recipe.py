@@ -161,6 +161,9 @@ class Recipe:
     verify_data: bool = key(True, "compare the data's checksums at the start", free=True)
     save_every: int | None = key(None, "how often a checkpoint is written", "steps", free=True)
     keep_checkpoints: int = key(2, "how many of them are kept", "checkpoints", free=True)
+    keep_best: bool = key(
+        False, "keep the weights of the lowest validation loss too, in best/", free=True
+    )
     sample: str = key("", "prompt to continue when the run is done; no sample if empty", free=True)
     sample_tokens: int = key(300, "length of that sample", "tokens", free=True)
 
@@ -205,6 +208,12 @@ class Recipe:
             raise UserError(
                 "init_from brings its own model: a recipe that has it gives no preset and no model"
             )
+        for name in ("test", "keep_best"):
+            if self.task == "classification" and getattr(self, name):
+                raise UserError(
+                    f"{name} is for language models: classifiers are always tested, by their last "
+                    "weights"
+                )
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise UserError(f"micro_batch_size={micro} must divide batch_size={self.batch_size}")

@@ -1,6 +1,7 @@
 """Hugging Face's Trainer with what is ours: groups, schedule, evaluation, checkpoints."""
 
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.utils import logging as library_logging
 from h3lm.errors import UserError
 from h3lm.evals.perplexity import TextScore, score_tokens
 from h3lm.models import H3Config, H3ForCausalLM
+from h3lm.models.folders import save_model
 from h3lm.models.slices import share_rows, whole_rows
 from h3lm.train import checkpoints
 from h3lm.train.arguments import precision_of
@@ -163,8 +165,23 @@ class H3Trainer(Trainer):
         if len(parts) > 1:
             metrics |= {f"eval_loss_{source}": part.loss for source, part in parts.items()}
         self.evaluated = self.state.global_step, metrics
+        before = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
         self.log(metrics)
+        if self.recipe.keep_best and all(score.loss < loss for loss in before):
+            with self.speed.aside():
+                self._save_best()
         return metrics
+
+    def _save_best(self) -> None:
+        """Write the weights as they are into `best`; all must come here."""
+        weights = whole_weights(self.model) if is_sharded(self.model) else None
+        if is_first():
+            best, aside = self.recipe.folder / "best", self.recipe.folder / "best.part"
+            shutil.rmtree(aside, ignore_errors=True)
+            save_model(self.model, aside, self.processing_class, weights)
+            shutil.rmtree(best, ignore_errors=True)
+            aside.rename(best)
+        wait_for_all()
 
     def score(self, text: HeldOut) -> TextScore:
         """The score of all processes together, each on its share; all must come here."""

@@ -35,7 +35,6 @@ from h3lm.flashconv.kernels.launch import (
     saved_states_shape,
     segment_length,
     strides,
-    summed_output,
 )
 from h3lm.flashconv.kernels.tile import (
     T,
@@ -48,7 +47,6 @@ from h3lm.flashconv.kernels.tile import (
     join_states,
     load_complex,
     load_row_states,
-    members,
     mode_of_row,
     part_of_row,
     place_all,
@@ -168,7 +166,7 @@ def tile_masks(
 
 @gluon.jit
 def forward_copies(
-    q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, key, value,
+    q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, channel,
     q_row, q_channel, k_row, k_channel, v_row, v_channel,
     B, L, total, segments, row_in_tile, inner,
     ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr,
@@ -177,14 +175,14 @@ def forward_copies(
     source, begin, length = segment_of(row, L, total, segments, SEGMENTED)
     position = tile * (C // ROWS * T)
     mask, mask_back = tile_masks(row, position, begin, B, length, row_in_tile, inner, ROWS, EVEN)
-    k_base = tile_base(k, source, key, begin + position, k_row, k_channel)
+    k_base = tile_base(k, source, channel, begin + position, k_row, k_channel)
     k_at = in_tile_offsets(row_in_tile, inner, k_row, ROWS)
     copy(k_tile, k_base + k_at, mask, EVEN)
     copy(h_tile, k_base - T + k_at, mask_back, False)
-    v_base = tile_base(v, source, value, begin + position, v_row, v_channel)
+    v_base = tile_base(v, source, channel, begin + position, v_row, v_channel)
     copy(v_tile, v_base + in_tile_offsets(row_in_tile, inner, v_row, ROWS), mask, EVEN)
     if q is not None:
-        q_base = tile_base(q, source, key, begin + position, q_row, q_channel)
+        q_base = tile_base(q, source, channel, begin + position, q_row, q_channel)
         copy(q_tile, q_base + in_tile_offsets(row_in_tile, inner, q_row, ROWS), mask, EVEN)
     async_copy.commit_group()
 
@@ -201,7 +199,7 @@ def forward_kernel(
     q, k, v, o, F, M, K, P, decay, carry, start, end, tile_states,
     q_row, q_channel, k_row, k_channel, v_row, v_channel,
     B, D, L, rows_per_program, tiles, total, segments,
-    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr, HEAD_DIM: gl.constexpr,
+    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr,
 ):  # fmt: skip
     """Forward pass; strides and the length are multiples of 16, o is contiguous."""
     STAGES: gl.constexpr = 2
@@ -209,7 +207,6 @@ def forward_kernel(
     dtype: gl.constexpr = k.dtype.element_ty
     mma: gl.constexpr = PRODUCT_4
     channel = gl.program_id(0) % D
-    head, key, value = members(channel, HEAD_DIM)
     first_row = gl.program_id(0) // D * rows_per_program
     time = gl.arange(0, T, gl.SliceLayout(0, COPY_4))
     column = gl.arange(0, C, gl.SliceLayout(1, COPY_4))
@@ -221,15 +218,6 @@ def forward_kernel(
     zero_modes = gl.zeros([N // 2, 8], gl.float32, MODES_4)
     zero = gl.zeros([T, C], gl.float32, mma)
 
-    square = column[:, None] * T + time[None, :]
-    state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
-    state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
-    F0 = to_shared(F + key * 2 * T * T, square, dtype)
-    F1 = to_shared(F + key * 2 * T * T + T * T, square, dtype)
-    K_c = to_shared(K + head * N * T, state_row[:, None] * T + time[None, :], dtype)
-    if o is not None:
-        M_c = to_shared(M + head * T * T, square, dtype)
-        P_c = to_shared(P + head * N * T, column[:, None] * N + state_column[None, :], dtype)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     h_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
@@ -237,18 +225,28 @@ def forward_kernel(
         q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     else:
         q_tiles = v_tiles
-    decay_re, decay_im = load_complex(decay + head * N, modes, None)
+    # the first tile is on its way while operators are loaded
+    forward_copies(
+        q, k, v, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
+        0, first_row, channel, q_row, q_channel, k_row, k_channel, v_row, v_channel,
+        B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
+    )  # fmt: skip
+    square = column[:, None] * T + time[None, :]
+    state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
+    state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
+    F0 = to_shared(F + channel * 2 * T * T, square, dtype)
+    F1 = to_shared(F + channel * 2 * T * T + T * T, square, dtype)
+    K_c = to_shared(K + channel * N * T, state_row[:, None] * T + time[None, :], dtype)
+    if o is not None:
+        M_c = to_shared(M + channel * T * T, square, dtype)
+        P_c = to_shared(P + channel * N * T, column[:, None] * N + state_column[None, :], dtype)
+    decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
     chunk_im = decay_im[:, None]
     x_re = gl.zeros([N // 2], gl.float32, gl.SliceLayout(1, MODES_4))
     x_im = x_re
 
-    forward_copies(
-        q, k, v, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
-        0, first_row, key, value, q_row, q_channel, k_row, k_channel, v_row, v_channel,
-        B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
-    )  # fmt: skip
     steps = rows_per_program // ROWS * tiles
     for step in range(steps):
         tile = step % tiles
@@ -267,7 +265,7 @@ def forward_kernel(
             next_row = first_row + (step + 1) // tiles * ROWS
             forward_copies(
                 q, k, v, q_tiles.index(other), k_tiles.index(other), h_tiles.index(other),
-                v_tiles.index(other), (step + 1) % tiles, next_row, key, value,
+                v_tiles.index(other), (step + 1) % tiles, next_row, channel,
                 q_row, q_channel, k_row, k_channel, v_row, v_channel,
                 B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
             )  # fmt: skip
@@ -393,7 +391,7 @@ def backward_tile(step, first_row, tiles, ROWS: gl.constexpr):
 
 @gluon.jit
 def backward_copies(
-    q, k, v, do, q_tile, k_tile, h_tile, v_tile, do_tile, tile, row, key, value,
+    q, k, v, do, q_tile, k_tile, h_tile, v_tile, do_tile, tile, row, channel,
     q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
     B, L, total, segments, row_in_tile, inner,
     ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr,
@@ -402,10 +400,10 @@ def backward_copies(
     source, begin, length = segment_of(row, L, total, segments, SEGMENTED)
     position = tile * (C // ROWS * T)
     mask, _ = tile_masks(row, position, begin, B, length, row_in_tile, inner, ROWS, EVEN)
-    do_base = tile_base(do, source, value, begin + position, do_row, do_channel)
+    do_base = tile_base(do, source, channel, begin + position, do_row, do_channel)
     copy(do_tile, do_base + in_tile_offsets(row_in_tile, inner, do_row, ROWS), mask, EVEN)
     forward_copies(
-        q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, key, value,
+        q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, channel,
         q_row, q_channel, k_row, k_channel, v_row, v_channel,
         B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
     )  # fmt: skip
@@ -417,7 +415,7 @@ def backward_kernel(
     dF, dM, dK, dP, ddecay, dcarry, dstart,
     q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
     B, D, L, rows_per_program, tiles, total, segments,
-    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr, HEAD_DIM: gl.constexpr,
+    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr,
 ):  # fmt: skip
     """Every gradient in one launch, tiles from last to first; arguments as in plain Triton."""
     STAGES: gl.constexpr = 2
@@ -427,7 +425,6 @@ def backward_kernel(
     vector: gl.constexpr = gl.SliceLayout(1, MODES_8)
     program = gl.program_id(0)
     channel = program % D
-    head, key, value = members(channel, HEAD_DIM)
     first_row = program // D * rows_per_program
     time = gl.arange(0, T, gl.SliceLayout(0, COPY_8))
     column = gl.arange(0, C, gl.SliceLayout(1, COPY_8))
@@ -442,19 +439,26 @@ def backward_kernel(
     zero_modes = gl.zeros([N // 2, 8], gl.float32, MODES_8)
     zero = gl.zeros([T, C], gl.float32, mma)
 
-    square = column[:, None] * T + time[None, :]
-    state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
-    state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
-    F0 = to_shared(F + key * 2 * T * T, square, dtype)
-    F1 = to_shared(F + key * 2 * T * T + T * T, square, dtype)
-    K_c = to_shared(K + head * N * T, state_row[:, None] * T + time[None, :], dtype)
-    M_c = to_shared(M + head * T * T, square, dtype)
-    P_c = to_shared(P + head * N * T, column[:, None] * N + state_column[None, :], dtype)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     h_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
+    tile, tile_row = backward_tile(0, first_row, tiles, ROWS)
+    backward_copies(
+        q, k, v, do, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
+        do_tiles.index(0), tile, tile_row, channel,
+        q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
+        B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
+    )  # fmt: skip
+    square = column[:, None] * T + time[None, :]
+    state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
+    state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
+    F0 = to_shared(F + channel * 2 * T * T, square, dtype)
+    F1 = to_shared(F + channel * 2 * T * T + T * T, square, dtype)
+    K_c = to_shared(K + channel * N * T, state_row[:, None] * T + time[None, :], dtype)
+    M_c = to_shared(M + channel * T * T, square, dtype)
+    P_c = to_shared(P + channel * N * T, column[:, None] * N + state_column[None, :], dtype)
     w_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
     dy_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
     x_tile = gl.allocate_shared_memory(dtype, [C, N], SQUARE)
@@ -466,7 +470,7 @@ def backward_kernel(
     dv_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
     x_totals = gl.allocate_shared_memory(gl.float32, [N // 2, 8, 2], TOTALS)
     g_totals = gl.allocate_shared_memory(gl.float32, [N // 2, 8, 2], TOTALS)
-    decay_re, decay_im = load_complex(decay + head * N, modes, None)
+    decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
     chunk_im = decay_im[:, None]
@@ -485,13 +489,6 @@ def backward_kernel(
     )
 
     steps = rows_per_program // ROWS * tiles
-    tile, tile_row = backward_tile(0, first_row, tiles, ROWS)
-    backward_copies(
-        q, k, v, do, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
-        do_tiles.index(0), tile, tile_row, key, value,
-        q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
-        B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
-    )  # fmt: skip
     if ROWS == 1:  # states are loaded one tile ahead: behind the copies a load would wait for them
         saved_at = ((tile_row.to(gl.int64) * D + channel) * tiles + tile) * N
         next_re, next_im = load_complex(tile_states + saved_at, modes, tile_row < B)
@@ -553,7 +550,7 @@ def backward_kernel(
             next_tile, next_row = backward_tile(step + 1, first_row, tiles, ROWS)
             backward_copies(
                 q, k, v, do, q_tiles.index(other), k_tiles.index(other), h_tiles.index(other),
-                v_tiles.index(other), do_tiles.index(other), next_tile, next_row, key, value,
+                v_tiles.index(other), do_tiles.index(other), next_tile, next_row, channel,
                 q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
                 B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
             )  # fmt: skip
@@ -665,19 +662,18 @@ def forward(
     carry: Tensor | None,
     start: Tensor | None,
     *,
-    head_dim: int,
     with_output: bool,
     with_end: bool,
     save_states: bool,
     segments: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward pass: arguments and results as in `chunk_triton.forward`."""
-    total, D = k.shape[2], k.shape[1] * head_dim  # D counts pairs of channels
+    D, total = k.shape[1:]
     B, L = k.shape[0] * segments, segment_length(total, segments)
     walk = plan(B, D, L, C.value, slots=2 * multiprocessors(k.device))
     o = k.new_empty((k.shape[0], D, total) if with_output else (0,))
     end = k.new_empty((B, D, N.value // 2, 2) if with_end else (0,), dtype=torch.float32)
-    shape = saved_states_shape(k, N.value // 2, head_dim, segments) if save_states else (0,)
+    shape = saved_states_shape(k, D, N.value // 2, segments) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
     forward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, o if with_output else None, *operators, carry, start, end if with_end else None,
@@ -685,9 +681,9 @@ def forward(
         *strides(q), *strides(k), *strides(v), B, D, L, walk.rows_per_program, walk.tiles,
         total, segments, ROWS=walk.rows_per_tile,
         EVEN=walk.is_even(B, L, C.value) and total == segments * L, SEGMENTED=segments > 1,
-        HEAD_DIM=head_dim, num_warps=4,
+        num_warps=4,
     )  # fmt: skip
-    return summed_output(o, head_dim) if with_output else o, end, states
+    return o, end, states
 
 
 def backward(
@@ -701,14 +697,13 @@ def backward(
     start: Tensor | None,
     states: Tensor,
     *,
-    head_dim: int,
     segments: int = 1,
 ) -> Gradients:
     """Launch the backward pass: arguments and results as in `chunk_triton.backward`."""
-    total, D = k.shape[2], k.shape[1] * head_dim  # D counts pairs of channels
+    D, total = k.shape[1:]
     B, L = k.shape[0] * segments, segment_length(total, segments)
     walk = plan(B, D, L, C.value, slots=multiprocessors(k.device))
-    grads = Gradients.empty(q, k, v, operators, carry, start, walk, head_dim, segments)
+    grads = Gradients.empty(q, k, v, operators, carry, start, walk, segments)
     backward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, do, grads.q, grads.k, grads.v, *operators, carry, start,
         states if states.numel() else None, dend,
@@ -717,6 +712,6 @@ def backward(
         B, D, L, walk.rows_per_program, walk.tiles,
         total, segments, ROWS=walk.rows_per_tile,
         EVEN=walk.is_even(B, L, C.value) and total == segments * L, SEGMENTED=segments > 1,
-        HEAD_DIM=head_dim, num_warps=8,
+        num_warps=8,
     )  # fmt: skip
-    return grads.summed(head_dim)
+    return grads.summed()

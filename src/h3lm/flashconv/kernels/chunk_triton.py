@@ -26,15 +26,18 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.kernels.launch import (
+    CHUNK_LENGTH,
     Gradients,
     Operators,
     filter_blocks,
     multiprocessors,
     plan,
+    product_precision,
+    rows_of_walk,
+    saved_slots,
     saved_states_shape,
     segment_length,
     strides,
-    summed_output,
     tile_chunks,
 )
 from h3lm.flashconv.kernels.tile import (
@@ -48,16 +51,20 @@ from h3lm.flashconv.kernels.tile import (
     join_states,
     load_complex,
     load_row_states,
-    members,
     mode_of_row,
     part_of_row,
     power8,
-    segment_of,
     shift_left,
+    span_of,
     split_groups,
     split_states,
     store_complex,
 )
+
+# of a launch, the best on an H200
+STACKED = True
+FORWARD = {"num_warps": 4, "num_stages": 1}
+BACKWARD = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -79,6 +86,23 @@ def load_state_operators(K, P, index, N: tl.constexpr):
 
 
 @triton.jit
+def load_stacked(F, M, K, channel):
+    """[F_1 | F_0], [T, 2 T], and K over M, [2 T, T], for 64 states and 64 taps.
+
+    A product of stacked operators is one wait where two products are two.
+    """
+    i = tl.arange(0, T)
+    j = tl.arange(0, 2 * T)
+    square = i[:, None] * T + (j % T)[None, :]
+    filters = tl.load(F + channel * (2 * T * T) + tl.where(j < T, T * T, 0)[None, :] + square)
+    row = j % T
+    state = part_of_row(row) * (T // 2) + mode_of_row(row)
+    of_K = tl.load(K + channel * T * T + state[:, None] * T + i[None, :], (j < T)[:, None], 0.0)
+    of_M = tl.load(M + channel * T * T + row[:, None] * T + i[None, :], (j >= T)[:, None], 0.0)
+    return filters, of_K + of_M
+
+
+@triton.jit
 def load_tile(pointers, mask, EVEN: tl.constexpr):
     """A tile of a tensor; 0 where masked. EVEN: nothing is."""
     if EVEN:
@@ -97,156 +121,228 @@ def store_tile(pointers, x, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_positions(base, position, valid, begin, L):
-    """Values at positions, 0 in front of the row that has `begin` more and behind its end."""
-    return tl.load(base + position, valid & (position >= -begin) & (position < L), 0.0)
+def tile_at(pointer, row, channel, row_stride, channel_stride, first, inner, row_in_tile,
+            ROWS: tl.constexpr):  # fmt: skip
+    """Addresses [C, T] of a tile whose first row and position are given.
+
+    One base and offsets that all tensors share take fewer registers than rows of addresses.
+    """
+    base = pointer + (row.to(tl.int64) * row_stride + channel.to(tl.int64) * channel_stride + first)
+    if ROWS > 1:
+        return base + (row_in_tile.to(tl.int64) * row_stride)[:, None] + inner
+    else:
+        return base + inner
+
+
+@triton.jit
+def load_before(k_at, ago: tl.constexpr, position, before, mask, length, EVEN: tl.constexpr):
+    """The tile `ago` chunks back: 0 in front of a row with `before` more, and where masked."""
+    here = position + before >= ago * T
+    if not EVEN:
+        here = here & mask & (position < length + ago * T)
+    return tl.load(k_at - ago * T, here, 0.0)
 
 
 @triton.jit
 def filter_inputs(
-    F0, F1, F2, k_base, k_tile, position, valid, begin, L,
-    BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    F0, F1, F2, k_at, k_tile, position, before, valid, length,
+    BLOCKS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Short filter s = F_0 k_c + F_1 k_{c-1} + F_2 k_{c-2}, and k of the chunks before."""
     s = tl.dot(F0, tl.trans(k_tile), input_precision=PRECISION)
-    before = load_positions(k_base, position - T, valid, begin, L)
-    s = tl.dot(F1, tl.trans(before), s, input_precision=PRECISION)
+    last = load_before(k_at, 1, position, before, valid, length, EVEN)
+    s = tl.dot(F1, tl.trans(last), s, input_precision=PRECISION)
     if BLOCKS > 2:
-        early = load_positions(k_base, position - 2 * T, valid, begin, L)
+        early = load_before(k_at, 2, position, before, valid, length, EVEN)
         s = tl.dot(F2, tl.trans(early), s, input_precision=PRECISION)
     else:
-        early = before
-    return s, before, early
+        early = last
+    return s, last, early
 
 
-@triton.jit(do_not_specialize=["B", "rows_per_program", "tiles", "segments"])
+@triton.jit
+def first_saved(tile_row, channel, begin, D, slots, bounds, C: tl.constexpr):
+    """Number of the state before the first tile of a row, among those that are saved.
+
+    A row has `slots` of them; the tiles of packed sequences share those of one row, each sequence
+    from begin // (C T) + its number on.
+    """
+    if bounds is not None:
+        return channel.to(tl.int64) * slots + begin // (C * T) + tile_row
+    else:
+        return (tile_row.to(tl.int64) * D + channel) * slots
+
+
+@triton.jit(do_not_specialize=["B", "rows_per_program", "tiles", "slots", "segments"])
 def forward_kernel(
-    q, k, v, o, F, M, K, P, decay, carry, start, end, tile_states,
+    q, k, v, o, F, M, K, P, decay, carry, start, end, tile_states, bounds,
     q_row, q_channel, k_row, k_channel, v_row, v_channel, o_row, o_channel,
-    B, D, L, rows_per_program, tiles, total, segments,
+    B, D, L, rows_per_program, tiles, slots, total, segments,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
-    REVERSED: tl.constexpr,
+    REVERSED: tl.constexpr, STACKED: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Forward pass; a tile holds ROWS rows of C / ROWS chunks.
 
     REVERSED: chunks are walked from last to first, to add up what they leave to the left.
+    STACKED: operators come by `load_stacked`, and k with the chunk before in one tile.
     """
     CHUNKS: tl.constexpr = C // ROWS
     GROUPS: tl.constexpr = C // 8
     dtype: tl.constexpr = k.dtype.element_ty
     channel = tl.program_id(0) % D
-    head, key, value = members(channel, HEAD_DIM)
     first_row = tl.program_id(0) // D * rows_per_program
     i = tl.arange(0, T)
     in_tile = chunk_of_column(tl.arange(0, C))
+    row_in_tile = in_tile // CHUNKS
+    in_row = in_tile % CHUNKS
+    inner = (-in_row if REVERSED else in_row)[:, None] * T + i[None, :]  # as it lies in memory
     state = tl.arange(0, N)
     state_offset = 2 * mode_of_row(state) + part_of_row(state)
     group = tl.arange(0, GROUPS)[None, :]
     zero = tl.zeros([N // 2, GROUPS], tl.float32)
 
-    K_c, P_c = load_state_operators(K, P, head, N)
-    if o is not None:
-        M_c = load_square(M, head)
-    if F is not None:
-        F0 = load_square(F, key * BLOCKS)
-        F1 = load_square(F, key * BLOCKS + 1)
-        F2 = load_square(F, key * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
+    K_c, P_c = load_state_operators(K, P, channel, N)
+    if STACKED:
+        filters, both = load_stacked(F, M, K, channel)
+        ahead = in_row[:, None] * T + tl.arange(0, 2 * T)[None, :] - T
+    else:
+        if o is not None:
+            M_c = load_square(M, channel)
+        if F is not None:
+            F0 = load_square(F, channel * BLOCKS)
+            F1 = load_square(F, channel * BLOCKS + 1)
+            F2 = load_square(F, channel * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
     modes = tl.arange(0, N // 2)
-    decay_re, decay_im = load_complex(decay + head * N, modes, None)
+    decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
     chunk_im = decay_im[:, None]
-    x_re = tl.zeros([N // 2], tl.float32)
-    x_im = tl.zeros([N // 2], tl.float32)
-
-    for step in range(0, rows_per_program // ROWS * tiles):
-        tile = step % tiles
-        tile_row = first_row + step // tiles * ROWS
-        source, begin, length = segment_of(tile_row, L, total, segments, SEGMENTED)
+    for block in range(0, rows_per_program // ROWS):
+        tile_row = first_row + block * ROWS
+        source, owner, begin, before, length = span_of(
+            tile_row, B, L, total, segments, bounds, SEGMENTED
+        )
+        if bounds is not None:
+            tiles = (length + C * T - 1) // (C * T)
         chunks = (length + T - 1) // T if REVERSED else length // T  # that an end state covers
         last_tile = (length - 1) // (CHUNKS * T) if SEGMENTED else tiles - 1
-        row = tile_row + in_tile // CHUNKS
-        chunk = tile * CHUNKS + in_tile % CHUNKS
-        place = chunks - 1 - chunk if REVERSED else chunk
-        position = place[:, None] * T + i[None, :]  # [C, T], as it lies in memory
-        valid = (row < B)[:, None]
-        if REVERSED:
-            valid = valid & (place >= 0)[:, None]
-        mask = valid & (position < length)
-        wide_source = (source + in_tile // CHUNKS).to(tl.int64)[:, None]
+        valid = (tile_row + row_in_tile < B)[:, None]
+        saved_at = first_saved(tile_row, channel, begin, D, slots, bounds, C)
+        given_re, given_im = load_row_states(start, tile_row, channel, B, D, modes, ROWS)
+        x_re = given_re[0]
+        x_im = given_im[0]
+        for tile in range(0, tiles):
+            first = (chunks - 1 - tile * CHUNKS if REVERSED else tile * CHUNKS) * T
+            position = first + inner
+            mask = valid & (position < length)
+            if REVERSED:
+                mask = mask & (position >= 0)
 
-        k_base = k + wide_source * k_row + key.to(tl.int64) * k_channel + begin
-        k_tile = load_tile(k_base + position, mask, EVEN)
-        if F is not None:
-            w, _, _ = filter_inputs(
-                F0, F1, F2, k_base, k_tile, position, valid, begin, length, BLOCKS, PRECISION
-            )
-            if carry is not None:
-                if tile + begin == 0:
-                    carry_at = (wide_source * D + channel) * ((BLOCKS - 1) * T) + position
-                    early = mask & (chunk < BLOCKS - 1)[:, None]
-                    w += tl.trans(tl.load(carry + carry_at, early, 0.0))
-        else:
-            w = tl.trans(k_tile).to(tl.float32)
-        if v is not None:
-            v_base = v + wide_source * v_row + value.to(tl.int64) * v_channel + begin
-            w *= tl.trans(load_tile(v_base + position, mask, EVEN)).to(tl.float32)
-        w = w.to(dtype)
+            first += begin
+            if EARLY and v is not None:
+                v_at = tile_at(
+                    v, source, channel, v_row, v_channel, first, inner, row_in_tile, ROWS
+                )
+                v_tile = load_tile(v_at, mask, EVEN)
+            if STACKED:
+                k_at = tile_at(
+                    k, source, channel, k_row, k_channel, first, ahead, row_in_tile, ROWS
+                )
+                there = tile * CHUNKS * T + ahead + before >= 0
+                if not EVEN:
+                    there = there & valid & (tile * CHUNKS * T + ahead < length)
+                k_tile = tl.load(k_at, there, 0.0)
+                w = tl.dot(filters, tl.trans(k_tile), input_precision=PRECISION)
+            else:
+                k_at = tile_at(
+                    k, source, channel, k_row, k_channel, first, inner, row_in_tile, ROWS
+                )
+                k_tile = load_tile(k_at, mask, EVEN)
+            if F is not None:
+                if not STACKED:
+                    w, _, _ = filter_inputs(
+                        F0, F1, F2, k_at, k_tile, position, before, valid, length,
+                        BLOCKS, EVEN, PRECISION,
+                    )  # fmt: skip
+                if carry is not None:
+                    if tile + before == 0:
+                        reach: tl.constexpr = (BLOCKS - 1) * T
+                        carry_at = tile_at(
+                            carry, owner, channel, D * reach, reach, 0, inner, row_in_tile, ROWS
+                        )
+                        early = mask & (in_row < BLOCKS - 1)[:, None]
+                        w += tl.trans(tl.load(carry_at, early, 0.0))
+            else:
+                w = tl.trans(k_tile).to(tl.float32)
+            if v is not None:
+                if not EARLY:
+                    v_at = tile_at(
+                        v, source, channel, v_row, v_channel, first, inner, row_in_tile, ROWS
+                    )
+                    v_tile = load_tile(v_at, mask, EVEN)
+                w *= tl.trans(v_tile).to(tl.float32)
+            w = w.to(dtype)
 
-        z = tl.dot(K_c, w, input_precision=PRECISION)
-        z_re, z_im = split_states(z, N, C, None)
-        total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
-        if ROWS == 1:
-            if tile == 0:
-                given_re, given_im = load_row_states(start, tile_row, channel, B, D, modes, 1)
-                x_re = given_re[0]
-                x_im = given_im[0]
-            first_re = (x_re,)
-            first_im = (x_im,)
-            if tile_states is not None:
-                saved_at = ((tile_row.to(tl.int64) * D + channel) * tiles + tile) * N
-                store_complex(tile_states + saved_at, modes, x_re, x_im, tile_row < B)
-        else:
-            first_re, first_im = load_row_states(start, tile_row, channel, B, D, modes, ROWS)
-        start_re, start_im, last_re, last_im = group_starts(
-            split_groups(total_re, C), split_groups(total_im, C), first_re, first_im,
-            group_re, group_im, group, zero, GROUPS, ROWS, False,
-        )  # fmt: skip
-        x_re = last_re[0]
-        x_im = last_im[0]
-        states_re, states_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
-        x = join_states(states_re, states_im, N, C, None)
+            if STACKED:
+                z = tl.dot(both, w, input_precision=PRECISION)
+                z, y = tl.split(tl.permute(tl.reshape(z, [2, T, C]), (1, 2, 0)))
+            else:
+                z = tl.dot(K_c, w, input_precision=PRECISION)
+            z_re, z_im = split_states(z, N, C, None)
+            total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
+            if ROWS == 1:
+                first_re = (x_re,)
+                first_im = (x_im,)
+                if tile_states is not None:
+                    saved = tile_states + (saved_at + tile) * N
+                    store_complex(saved, modes, x_re, x_im, tile_row < B)
+            else:
+                first_re = given_re
+                first_im = given_im
+            start_re, start_im, last_re, last_im = group_starts(
+                split_groups(total_re, C), split_groups(total_im, C), first_re, first_im,
+                group_re, group_im, group, zero, GROUPS, ROWS, False,
+            )  # fmt: skip
+            x_re = last_re[0]
+            x_im = last_im[0]
+            states_re, states_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
+            x = join_states(states_re, states_im, N, C, None)
 
-        if end is not None:
-            if tile == last_tile:
-                for r in tl.static_range(ROWS):
-                    row_at = ((tile_row + r).to(tl.int64) * D + channel) * N
-                    if chunks == (last_tile + 1) * CHUNKS:
-                        store_complex(end + row_at, modes, last_re[r], last_im[r], tile_row + r < B)
-                    else:
-                        here = (chunk == chunks) & (in_tile // CHUNKS == r)
-                        end_state = tl.sum(tl.where(here[None, :], x, 0.0), 1)
-                        tl.store(end + row_at + state_offset, end_state, tile_row + r < B)
-        if o is not None:
-            y = tl.dot(M_c, w, input_precision=PRECISION)
-            y = tl.dot(P_c, x.to(dtype), y, input_precision=PRECISION)
-            if q is not None:
-                q_base = q + wide_source * q_row + key.to(tl.int64) * q_channel + begin
-                y *= tl.trans(load_tile(q_base + position, mask, EVEN)).to(tl.float32)
-            o_base = o + wide_source * o_row + channel.to(tl.int64) * o_channel + begin
-            store_tile(o_base + position, tl.trans(y.to(dtype)), mask, EVEN)
+            if end is not None:
+                if tile == last_tile:
+                    for r in tl.static_range(ROWS):
+                        row_at = ((tile_row + r).to(tl.int64) * D + channel) * N
+                        if chunks == (last_tile + 1) * CHUNKS:
+                            store_complex(
+                                end + row_at, modes, last_re[r], last_im[r], tile_row + r < B
+                            )
+                        else:
+                            here = (tile * CHUNKS + in_row == chunks) & (row_in_tile == r)
+                            end_state = tl.sum(tl.where(here[None, :], x, 0.0), 1)
+                            tl.store(end + row_at + state_offset, end_state, tile_row + r < B)
+            if o is not None:
+                if not STACKED:
+                    y = tl.dot(M_c, w, input_precision=PRECISION)
+                y = tl.dot(P_c, x.to(dtype), y, input_precision=PRECISION)
+                if q is not None:
+                    q_at = tile_at(
+                        q, source, channel, q_row, q_channel, first, inner, row_in_tile, ROWS
+                    )
+                    y *= tl.trans(load_tile(q_at, mask, EVEN)).to(tl.float32)
+                o_at = tile_at(
+                    o, source, channel, o_row, o_channel, first, inner, row_in_tile, ROWS
+                )
+                store_tile(o_at, tl.trans(y.to(dtype)), mask, EVEN)
 
 
-@triton.jit(do_not_specialize=["B", "rows_per_program", "tiles", "segments"])
+@triton.jit(do_not_specialize=["B", "rows_per_program", "tiles", "slots", "segments"])
 def backward_kernel(
-    q, k, v, do, dq, dk, dv, F, M, K, P, decay, carry, start, tile_states, dend,
+    q, k, v, do, dq, dk, dv, F, M, K, P, decay, carry, start, tile_states, bounds, dend,
     dF, dM, dK, dP, ddecay, dcarry, dstart,
     q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
-    B, D, L, rows_per_program, tiles, total, segments,
+    B, D, L, rows_per_program, tiles, slots, total, segments,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
     DATA: tl.constexpr, FILTER: tl.constexpr, SYSTEM: tl.constexpr,
 ):  # fmt: skip
@@ -261,27 +357,30 @@ def backward_kernel(
     dtype: tl.constexpr = k.dtype.element_ty
     program = tl.program_id(0)
     channel = program % D
-    head, key, value = members(channel, HEAD_DIM)
     first_row = program // D * rows_per_program
     i = tl.arange(0, T)
     in_tile = chunk_of_column(tl.arange(0, C))
+    row_in_tile = in_tile // CHUNKS
+    in_row = in_tile % CHUNKS
+    inner = in_row[:, None] * T + i[None, :]
     state = tl.arange(0, N)
     state_offset = 2 * mode_of_row(state) + part_of_row(state)
     group = tl.arange(0, GROUPS)[None, :]
     group_of_rows = tl.zeros([T, GROUPS], tl.int32) + group
     zero = tl.zeros([N // 2, GROUPS], tl.float32)
 
-    M_c = load_square(M, head)
-    K_c, P_c = load_state_operators(K, P, head, N)
+    M_c = load_square(M, channel)
+    K_c, P_c = load_state_operators(K, P, channel, N)
     if F is not None:
-        F0 = load_square(F, key * BLOCKS)
-        F1 = load_square(F, key * BLOCKS + 1)
-        F2 = load_square(F, key * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
+        F0 = load_square(F, channel * BLOCKS)
+        F1 = load_square(F, channel * BLOCKS + 1)
+        F2 = load_square(F, channel * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
         sum_F = tl.zeros([T, T], tl.float32)
         sum_F1 = sum_F
         lower = i[:, None] >= i[None, :]
+        reach: tl.constexpr = (BLOCKS - 1) * T  # of a carry
     modes = tl.arange(0, N // 2)
-    decay_re, decay_im = load_complex(decay + head * N, modes, None)
+    decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
     chunk_im = decay_im[:, None]
@@ -290,153 +389,201 @@ def backward_kernel(
     sum_P = tl.zeros([T, N], tl.float32)
     sum_re = zero
     sum_im = zero
-    g_re = tl.zeros([N // 2], tl.float32)
-    g_im = tl.zeros([N // 2], tl.float32)
-    ds_carry = tl.zeros([T, GROUPS], tl.float32)
-    ds_carry2 = tl.zeros([T, GROUPS], tl.float32)
 
-    for step in range(0, rows_per_program // ROWS * tiles):
-        tile = tiles - 1 - step % tiles
-        tile_row = first_row + step // tiles * ROWS
-        source, begin, length = segment_of(tile_row, L, total, segments, SEGMENTED)
+    for block in range(0, rows_per_program // ROWS):
+        tile_row = first_row + block * ROWS
+        source, owner, begin, before, length = span_of(
+            tile_row, B, L, total, segments, bounds, SEGMENTED
+        )
+        if bounds is not None:
+            tiles = (length + C * T - 1) // (C * T)
         full_chunks = length // T
         last_tile = (length - 1) // (CHUNKS * T) if SEGMENTED else tiles - 1
-        row = tile_row + in_tile // CHUNKS
-        chunk = tile * CHUNKS + in_tile % CHUNKS
-        position = chunk[:, None] * T + i[None, :]
-        valid = (row < B)[:, None]
-        mask = valid & (position < length)
-        wide_row = row.to(tl.int64)[:, None]
-        wide_source = (source + in_tile // CHUNKS).to(tl.int64)[:, None]
-
-        k_base = k + wide_source * k_row + key.to(tl.int64) * k_channel + begin
-        k_tile = load_tile(k_base + position, mask, EVEN)
-        if F is not None:
-            s, k_before, k_early = filter_inputs(
-                F0, F1, F2, k_base, k_tile, position, valid, begin, length, BLOCKS, PRECISION
+        valid = (tile_row + row_in_tile < B)[:, None]
+        saved_at = first_saved(tile_row, channel, begin, D, slots, bounds, C)
+        g_re = tl.zeros([N // 2], tl.float32)
+        g_im = tl.zeros([N // 2], tl.float32)
+        ds_carry = tl.zeros([T, GROUPS], tl.float32)
+        ds_carry2 = tl.zeros([T, GROUPS], tl.float32)
+        for step in range(0, tiles):
+            tile = tiles - 1 - step
+            position = tile * CHUNKS * T + inner
+            mask = valid & (position < length)
+            first = begin + tile * CHUNKS * T
+            k_at = tile_at(k, source, channel, k_row, k_channel, first, inner, row_in_tile, ROWS)
+            k_tile = load_tile(k_at, mask, EVEN)
+            if F is not None:
+                s, k_before, k_early = filter_inputs(
+                    F0,
+                    F1,
+                    F2,
+                    k_at,
+                    k_tile,
+                    position,
+                    before,
+                    valid,
+                    length,
+                    BLOCKS,
+                    EVEN,
+                    PRECISION,
+                )
+                if carry is not None:
+                    if tile + before == 0:
+                        carry_at = tile_at(
+                            carry, owner, channel, D * reach, reach, 0, inner, row_in_tile, ROWS
+                        )
+                        early = valid & (in_row < BLOCKS - 1)[:, None]
+                        s += tl.trans(tl.load(carry_at, early, 0.0))
+            else:
+                s = tl.trans(k_tile).to(tl.float32)
+            if v is not None:
+                v_at = tile_at(
+                    v, source, channel, v_row, v_channel, first, inner, row_in_tile, ROWS
+                )
+                v_tile = tl.trans(load_tile(v_at, mask, EVEN))
+                w = (s * v_tile.to(tl.float32)).to(dtype)
+            else:
+                w = s.to(dtype)
+            do_at = tile_at(
+                do, source, channel, do_row, do_channel, first, inner, row_in_tile, ROWS
             )
-            if carry is not None:
-                if tile + begin == 0:
-                    carry_at = (wide_source * D + channel) * ((BLOCKS - 1) * T) + position
-                    early = valid & (chunk < BLOCKS - 1)[:, None]
-                    s += tl.trans(tl.load(carry + carry_at, early, 0.0))
-        else:
-            s = tl.trans(k_tile).to(tl.float32)
-        if v is not None:
-            v_base = v + wide_source * v_row + value.to(tl.int64) * v_channel + begin
-            v_tile = tl.trans(load_tile(v_base + position, mask, EVEN))
-            w = (s * v_tile.to(tl.float32)).to(dtype)
-        else:
-            w = s.to(dtype)
-        do_base = do + wide_source * do_row + value.to(tl.int64) * do_channel + begin
-        do_tile = tl.trans(load_tile(do_base + position, mask, EVEN))
-        if q is not None:
-            q_base = q + wide_source * q_row + key.to(tl.int64) * q_channel + begin
-            q_tile = tl.trans(load_tile(q_base + position, mask, EVEN))
-            dy = (q_tile.to(tl.float32) * do_tile.to(tl.float32)).to(dtype)
-        else:
-            dy = do_tile
+            do_tile = tl.trans(load_tile(do_at, mask, EVEN))
+            if q is not None:
+                q_at = tile_at(
+                    q, source, channel, q_row, q_channel, first, inner, row_in_tile, ROWS
+                )
+                q_tile = tl.trans(load_tile(q_at, mask, EVEN))
+                dy = (q_tile.to(tl.float32) * do_tile.to(tl.float32)).to(dtype)
+            else:
+                dy = do_tile
 
-        z = tl.dot(K_c, w, input_precision=PRECISION)
-        p = tl.dot(tl.trans(P_c), dy, input_precision=PRECISION)
-        if dend is not None:
-            if tile == last_tile:
-                here = (chunk == full_chunks) & (row < B)
-                end_at = (tl.trans(wide_row) * D + channel) * N + state_offset[:, None]
-                p += tl.load(dend + end_at, here[None, :], 0.0)
-        if ROWS == 1:
-            saved_at = ((tile_row.to(tl.int64) * D + channel) * tiles + tile) * N
-            x_re, x_im = load_complex(tile_states + saved_at, modes, tile_row < B)
-            first_re = (x_re,)
-            first_im = (x_im,)
-            if (tile == tiles - 1) | (tile == last_tile):  # empty tiles may lie behind the last
-                g_re = tl.zeros([N // 2], tl.float32)
-                g_im = tl.zeros([N // 2], tl.float32)
-                ds_carry = tl.zeros([T, GROUPS], tl.float32)
-                ds_carry2 = tl.zeros([T, GROUPS], tl.float32)
-                if dend is not None:
+            z = tl.dot(K_c, w, input_precision=PRECISION)
+            p = tl.dot(tl.trans(P_c), dy, input_precision=PRECISION)
+            if dend is not None:
+                if tile == last_tile:
+                    row = tile_row + row_in_tile
+                    here = (tile * CHUNKS + in_row == full_chunks) & (row < B)
+                    end_at = ((row.to(tl.int64) * D + channel) * N)[None, :] + state_offset[:, None]
+                    p += tl.load(dend + end_at, here[None, :], 0.0)
+            if ROWS == 1:
+                saved = tile_states + (saved_at + tile) * N
+                x_re, x_im = load_complex(saved, modes, tile_row < B)
+                first_re = (x_re,)
+                first_im = (x_im,)
+                if dend is not None:  # empty tiles may lie behind the last: they leave zeros
                     if (tile == last_tile) & (full_chunks == (last_tile + 1) * CHUNKS):
                         row_at = (tile_row.to(tl.int64) * D + channel) * N
                         g_re, g_im = load_complex(dend + row_at, modes, tile_row < B)
-            behind_re = (g_re,)
-            behind_im = (g_im,)
-        else:
-            first_re, first_im = load_row_states(start, tile_row, channel, B, D, modes, ROWS)
-            behind = tl.where(full_chunks == CHUNKS, B, 0)  # rows that end with the tile
-            behind_re, behind_im = load_row_states(dend, tile_row, channel, behind, D, modes, ROWS)
+                behind_re = (g_re,)
+                behind_im = (g_im,)
+            else:
+                first_re, first_im = load_row_states(start, tile_row, channel, B, D, modes, ROWS)
+                behind = tl.where(full_chunks == CHUNKS, B, 0)  # rows that end with the tile
+                behind_re, behind_im = load_row_states(
+                    dend, tile_row, channel, behind, D, modes, ROWS
+                )
 
-        z_re, z_im = split_states(z, N, C, None)
-        total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
-        start_re, start_im, _, _ = group_starts(
-            split_groups(total_re, C), split_groups(total_im, C), first_re, first_im,
-            group_re, group_im, group, zero, GROUPS, ROWS, False,
-        )  # fmt: skip
-        states_re, states_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
-        x = join_states(states_re, states_im, N, C, None).to(dtype)
+            z_re, z_im = split_states(z, N, C, None)
+            total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
+            start_re, start_im, _, _ = group_starts(
+                split_groups(total_re, C), split_groups(total_im, C), first_re, first_im,
+                group_re, group_im, group, zero, GROUPS, ROWS, False,
+            )  # fmt: skip
+            states_re, states_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
+            x = join_states(states_re, states_im, N, C, None).to(dtype)
 
-        p_re, p_im = split_states(p, N, C, None)
-        total_re, total_im = group_totals(p_re, p_im, chunk_re, -chunk_im, True)
-        start_re, start_im, last_re, last_im = group_starts(
-            split_groups(total_re, C), split_groups(total_im, C), behind_re, behind_im,
-            group_re, -group_im, group, zero, GROUPS, ROWS, True,
-        )  # fmt: skip
-        g_re = last_re[0]
-        g_im = last_im[0]
-        grads_re, grads_im = group_states_reversed(
-            start_re, start_im, p_re, p_im, chunk_re, -chunk_im
-        )
-        g = join_states(grads_re, grads_im, N, C, None).to(dtype)
-        if SYSTEM:
-            sum_re, sum_im = add_conjugate_products(
-                sum_re, sum_im, states_re, states_im, grads_re, grads_im
+            p_re, p_im = split_states(p, N, C, None)
+            total_re, total_im = group_totals(p_re, p_im, chunk_re, -chunk_im, True)
+            start_re, start_im, last_re, last_im = group_starts(
+                split_groups(total_re, C), split_groups(total_im, C), behind_re, behind_im,
+                group_re, -group_im, group, zero, GROUPS, ROWS, True,
+            )  # fmt: skip
+            g_re = last_re[0]
+            g_im = last_im[0]
+            grads_re, grads_im = group_states_reversed(
+                start_re, start_im, p_re, p_im, chunk_re, -chunk_im
             )
-        if DATA and dstart is not None:
-            if tile == 0:
-                for r in tl.static_range(ROWS):
-                    row_at = ((tile_row + r).to(tl.int64) * D + channel) * N
-                    store_complex(dstart + row_at, modes, last_re[r], last_im[r], tile_row + r < B)
-
-        out = (wide_source * D + channel) * total + begin + position
-        if DATA and q is not None:
-            y = tl.dot(M_c, w, input_precision=PRECISION)
-            y = tl.dot(P_c, x, y, input_precision=PRECISION)
-            store_tile(dq + out, tl.trans((y * do_tile.to(tl.float32)).to(dtype)), mask, EVEN)
-        dw = tl.dot(tl.trans(M_c), dy, input_precision=PRECISION)
-        dw = tl.dot(tl.trans(K_c), g, dw, input_precision=PRECISION)
-        if SYSTEM:
-            sum_M = tl.dot(dy, tl.trans(w), sum_M, input_precision=PRECISION)
-            sum_K = tl.dot(g, tl.trans(w), sum_K, input_precision=PRECISION)
-            sum_P = tl.dot(dy, tl.trans(x), sum_P, input_precision=PRECISION)
-        if v is not None:
-            if DATA:
-                store_tile(dv + out, tl.trans((dw * s).to(dtype)), mask, EVEN)
-            dw *= v_tile.to(tl.float32)
-        if F is not None:
-            if DATA and dcarry is not None:
+            g = join_states(grads_re, grads_im, N, C, None).to(dtype)
+            if SYSTEM:
+                sum_re, sum_im = add_conjugate_products(
+                    sum_re, sum_im, states_re, states_im, grads_re, grads_im
+                )
+            if DATA and dstart is not None:
                 if tile == 0:
-                    dcarry_at = (wide_row * D + channel) * ((BLOCKS - 1) * T) + position
-                    early = valid & (chunk < BLOCKS - 1)[:, None]
-                    tl.store(dcarry + dcarry_at, tl.trans(dw), early)
-            ds = dw.to(dtype)
-            if FILTER:
-                last = k_early if BLOCKS > 2 else k_before
-                at_zero = tl.dot(ds, k_tile, input_precision=PRECISION)
-                at_last = tl.dot(ds, last, input_precision=PRECISION)
-                sum_F += tl.where(lower, at_zero, at_last)
-                if BLOCKS > 2:
-                    sum_F1 = tl.dot(ds, k_before, sum_F1, input_precision=PRECISION)
-            if DATA:
-                next_ds, ds_carry = shift_left(dw, ds_carry, group_of_rows, C, ROWS, None, None)
-                d_k = tl.dot(tl.trans(F0), ds, input_precision=PRECISION)
-                d_k = tl.dot(tl.trans(F1), next_ds.to(dtype), d_k, input_precision=PRECISION)
-                if BLOCKS > 2:
-                    next_ds, ds_carry2 = shift_left(
-                        next_ds, ds_carry2, group_of_rows, C, ROWS, None, None
+                    for r in tl.static_range(ROWS):
+                        row_at = ((tile_row + r).to(tl.int64) * D + channel) * N
+                        store_complex(
+                            dstart + row_at, modes, last_re[r], last_im[r], tile_row + r < B
+                        )
+
+            if DATA and q is not None:
+                y = tl.dot(M_c, w, input_precision=PRECISION)
+                y = tl.dot(P_c, x, y, input_precision=PRECISION)
+                store_tile(
+                    tile_at(dq, source, channel, D * total, total, first, inner, row_in_tile, ROWS),
+                    tl.trans((y * do_tile.to(tl.float32)).to(dtype)),
+                    mask,
+                    EVEN,
+                )
+            dw = tl.dot(tl.trans(M_c), dy, input_precision=PRECISION)
+            dw = tl.dot(tl.trans(K_c), g, dw, input_precision=PRECISION)
+            if SYSTEM:
+                sum_M = tl.dot(dy, tl.trans(w), sum_M, input_precision=PRECISION)
+                sum_K = tl.dot(g, tl.trans(w), sum_K, input_precision=PRECISION)
+                sum_P = tl.dot(dy, tl.trans(x), sum_P, input_precision=PRECISION)
+            if v is not None:
+                if DATA:
+                    store_tile(
+                        tile_at(
+                            dv, source, channel, D * total, total, first, inner, row_in_tile, ROWS
+                        ),
+                        tl.trans((dw * s).to(dtype)),
+                        mask,
+                        EVEN,
                     )
-                    d_k = tl.dot(tl.trans(F2), next_ds.to(dtype), d_k, input_precision=PRECISION)
-                store_tile(dk + out, tl.trans(d_k.to(dtype)), mask, EVEN)
-        elif DATA:
-            store_tile(dk + out, tl.trans(dw.to(dtype)), mask, EVEN)
+                dw *= v_tile.to(tl.float32)
+            if F is not None:
+                if DATA and dcarry is not None:
+                    if tile == 0:
+                        dcarry_at = tile_at(
+                            dcarry, tile_row, channel, D * reach, reach, 0, inner, row_in_tile, ROWS
+                        )
+                        early = valid & (in_row < BLOCKS - 1)[:, None]
+                        tl.store(dcarry_at, tl.trans(dw), early)
+                ds = dw.to(dtype)
+                if FILTER:
+                    last = k_early if BLOCKS > 2 else k_before
+                    at_zero = tl.dot(ds, k_tile, input_precision=PRECISION)
+                    at_last = tl.dot(ds, last, input_precision=PRECISION)
+                    sum_F += tl.where(lower, at_zero, at_last)
+                    if BLOCKS > 2:
+                        sum_F1 = tl.dot(ds, k_before, sum_F1, input_precision=PRECISION)
+                if DATA:
+                    next_ds, ds_carry = shift_left(dw, ds_carry, group_of_rows, C, ROWS, None, None)
+                    d_k = tl.dot(tl.trans(F0), ds, input_precision=PRECISION)
+                    d_k = tl.dot(tl.trans(F1), next_ds.to(dtype), d_k, input_precision=PRECISION)
+                    if BLOCKS > 2:
+                        next_ds, ds_carry2 = shift_left(
+                            next_ds, ds_carry2, group_of_rows, C, ROWS, None, None
+                        )
+                        d_k = tl.dot(
+                            tl.trans(F2), next_ds.to(dtype), d_k, input_precision=PRECISION
+                        )
+                    store_tile(
+                        tile_at(
+                            dk, source, channel, D * total, total, first, inner, row_in_tile, ROWS
+                        ),
+                        tl.trans(d_k.to(dtype)),
+                        mask,
+                        EVEN,
+                    )
+            elif DATA:
+                store_tile(
+                    tile_at(dk, source, channel, D * total, total, first, inner, row_in_tile, ROWS),
+                    tl.trans(dw.to(dtype)),
+                    mask,
+                    EVEN,
+                )
 
     wide_program = program.to(tl.int64)
     square = i[:, None] * T + i[None, :]
@@ -456,11 +603,6 @@ def backward_kernel(
             tl.store(at + T * T, sum_F1)
 
 
-def product_precision(dtype: torch.dtype) -> str:
-    """Precision of products: float32 inputs get float32 products, not tf32."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
 def forward(
     q: Tensor | None,
     k: Tensor,
@@ -469,12 +611,12 @@ def forward(
     carry: Tensor | None,
     start: Tensor | None,
     *,
-    head_dim: int,
     with_output: bool,
     with_end: bool,
     save_states: bool,
     segments: int = 1,
     leftwards: bool = False,
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward pass.
 
@@ -486,28 +628,32 @@ def forward(
         o (B, D, L) or empty; the state after the last full chunk, (B, D, N/2, 2), or empty; the
         state before each tile, (B, D, tiles, N/2, 2), empty unless it is to be saved and needed.
     """
-    total, D = k.shape[2], k.shape[1] * head_dim  # D counts pairs of channels
-    B, L = k.shape[0] * segments, segment_length(total, segments)
+    D, total = k.shape[1:]
+    B, L = rows_of_walk(k, segments, bounds), segment_length(total, segments)
     N = operators.K.shape[1]
-    C = tile_chunks(k.dtype)
-    walk = plan(B, D, L, C, slots=8 * multiprocessors(k.device))
+    C = tile_chunks(k.dtype, bounds)
+    whole = with_output and v is not None and filter_blocks(operators) == 2
+    stacked = STACKED and whole and N == CHUNK_LENGTH and k.dtype != torch.float32
+    walk = plan(B, D, L, C, slots=8 * multiprocessors(k.device), packed=bounds is not None)
+    slots = saved_slots(walk, total, C, bounds)
     o = k.new_empty((k.shape[0], D, total) if with_output else (0,))
     end = k.new_empty((B, D, N // 2, 2) if with_end else (0,), dtype=torch.float32)
-    shape = saved_states_shape(k, N // 2, head_dim, segments) if save_states else (0,)
+    shape = saved_states_shape(k, D, N // 2, segments, bounds) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
     forward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, o if with_output else None, *operators.rounded(k.dtype), carry, start,
         end if with_end else None,
-        states if states.numel() else None,
+        states if states.numel() else None, bounds,
         *strides(q), *strides(k), *strides(v), *strides(o if with_output else None),
-        B, D, L, walk.rows_per_program, walk.tiles, total, segments,
+        B, D, L, walk.rows_per_program, walk.tiles, slots, total, segments,
         N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
-        HEAD_DIM=head_dim, PRECISION=product_precision(k.dtype),
-        EVEN=walk.is_even(B, L, C) and total == segments * L,
+        PRECISION=product_precision(k.dtype),
+        EVEN=walk.is_even(B, L, C) and total == segments * L and bounds is None,
         SEGMENTED=segments > 1, REVERSED=leftwards,
-        num_warps=4, num_stages=1,
+        STACKED=stacked,
+        **FORWARD,
     )  # fmt: skip
-    return summed_output(o, head_dim) if with_output else o, end, states
+    return o, end, states
 
 
 def backward(
@@ -521,16 +667,17 @@ def backward(
     start: Tensor | None,
     states: Tensor,
     *,
-    head_dim: int,
     segments: int = 1,
+    bounds: Tensor | None = None,
 ) -> Gradients:
     """Launch the backward pass, with the states that the forward pass saved."""
-    total, D = k.shape[2], k.shape[1] * head_dim  # D counts pairs of channels
-    B, L = k.shape[0] * segments, segment_length(total, segments)
+    D, total = k.shape[1:]
+    B, L = rows_of_walk(k, segments, bounds), segment_length(total, segments)
     N = operators.K.shape[1]
-    C = tile_chunks(k.dtype)
-    walk = plan(B, D, L, C, slots=2 * multiprocessors(k.device))
-    grads = Gradients.empty(q, k, v, operators, carry, start, walk, head_dim, segments)
+    C = tile_chunks(k.dtype, bounds)
+    walk = plan(B, D, L, C, slots=2 * multiprocessors(k.device), packed=bounds is not None)
+    slots = saved_slots(walk, total, C, bounds)
+    grads = Gradients.empty(q, k, v, operators, carry, start, walk, segments)
     rounded = operators.rounded(k.dtype)
     # one launch for each kind of sum: together they do not fit in the registers
     for part in ("DATA", "FILTER", "SYSTEM"):
@@ -539,13 +686,13 @@ def backward(
         asked = {name: name == part for name in ("DATA", "FILTER", "SYSTEM")}
         backward_kernel[(D * walk.programs_per_channel,)](
             q, k, v, do, grads.q, grads.k, grads.v, *rounded, carry, start,
-            states if states.numel() else None, dend,
+            states if states.numel() else None, bounds, dend,
             grads.F, grads.M, grads.K, grads.P, grads.decay, grads.carry, grads.start,
             *strides(q), *strides(k), *strides(v), *strides(do),
-            B, D, L, walk.rows_per_program, walk.tiles, total, segments,
+            B, D, L, walk.rows_per_program, walk.tiles, slots, total, segments,
             N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
-            HEAD_DIM=head_dim, PRECISION=product_precision(k.dtype),
-            EVEN=walk.is_even(B, L, C) and total == segments * L, SEGMENTED=segments > 1, **asked,
-            num_warps=4, num_stages=1,
+            PRECISION=product_precision(k.dtype),
+            EVEN=walk.is_even(B, L, C) and total == segments * L and bounds is None,
+            SEGMENTED=segments > 1, **asked, **BACKWARD,
         )  # fmt: skip
-    return grads.summed(head_dim)
+    return grads.summed()

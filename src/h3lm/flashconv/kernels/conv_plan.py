@@ -7,11 +7,13 @@
     backward(dy, u, prepared, size, pre, post, data=, filters=) -> du, dpre, sums
     filter_gradients(u, sums, size, taps, taps_reverse) -> df, df_reverse
 
-A Triton release may break a kernel, a GPU may be unlike those that we tested. So each algorithm
-runs once on a small problem beside torch.fft; where it fails, that takes over and says so.
+A Triton release may break a kernel, a GPU may be unlike those that we tested. So each size of an
+algorithm runs once on a small problem beside torch.fft; where it fails, that takes over and says
+so.
 """
 
 import logging
+from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,13 +24,17 @@ from torch import Tensor
 from h3lm.flashconv import fft
 from h3lm.flashconv.dispatch import (
     HOPPER_SHARED,
+    MAX_FFT_LENGTH,
     MAX_FFT_LENGTH_SMALL,
     ConvAlgorithm,
     capability,
 )
+from h3lm.flashconv.kernels.fft_size import SIZES, size_for
 
 logger = logging.getLogger("h3lm.flashconv")
+TOEPLITZ_CHECK = 304  # length of the rows that they are checked with
 TOLERANCE = 1e-2  # of bfloat16, whose operands and results are off by 2^-9 each
+_found: dict[tuple[ConvAlgorithm, torch.device, int], str] = {}  # by `fault`
 
 
 class Plan(NamedTuple):
@@ -55,7 +61,6 @@ def plan(
         return Plan(toeplitz_triton, toeplitz_triton.size_for(taps, taps_reverse, large))
     if algorithm == "block FFT":
         from h3lm.flashconv.kernels import fft_launch
-        from h3lm.flashconv.kernels.fft_size import size_for
 
         return Plan(fft_launch, size_for(length))
     if algorithm == "block FFT through memory":
@@ -65,23 +70,40 @@ def plan(
     raise ValueError(f"no algorithm is called {algorithm!r}")
 
 
-def works(algorithm: ConvAlgorithm, device: torch.device) -> bool:
+def works(algorithm: ConvAlgorithm, device: torch.device, length: int) -> bool:
     """Whether an algorithm may be used; always in the interpreter and inside of a CUDA graph."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
         return True
-    return not fault(algorithm, device)
+    if algorithm == "Toeplitz blocks":
+        length = TOEPLITZ_CHECK  # one kernel for all lengths
+    else:
+        length = plan(algorithm, device, length, length, None).size.points
+    if torch.cuda.is_current_stream_capturing():  # nothing can be tried there
+        return not _found.get((algorithm, device, length))
+    return not fault(algorithm, device, length)
+
+
+def checks(device: torch.device) -> Iterator[tuple[ConvAlgorithm, int]]:
+    """Algorithms and lengths to call `fault` with: one for each size of their kernels, or so."""
+    large = capability(device) in HOPPER_SHARED
+    most = MAX_FFT_LENGTH if large else MAX_FFT_LENGTH_SMALL
+    yield "Toeplitz blocks", TOEPLITZ_CHECK
+    yield from (("block FFT", points) for points in SIZES if points <= most)
+    yield from (("block FFT through memory", most << shift) for shift in (1, 2, 3, 4, 7))
 
 
 @cache
-def fault(algorithm: ConvAlgorithm, device: torch.device) -> str:
-    """What is wrong with an algorithm on this machine; empty if it works."""
-    length = {"Toeplitz blocks": 304, "block FFT": 512}.get(algorithm, 4 * MAX_FFT_LENGTH_SMALL)
+def fault(algorithm: ConvAlgorithm, device: torch.device, length: int) -> str:
+    """What is wrong with an algorithm for rows of a length on this machine; empty if it works."""
     try:
         found = _compare(plan(algorithm, device, length, 200, None), device, length)
     except Exception as error:  # whatever a compiler may raise
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    _found[algorithm, device, length] = found
     if found:
-        logger.warning("%s is off, torch.fft takes over: %s", algorithm, found)
+        logger.warning(
+            "%s for rows of %d is off, torch.fft takes over: %s", algorithm, length, found
+        )
     return found
 
 

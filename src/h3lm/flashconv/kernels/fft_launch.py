@@ -5,15 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from h3lm.flashconv import fft
 from h3lm.flashconv.kernels import fft_triton
 from h3lm.flashconv.kernels.fft_filter import (
     Prepared,
-    empty_spectrum,
-    pack_spectrum,
+    gradients,
+    gradients_by_library,
+    prepare_by_library,
     transform,
-    transform_back,
-    unpacked_gradients,
 )
 from h3lm.flashconv.kernels.fft_size import Size, factors
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
@@ -26,32 +24,44 @@ def filter_gradients(
 
     Args:
         u: The rows.
-        sums: (groups, D, 1, 2, N1, N2), float32.
+        sums: (groups, D, 2, N1, N2), float32.
         size: Of the transform.
         taps: Taps of the filter.
         taps_reverse: Taps of the reverse one.
     """
     total = sums[0] if len(sums) == 1 else sums.sum(0)
     if taps_reverse is not None or u.dtype == torch.float32:
-        return unpacked_gradients(total, taps, taps_reverse)
-    df = total.new_empty(len(total), taps)
-    transform_back(total, df, size, factors(size, torch.float16, u.device, False))
-    return df, None
+        return gradients_by_library(total, taps, taps_reverse)
+    return gradients(total, taps, size, factors(size, torch.float16, u.device, True)), None
 
 
 def forward(
     u: Tensor, spectrum: Prepared, size: Size, pre: Tensor | None, post: Tensor | None
 ) -> Tensor:
-    """Convolve rows of up to half of the size's points; positions are contiguous."""
-    B, D, L = u.shape
+    """Convolve rows of up to the size's points; positions are contiguous."""
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    _convolve(u, y, spectrum, size, pre, post)
+    return y
+
+
+def _convolve(
+    u: Tensor,
+    y: Tensor,
+    spectrum: Prepared,
+    size: Size,
+    pre: Tensor | None,
+    post: Tensor | None,
+    other: Tensor | None = None,
+    by: Tensor | None = None,
+    conjugate: bool = False,
+) -> None:
+    B, D, L = u.shape
     run = _Run(u, size)
     fft_triton.forward_kernel[(D * run.groups,)](
-        u, pre, post, y, spectrum.packed, spectrum.unscale, *run.tables,
-        *strides(u), *strides(pre), *strides(post), *strides(y), 2, B, D, L,
-        run.pairs, run.pairs_per_program, **run.constants,
+        u, pre, post, y, other, by, spectrum.packed, spectrum.unscale, *run.tables,
+        *strides(u), *strides(pre), *strides(post), *strides(y), *strides(by), B, D, L,
+        run.rows_per_program, CONJUGATE=conjugate, **run.constants,
     )  # fmt: skip
-    return y
 
 
 def backward(
@@ -70,17 +80,18 @@ def backward(
     run = _Run(u, size)
     du = torch.empty_like(u, memory_format=torch.contiguous_format) if data else None
     dpre = torch.empty_like(du) if du is not None and pre is not None else None
-    shape = (run.groups, D, 1, 2, size.N1, size.N2)
+    shape = (run.groups, D, 2, size.N1, size.N2)
     sums = u.new_empty(shape, dtype=torch.float32) if filters else None
-    passes = [(data, filters)] if size.together else [(data, False), (False, filters)]
-    for with_data, with_filter in passes:
-        if with_data or with_filter:
-            fft_triton.backward_kernel[(D * run.groups,)](
-                dy, u, pre, post, du, dpre, sums, spectrum.packed, spectrum.unscale, None,
-                *run.tables, *strides(dy), *strides(u), *strides(pre), *strides(post), *strides(du),
-                2, B, D, L, run.pairs, run.pairs_per_program, DATA=with_data, FILTER=with_filter,
-                **run.constants,
-            )  # fmt: skip
+    together = size.together and data and filters
+    if du is not None and not together:
+        _convolve(dy, du, spectrum, size, post, pre, dpre, u, conjugate=True)
+    if filters:
+        fft_triton.backward_kernel[(D * run.groups,)](
+            dy, u, pre, post, du, dpre, sums, None, None,
+            spectrum.packed, spectrum.unscale, None, None, *run.tables,
+            *strides(dy), *strides(u), *strides(pre), *strides(post), *strides(du),
+            B, D, L, run.rows_per_program, DATA=together, OUTER=1, **run.constants,
+        )  # fmt: skip
     return du, dpre, sums
 
 
@@ -88,11 +99,9 @@ def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: Size) -> Prepa
     """The spectrum of a filter that reaches both ways, for rows like u."""
     half = u.dtype != torch.float32
     if f_reverse is not None or not half:
-        return pack_spectrum(fft.filter_spectrum(f, f_reverse, size.points), size, half)
+        return prepare_by_library(f, f_reverse, size, half)
     f = f if f.stride(1) == 1 else f.contiguous()
-    prepared = empty_spectrum(f, size)
-    transform(f, prepared, size, factors(size, torch.float16, f.device, False))
-    return prepared
+    return transform(f, size, factors(size, torch.float16, f.device, True))
 
 
 class _Run:
@@ -101,15 +110,18 @@ class _Run:
     def __init__(self, u: Tensor, size: Size) -> None:
         B, D, L = u.shape
         half = u.dtype != torch.float32
-        self.pairs = -(-B // 2)
-        slots = 2 * multiprocessors(u.device)
-        groups = min(self.pairs, -(-slots // D))
-        self.pairs_per_program = -(-self.pairs // groups)
-        self.groups = -(-self.pairs // self.pairs_per_program)
-        self.tables = factors(size, torch.float16 if half else torch.float32, u.device, False)
+        self.rows_per_program, self.groups = rows_per_program(u.device, size, B, D)
+        self.tables = factors(size, torch.float16 if half else torch.float32, u.device, True)
         self.constants: dict[str, Any] = {
-            "N1": size.N1, "N2": size.N2, "K": size.N1, "HALF": half, "SCALED": half,
-            "EVEN": B % 2 == 0 and size.points == 2 * L, "FAST": half and u.is_cuda,
-            "PRECISION": "tf32" if half else "tf32x3", "STAGES": size.stages,
-            "num_warps": size.warps, "maxnreg": size.registers,
+            "N1": size.N1, "N2": size.N2, "REAL": True, "HALF": half, "SCALED": half,
+            "EVEN": size.points == L, "FAST": half and u.is_cuda,
+            "KEEP": half and size.keep, "PRECISION": "tf32" if half else "tf32x3",
+            "AHEAD": size.ahead, "num_warps": size.warps, "maxnreg": size.registers,
         }  # fmt: skip
+
+
+def rows_per_program(device: torch.device, size: Size, rows: int, channels: int) -> tuple[int, int]:
+    """Rows that a program takes, and programs of a channel: as few as fill the GPU."""
+    groups = min(rows, -(-size.programs * multiprocessors(device) // channels))
+    each = -(-rows // groups)
+    return each, -(-rows // each)

@@ -1,19 +1,22 @@
 """Rows longer than a program holds: one more factor of the transform, through device memory.
 
-A pair of rows of n = N0 m points, l = m l0 + i, becomes N0 complex rows of m points
+A real row of n = N0 m points, l = m l0 + i, becomes N0 complex rows of m points
 
-    Z_k0[i] = exp(-2 pi i k0 i / n) sum_l0 W_N0[k0, l0] z[m l0 + i]
+    Z_k0[i] = exp(-2 pi i (k0 - 1/4) i / n) sum_l0 W_N0[k0, l0] x[m l0 + i]
 
-(kept in float16, or float32, as two planes), each of which `fft_triton` convolves in place with
-frequencies k0 + N0 k of the filter; the same step backwards gives the rows. So a forward pass moves
-20 bytes for each element of a half dtype: 2 to find the scale of a row, 2 + 4 out, 4 + 4 in place,
-4 + 2 back, at any length. The zero half of a row is neither loaded nor multiplied here either.
+with W_N0 at frequencies k0 - 1/4, as in `fft_triton`, kept as two planes of float16. Each of them
+`fft_triton` convolves in place with frequencies k0 + N0 k of the filter; the same step backwards
+gives the row. So a forward pass moves 22 bytes for each element: 2 to find the scale of a row,
+2 + 4 out, 4 + 4 in place, 4 + 2 back, at any length. Half dtypes only.
+
+A filter takes the same way, float32 into it and out of it. One that reaches ahead, too, has that as
+its imaginary part, see `fft_filter.imaginary_row`.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,20 +24,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from h3lm.flashconv import fft
 from h3lm.flashconv.dispatch import MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL
 from h3lm.flashconv.kernels import fft_triton
 from h3lm.flashconv.kernels.fft_filter import (
     Prepared,
-    empty_spectrum,
-    pack_spectrum,
+    imaginary_row,
+    reverse_gradient,
     transform,
-    transform_back,
-    unpacked_gradients,
 )
-from h3lm.flashconv.kernels.fft_size import Size, factors, unitary_dft
+from h3lm.flashconv.kernels.fft_launch import rows_per_program
+from h3lm.flashconv.kernels.fft_size import SHIFT, Size, factors, unitary_dft
 from h3lm.flashconv.kernels.fft_triton import exponent_of, power_of_two, to_unit
-from h3lm.flashconv.kernels.launch import multiprocessors, strides
+from h3lm.flashconv.kernels.launch import strides
 
 MIN_OUTER = 16  # the matrix units' smallest edge
 
@@ -61,14 +62,14 @@ class LongSize:
 
     @property
     def points(self) -> int:
-        """n, at least twice the longest row."""
+        """n, the longest row."""
         return self.outer * self.inner.points
 
 
 # the inner transform by the largest n that it is used for, with much shared memory and with 99 KB;
 # measured on an H200, see docs/log.md
-INNER = {1 << 17: Size(64, 32, 4), 2 * MAX_LONG_LENGTH: Size(64, 64, 4)}
-SMALL_INNER = {2 * MAX_LONG_LENGTH_SMALL: Size(64, 16, 4)}
+INNER = {1 << 16: Size(64, 32, 4), MAX_LONG_LENGTH: Size(64, 64, 4)}
+SMALL_INNER = {MAX_LONG_LENGTH_SMALL: Size(64, 16, 4)}
 
 
 def size_for(length: int, large: bool) -> LongSize:
@@ -77,7 +78,7 @@ def size_for(length: int, large: bool) -> LongSize:
     Raises:
         ValueError: if the row is too long.
     """
-    points = 1 << (2 * length - 1).bit_length()
+    points = 1 << (length - 1).bit_length()
     for most, inner in (INNER if large else SMALL_INNER).items():
         if points <= most:
             outer = max(points // inner.points, 2)
@@ -87,29 +88,32 @@ def size_for(length: int, large: bool) -> LongSize:
 
 @triton.jit
 def largest_kernel(
-    x, gate, exponents, x_row, x_channel, gate_row, gate_channel, D, L, BLOCK: tl.constexpr
+    x, gate, exponents, sums, x_row, x_channel, gate_row, gate_channel, D, L, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Biased exponent of the largest magnitude of each row, under its gate."""
+    """Biased exponent of the largest magnitude of each row, under its gate; their sum if wanted."""
     row, channel = (tl.program_id(0) // D).to(tl.int64), (tl.program_id(0) % D).to(tl.int64)
     x += row * x_row + channel * x_channel
     if gate is not None:
         gate += row * gate_row + channel * gate_channel
     largest = tl.zeros((1, BLOCK), tl.float32)
+    total = tl.zeros((1, BLOCK), tl.float32)
     for start in range(0, L, BLOCK):
         at = start + tl.arange(0, BLOCK)[None, :]
         value = tl.load(x + at, at < L, 0.0).to(tl.float32)
         if gate is not None:
             value *= tl.load(gate + at, at < L, 0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(value))
-    tl.store(exponents + tl.program_id(0), exponent_of(largest, largest >= 0))
+        total += tl.abs(value)
+    tl.store(exponents + tl.program_id(0), exponent_of(largest))
+    if sums is not None:
+        tl.store(sums + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
 
 
 @triton.jit
 def outer_turns(k0, column, points, FAST: tl.constexpr):
-    """Cosine and sine of 2 pi k0 column / n; k0 column is below n."""
-    angle = (
-        k0.to(tl.float32)[:, None] * (column.to(tl.float32) * (6.283185307179586 / points))[None, :]
-    )
+    """Cosine and sine of 2 pi (k0 - 1/4) column / n."""
+    step = column.to(tl.float32) * (6.283185307179586 / points)
+    angle = (k0.to(tl.float32) - 0.25)[:, None] * step[None, :]
     if FAST:
         return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
     else:
@@ -118,121 +122,148 @@ def outer_turns(k0, column, points, FAST: tl.constexpr):
 
 @triton.jit
 def program_tile(tiles, inner, D, COLUMNS: tl.constexpr):
-    """Tile, column block, channel and pair of a program; tiles that read the same come together."""
+    """Tile, column block, channel and row of a program; tiles that read the same come together."""
     i = tl.program_id(0)
     blocks = inner // COLUMNS
-    return i % tiles, i // tiles % blocks, i // tiles // blocks % D, i // tiles // blocks // D
+    channel = i // tiles // blocks % D
+    row = i // tiles // blocks // D
+    return i % tiles, i // tiles % blocks, channel.to(tl.int64), row.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit
 def outward_kernel(
-    x, gate, exponents, planes, table,
-    x_row, x_channel, gate_row, gate_channel, B, D, L, inner, points,
+    x, gate, imaginary, exponents, planes, table,
+    x_row, x_channel, gate_row, gate_channel, imaginary_row, imaginary_channel,
+    D, L, inner, points,
     N0: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    COLUMNS: tl.constexpr, SCALED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """From pairs of rows to the planes of N0 complex rows; TILE of them and some columns here."""
-    tile, block, channel, pair = program_tile(K // TILE, inner, D, COLUMNS)
+    """From rows to the planes of N0 complex rows; TILE of them and some columns here.
+
+    `imaginary` makes rows complex: it reaches over all points, and has no gate.
+    """
+    tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS)
     k0, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
-    channel, pair = channel.to(tl.int64), pair.to(tl.int64)
-    x += 2 * pair * x_row + channel * x_channel
+    x += row * x_row + channel * x_channel
     if gate is not None:
-        gate += 2 * pair * gate_row + channel * gate_channel
+        gate += row * gate_row + channel * gate_channel
+    if imaginary is not None:
+        imaginary += row * imaginary_row + channel * imaginary_channel
+    scale = to_unit(tl.load(exponents + row * D + channel))
     re = tl.zeros((TILE, COLUMNS), tl.float32)
     im = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(0, K, DEPTH):
-        row = start + tl.arange(0, DEPTH)  # (row of the pair, l0)
-        member, l0 = row // (K // 2), row % (K // 2)
+        l0 = start + tl.arange(0, DEPTH)
         position = l0[:, None] * inner + column[None, :]
-        inside = (position < L) & ((2 * pair + member < B)[:, None])
-        value = tl.load(x + (member.to(tl.int64) * x_row)[:, None] + position, inside, 0.0)
+        value = tl.load(x + position, position < L, 0.0).to(tl.float32)
         if gate is not None:
-            offsets = (member.to(tl.int64) * gate_row)[:, None] + position
-            value = value.to(tl.float32) * tl.load(gate + offsets, inside, 0.0).to(tl.float32)
-        if SCALED:
-            whose = exponents + (2 * pair + member) * D + channel
-            exponent = tl.load(whose, 2 * pair + member < B, 0)
-            value = value.to(tl.float32) * to_unit(exponent)[:, None]
-        factor = table + k0[:, None] * K + row[None, :]
-        value = value.to(table.dtype.element_ty)
-        re = tl.dot(tl.load(factor), value, re, input_precision=PRECISION)
-        im = tl.dot(tl.load(factor + K * K), value, im, input_precision=PRECISION)
+            value *= tl.load(gate + position, position < L, 0.0).to(tl.float32)
+        value = (value * scale).to(tl.float16)
+        factor = table + k0[:, None] * K + l0[None, :]
+        W_re, W_im = tl.load(factor), tl.load(factor + K * K)
+        re = tl.dot(W_re, value, re)
+        im = tl.dot(W_im, value, im)
+        if imaginary is not None:
+            value = tl.load(imaginary + position, (l0 < N0)[:, None], 0.0)
+            value = (value * scale).to(tl.float16)
+            re = tl.dot(W_im, -value, re)
+            im = tl.dot(W_re, value, im)
     cos, sin = outer_turns(k0, column, points, FAST)
-    out = planes + ((pair * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
+    out = planes + ((row * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
     inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
     tl.store(out, (re * cos + im * sin).to(planes.dtype.element_ty), inside)
     tl.store(out + inner, (im * cos - re * sin).to(planes.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit
 def inward_kernel(
-    planes, y, gate, other, factor_of_other, exponents, unscale, table,
+    planes, plane_exponents, y, gate, other, factor_of_other, exponents, unscale, table,
     y_row, y_channel, gate_row, gate_channel, other_row, other_channel,
-    B, D, L, inner, points,
+    D, L, inner, points,
     N0: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    COLUMNS: tl.constexpr, SCALED: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, IMAGINARY: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `outward_kernel`, then y = gate out, and other = factor_of_other out.
 
-    `other` has the strides of y, its factor has its own.
+    Either all planes of a row have one scale (`exponents`), or each its own (`plane_exponents`).
+    IMAGINARY: the imaginary part of the rows, not the real one. `other` has the strides of y, its
+    factor has its own.
     """
-    tile, block, channel, pair = program_tile(K // TILE, inner, D, COLUMNS)
-    row, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
-    channel, pair = channel.to(tl.int64), pair.to(tl.int64)
+    tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS)
+    l0, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
+    first = (row * D + channel) * N0
+    if plane_exponents is None:
+        exponent = tl.load(exponents + row * D + channel)
+    else:
+        every = tl.arange(0, K)
+        exponent = tl.max(tl.load(plane_exponents + first + every, every < N0, 0), 0)
     out = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(0, K, DEPTH):
         k0 = start + tl.arange(0, DEPTH)
-        at = planes + ((pair * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
+        at = planes + (first + k0)[:, None] * (2 * inner) + column[None, :]
         inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
         re = tl.load(at, inside, 0.0).to(tl.float32)
         im = tl.load(at + inner, inside, 0.0).to(tl.float32)
+        if plane_exponents is not None:
+            own = tl.load(plane_exponents + first + k0, k0 < N0, 0)
+            weight = power_of_two(tl.maximum(127 + own - exponent, 0))[:, None]
+            re, im = re * weight, im * weight
+        if IMAGINARY:
+            re, im = im, -re
         cos, sin = outer_turns(k0, column, points, FAST)
-        factor = table + k0[None, :] * K + row[:, None]
-        back = (re * cos - im * sin).to(table.dtype.element_ty)
-        out = tl.dot(tl.load(factor), back, out, input_precision=PRECISION)
-        back = (re * sin + im * cos).to(table.dtype.element_ty)
-        out = tl.dot(tl.load(factor + K * K), back, out, input_precision=PRECISION)
-    member, l0 = row // (K // 2), row % (K // 2)
+        factor = table + k0[None, :] * K + l0[:, None]
+        back = (re * cos - im * sin).to(tl.float16)
+        out = tl.dot(tl.load(factor), back, out)
+        back = (re * sin + im * cos).to(tl.float16)
+        out = tl.dot(tl.load(factor + K * K), back, out)
     position = l0[:, None] * inner + column[None, :]
-    inside = (position < L) & ((2 * pair + member < B)[:, None])
-    out *= tl.load(unscale + channel * N0)
-    if SCALED:
-        whose = exponents + (2 * pair + member) * D + channel
-        out *= power_of_two(tl.load(whose, 2 * pair + member < B, 0))[:, None]
-    offsets = ((2 * pair + member) * y_row)[:, None] + channel * y_channel + position
+    inside = position < L
+    out *= tl.load(unscale + channel * N0) * power_of_two(exponent)
+    offsets = row * y_row + channel * y_channel + position
     if other is not None:
-        factors_at = ((2 * pair + member) * other_row)[:, None] + channel * other_channel + position
-        value = tl.load(factor_of_other + factors_at, inside, 0.0).to(tl.float32)
+        factor_of_other += row * other_row + channel * other_channel
+        value = tl.load(factor_of_other + position, inside, 0.0).to(tl.float32)
         tl.store(other + offsets, (out * value).to(y.dtype.element_ty), inside)
     if gate is not None:
-        gate_at = ((2 * pair + member) * gate_row)[:, None] + channel * gate_channel + position
-        out *= tl.load(gate + gate_at, inside, 0.0).to(tl.float32)
+        gate += row * gate_row + channel * gate_channel
+        out *= tl.load(gate + position, inside, 0.0).to(tl.float32)
     tl.store(y + offsets, out.to(y.dtype.element_ty), inside)
 
 
 @cache
-def outer_factors(outer: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """W_N0 on (row of the pair, l0), (part, k0, K), K at least 16; made in float64.
+def outer_factors(outer: int, device: torch.device) -> Tensor:
+    """W_N0 at frequencies k0 - 1/4 as (part, k0, l0), float16; made in float64.
 
-    Columns of an l0 in a row's zero half, and rows behind N0, only fill up an edge of 16.
+    Rows and columns behind N0 are zero: they only fill up an edge of 16.
     """
     K = max(outer, MIN_OUTER)
-    W = torch.zeros(K, K // 2, dtype=torch.complex128)
-    W[:outer, : outer // 2] = unitary_dft(outer)[:, : outer // 2]
-    parts = torch.stack([torch.cat([W.real, -W.imag], 1), torch.cat([W.imag, W.real], 1)])
-    return parts.to(device, dtype).contiguous()
+    W = torch.zeros(K, K, dtype=torch.complex128)
+    W[:outer, :outer] = unitary_dft(outer, SHIFT)
+    return torch.stack([W.real, W.imag]).to(device, torch.float16).contiguous()
+
+
+class FilterPlanes(NamedTuple):
+    """Partial sums of the filter's gradient, before the outer factor.
+
+    Attributes:
+        planes: Of complex rows, (groups, D, N0, 2, m), float16.
+        exponents: Of their scales, (groups, D, N0).
+    """
+
+    planes: Tensor
+    exponents: Tensor
 
 
 def forward(
     u: Tensor, spectrum: Prepared, size: LongSize, pre: Tensor | None, post: Tensor | None
 ) -> Tensor:
-    """Convolve rows of up to half of the size's points; positions are contiguous."""
+    """Convolve rows of up to the size's points; positions are contiguous."""
     run = LongRun(u, size)
     exponents = run.exponents(u, pre)
     planes = run.outward(u, pre, exponents)
     run.convolve(planes, spectrum)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    run.inward(planes, y, post, None, None, exponents, spectrum.unscale)
+    run.inward(planes, y, spectrum.unscale, exponents=exponents, gate=post)
     return y
 
 
@@ -246,127 +277,107 @@ def backward(
     *,
     data: bool,
     filters: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, FilterPlanes | None]:
     """As `fft_launch.backward`, for long rows."""
     run = LongRun(u, size)
     g_exponents = run.exponents(dy, post)
-    g_planes = run.outward(dy, post, g_exponents)
-    sums, z_planes, weights = None, g_planes, None
+    g_planes, made = run.outward(dy, post, g_exponents), None
     if filters:
         x_exponents = run.exponents(u, pre)
-        x_exponents, weights = run.common(x_exponents, g_exponents)
-        z_planes = run.outward(u, pre, x_exponents)
-    sums = run.differentiate(g_planes, z_planes, weights, spectrum, data)
+        x_planes = run.outward(u, pre, x_exponents)
+        made = run.filter_planes(g_planes, x_planes, g_exponents, x_exponents, spectrum)
+        del x_planes
     if not data:
-        return None, None, sums
+        return None, None, made
+    run.convolve(g_planes, spectrum, conjugate=True)
     du = torch.empty_like(u, memory_format=torch.contiguous_format)
     dpre = None if pre is None else torch.empty_like(du)
-    run.inward(g_planes, du, pre, dpre, u, g_exponents, spectrum.unscale)
-    return du, dpre, sums
+    run.inward(g_planes, du, spectrum.unscale, exponents=g_exponents, gate=pre, other=dpre, by=u)
+    return du, dpre, made
 
 
 def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: LongSize) -> Prepared:
     """The filter's spectrum for rows like u."""
-    half = u.dtype != torch.float32
-    if f_reverse is not None or not half:
-        spectrum = fft.filter_spectrum(f, f_reverse, size.points)
-        return pack_spectrum(spectrum, size.inner, half, size.outer)
-    f = f if f.stride(1) == 1 else f.contiguous()
-    run = LongRun(f[None], size, half=True)
-    exponents = run.exponents(f[None], None)
-    planes = run.outward(f[None], None, exponents)
-    prepared = empty_spectrum(f, size.inner, size.outer)
-    sums = torch.linalg.vector_norm(f, 1, dim=1)
-    transform(planes, prepared, size.inner, run.tables, size.outer, exponents, sums)
-    return prepared
+    rows, ahead = f[None], None
+    if f_reverse is not None:
+        rows = torch.cat([f[:, :1] + f_reverse[:, :1], f[:, 1:]], 1)[None]
+        ahead = imaginary_row(f_reverse, size.points)[None]
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    run = LongRun(rows, size)
+    sums = torch.empty(rows.shape[:2], device=f.device)
+    exponents = run.exponents(rows, None, sums)
+    if ahead is not None:
+        more = torch.empty_like(sums)
+        exponents = torch.maximum(exponents, run.exponents(ahead, None, more))
+        sums += more
+    planes = run.outward(rows, None, exponents, ahead)
+    return transform(planes, size.inner, run.tables, size.outer, exponents, sums)
 
 
 def filter_gradients(
-    u: Tensor, sums: Tensor, size: LongSize, taps: int, taps_reverse: int | None
+    u: Tensor, made: FilterPlanes, size: LongSize, taps: int, taps_reverse: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """As `fft_launch.filter_gradients`, for long rows."""
-    total = sums[0] if len(sums) == 1 else sums.sum(0)
-    if taps_reverse is not None or u.dtype == torch.float32:
-        return unpacked_gradients(total, taps, taps_reverse)
-    df = total.new_empty(1, len(total), taps)
-    run = LongRun(df, size, half=True)
-    rows = total.flatten(1)[None]
-    exponents = run.exponents(rows, None)
-    planes = df.new_empty((1, *total.shape[:3], size.inner.points), dtype=torch.float16)
-    transform_back(total, planes, size.inner, run.tables, size.outer, exponents)
-    root = df.new_full((len(total) * size.outer,), math.sqrt(size.points))
-    run.inward(planes, df, None, None, None, exponents, root)
-    return df[0], None
+    """Gradients of both filters from partial sums."""
+    groups, D = made.exponents.shape[:2]
+
+    def part(length: int, imaginary: bool) -> Tensor:
+        df = torch.empty((groups, D, length), device=u.device)
+        root = df.new_full((D * size.outer,), math.sqrt(size.points))
+        run = LongRun(df, size)
+        run.inward(made.planes, df, root, plane_exponents=made.exponents, imaginary=imaginary)
+        return df[0] if groups == 1 else df.sum(0)
+
+    df = part(taps, False)
+    if taps_reverse is None:
+        return df, None
+    return df, reverse_gradient(df, part(size.points, True), taps_reverse)
 
 
 class LongRun:
     """What the launches for one tensor have in common."""
 
-    def __init__(self, u: Tensor, size: LongSize, half: bool | None = None) -> None:
+    def __init__(self, u: Tensor, size: LongSize) -> None:
         self.B, self.D, self.L = u.shape
         self.size, self.device = size, u.device
-        self.pairs = -(-self.B // 2)
-        self.half = u.dtype != torch.float32 if half is None else half
-        self.dtype = torch.float16 if self.half else torch.float32
-        self.table = outer_factors(size.outer, self.dtype, u.device)
+        self.table = outer_factors(size.outer, u.device)
         K = self.table.shape[-1]
         self.rows_out, self.rows_in = min(size.rows_out, K), min(size.rows_in, K)
-        common: dict[str, Any] = {
-            "FAST": self.half and u.is_cuda, "PRECISION": "tf32" if self.half else "tf32x3",
-        }  # fmt: skip
-        self.outer = common | {
+        self.outer: dict[str, Any] = {
             "N0": size.outer, "K": K, "DEPTH": min(64, K), "COLUMNS": size.columns,
-            "SCALED": self.half, "num_warps": size.warps,
+            "FAST": u.is_cuda, "num_warps": size.warps,
         }  # fmt: skip
-        self.inner = common | {
-            "N1": size.inner.N1, "N2": size.inner.N2, "K": 2 * size.inner.N1, "HALF": self.half,
-            "SCALED": False, "EVEN": True, "STAGES": size.inner.stages,
-            "num_warps": size.inner.warps, "maxnreg": size.inner.registers,
+        self.inner: dict[str, Any] = {
+            "N1": size.inner.N1, "N2": size.inner.N2, "REAL": False, "HALF": True,
+            "SCALED": False, "EVEN": True, "FAST": u.is_cuda, "PRECISION": "tf32",
+            "KEEP": size.inner.keep, "AHEAD": size.inner.ahead, "num_warps": size.inner.warps,
+            "maxnreg": size.inner.registers,
         }  # fmt: skip
-        self.columns = self.pairs * self.D * (size.inner.points // size.columns)
-        slots = 2 * multiprocessors(u.device)
+        self.columns = self.B * self.D * (size.inner.points // size.columns)
         self.channels = self.D * size.outer
-        groups = min(self.pairs, -(-slots // self.channels))
-        self.pairs_per_program = -(-self.pairs // groups)
-        self.groups = -(-self.pairs // self.pairs_per_program)
-        self.tables = factors(size.inner, self.dtype, u.device, True)
+        self.rows_per_program, self.groups = rows_per_program(
+            u.device, size.inner, self.B, self.channels
+        )
+        self.tables = factors(size.inner, torch.float16, u.device, False)
 
-    def exponents(self, x: Tensor, gate: Tensor | None) -> Tensor | None:
-        """Exponents of the scales of rows, (B, D); None in float32, which has none."""
-        if not self.half:
-            return None
+    def exponents(self, x: Tensor, gate: Tensor | None, sums: Tensor | None = None) -> Tensor:
+        """Exponents of the scales of rows, (B, D); sums of magnitudes if wanted."""
         exponents = torch.empty((self.B, self.D), dtype=torch.int32, device=self.device)
         largest_kernel[(self.B * self.D,)](
-            x, gate, exponents, *strides(x), *strides(gate), self.D, x.shape[2],
+            x, gate, exponents, sums, *strides(x), *strides(gate), self.D, x.shape[2],
             BLOCK=4096, num_warps=8,
         )  # fmt: skip
         return exponents
 
-    def common(self, x: Tensor | None, g: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Exponents of x with which both rows of a pair enter dH with one weight, and that weight.
-
-        As in `fft_triton.backward_kernel`.
-        """
-        if x is None or g is None:
-            return None, None
-        last = 2 * self.pairs - self.B
-        xs, gs = (
-            torch.nn.functional.pad(e, (0, 0, 0, last)).unflatten(0, (self.pairs, 2))
-            for e in (x, g)
-        )
-        common = (xs + gs).amax(1, keepdim=True)
-        adjusted = torch.where((xs > 0) & (gs > 0), (common - gs).clamp(max=254), xs)
-        weights = torch.ldexp(torch.ones_like(common, dtype=torch.float32), common - 254)
-        weights = weights.transpose(1, 2).expand(-1, -1, self.size.outer).contiguous()
-        return adjusted.flatten(0, 1)[: self.B].to(torch.int32).contiguous(), weights
-
-    def outward(self, x: Tensor, gate: Tensor | None, exponents: Tensor | None) -> Tensor:
-        """The planes of N0 complex rows for each pair, (pairs, D, N0, 2, m)."""
-        shape = (self.pairs, self.D, self.size.outer, 2, self.size.inner.points)
-        planes = torch.empty(shape, dtype=self.dtype, device=self.device)
+    def outward(
+        self, x: Tensor, gate: Tensor | None, exponents: Tensor, imaginary: Tensor | None = None
+    ) -> Tensor:
+        """The planes of N0 complex rows for each row, (B, D, N0, 2, m)."""
+        shape = (self.B, self.D, self.size.outer, 2, self.size.inner.points)
+        planes = torch.empty(shape, dtype=torch.float16, device=self.device)
         outward_kernel[(self.columns * (self.table.shape[-1] // self.rows_out),)](
-            x, gate, exponents, planes, self.table, *strides(x), *strides(gate),
-            self.B, self.D, self.L, self.size.inner.points, float(self.size.points),
+            x, gate, imaginary, exponents, planes, self.table,
+            *strides(x), *strides(gate), *strides(imaginary),
+            self.D, self.L, self.size.inner.points, float(self.size.points),
             TILE=self.rows_out, **self.outer,
         )  # fmt: skip
         return planes
@@ -375,52 +386,52 @@ class LongRun:
         self,
         planes: Tensor,
         y: Tensor,
-        gate: Tensor | None,
-        other: Tensor | None,
-        factor_of_other: Tensor | None,
-        exponents: Tensor | None,
         unscale: Tensor,
+        *,
+        exponents: Tensor | None = None,
+        plane_exponents: Tensor | None = None,
+        gate: Tensor | None = None,
+        other: Tensor | None = None,
+        by: Tensor | None = None,
+        imaginary: bool = False,
     ) -> None:
-        """Rows y = gate out, and other = factor_of_other out, from planes."""
+        """Rows y = gate out, and other = by out if wanted, from planes."""
         inward_kernel[(self.columns * (self.table.shape[-1] // self.rows_in),)](
-            planes, y, gate, other, factor_of_other, exponents, unscale, self.table,
-            *strides(y), *strides(gate), *strides(factor_of_other),
-            self.B, self.D, self.L, self.size.inner.points, float(self.size.points),
-            TILE=self.rows_in, **self.outer,
+            planes, plane_exponents, y, gate, other, by, exponents, unscale, self.table,
+            *strides(y), *strides(gate), *strides(by),
+            self.D, self.L, self.size.inner.points, float(self.size.points),
+            TILE=self.rows_in, IMAGINARY=imaginary, **self.outer,
         )  # fmt: skip
 
-    def convolve(self, planes: Tensor, spectrum: Prepared) -> None:
-        """Convolve all complex rows, in place."""
-        m = self.size.inner.points
+    def convolve(self, planes: Tensor, spectrum: Prepared, conjugate: bool = False) -> None:
+        """Convolve all complex rows, or with the reversed filter, in place."""
+        row, each = planes.stride(0), 2 * self.size.inner.points
         fft_triton.forward_kernel[(self.channels * self.groups,)](
-            planes, None, None, planes, spectrum.packed, self._ones(), *self.tables,
-            m, 2 * m, 0, 0, 0, 0, m, 2 * m, 2 * self.channels, 2 * self.pairs, self.channels, m,
-            self.pairs, self.pairs_per_program, **self.inner,
+            planes, None, None, planes, None, None, spectrum.packed, self._ones(), *self.tables,
+            row, each, 0, 0, 0, 0, row, each, 0, 0, self.B, self.channels, each,
+            self.rows_per_program, CONJUGATE=conjugate, **self.inner,
         )  # fmt: skip
 
-    def differentiate(
+    def filter_planes(
         self,
         g_planes: Tensor,
-        z_planes: Tensor,
-        weights: Tensor | None,
+        x_planes: Tensor,
+        g_exponents: Tensor,
+        x_exponents: Tensor,
         spectrum: Prepared,
-        data: bool,
-    ) -> Tensor | None:
-        """Write dx over the planes of g (`data`); sums of conj(Z) G if those of z are others."""
-        filters = z_planes is not g_planes
-        m, inner = self.size.inner.points, self.size.inner
-        shape = (self.groups, self.D, self.size.outer, 2, inner.N1, inner.N2)
-        sums = g_planes.new_empty(shape, dtype=torch.float32) if filters else None
-        # sums first: the other pass writes over the planes that they read
-        for with_data, with_filter in ((False, filters), (data, False)):
-            if with_data or with_filter:
-                fft_triton.backward_kernel[(self.channels * self.groups,)](
-                    g_planes, z_planes, None, None, g_planes, None, sums, spectrum.packed,
-                    self._ones(), weights, *self.tables, m, 2 * m, m, 2 * m, 0, 0, 0, 0, m, 2 * m,
-                    2 * self.channels, 2 * self.pairs, self.channels, m, self.pairs,
-                    self.pairs_per_program, DATA=with_data, FILTER=with_filter, **self.inner,
-                )  # fmt: skip
-        return sums
+    ) -> FilterPlanes:
+        """Sum conj(Z) G over rows, and transform it back."""
+        shape = (self.groups, self.D, self.size.outer)
+        exponents = g_exponents.new_empty(shape)
+        planes = g_planes.new_empty((*shape, 2, self.size.inner.points))
+        row, each = g_planes.stride(0), 2 * self.size.inner.points
+        fft_triton.backward_kernel[(self.channels * self.groups,)](
+            g_planes, x_planes, None, None, None, None, None, planes, exponents,
+            spectrum.packed, self._ones(), g_exponents, x_exponents, *self.tables,
+            row, each, row, each, 0, 0, 0, 0, 0, 0, self.B, self.channels, each,
+            self.rows_per_program, DATA=False, OUTER=self.size.outer, **self.inner,
+        )  # fmt: skip
+        return FilterPlanes(planes, exponents)
 
     def _ones(self) -> Tensor:
         return torch.ones(self.channels, device=self.device)

@@ -7,7 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-MAX_LENGTH = 4096  # of rows that one program transforms at once
+# what the transforms of real rows add to an index of frequency, see `fft_triton`
+SHIFT = -0.25
 
 
 @dataclass(frozen=True)
@@ -18,26 +19,31 @@ class Size:
         N1: Rows; at least 64, that a warp group's products are full.
         N2: Columns, at least 16.
         warps: N1 / 16: a thread then holds both parts of a point.
-        stages: Row pairs in flight.
+        ahead: Whether a row is loaded while the one before is convolved.
         together: Whether one backward kernel makes the gradients of rows and filter.
         registers: Most registers of a thread; None leaves them to the compiler.
+        keep: Whether programs keep the turns, in float16, instead of making them for each row.
+        programs: Programs of a multiprocessor that the rows are divided for.
     """
 
     N1: int
     N2: int
     warps: int
-    stages: int = 1
+    ahead: bool = False
     together: bool = False
     registers: int | None = None
+    keep: bool = False
+    programs: int = 2
 
     @property
     def points(self) -> int:
-        """n, twice the longest row."""
+        """n, the longest row."""
         return self.N1 * self.N2
 
 
 # by transform size; measured on an H200, see docs/log.md
 SIZES = {
+    512: Size(32, 16, 2, together=True),
     1024: Size(64, 16, 4, together=True),
     2048: Size(64, 32, 4, together=True),
     4096: Size(64, 64, 4, together=True),
@@ -46,29 +52,29 @@ SIZES = {
 
 
 def size_for(length: int) -> Size:
-    """The smallest transform whose zero half holds what a row's convolution reaches beyond it.
+    """The smallest transform that holds a row.
 
     Raises:
         ValueError: if the row is too long for one program.
     """
     for points, size in SIZES.items():
-        if 2 * length <= points:
+        if length <= points:
             return size
-    raise ValueError(f"rows of {length} are over {MAX_LENGTH}, the most that one program holds")
+    raise ValueError(f"rows of {length} are over {max(SIZES)}, the most that one program holds")
 
 
 @cache
-def factors(size: Size, dtype: torch.dtype, device: torch.device, full: bool) -> tuple[Tensor, ...]:
+def factors(size: Size, dtype: torch.dtype, device: torch.device, real: bool) -> tuple[Tensor, ...]:
     """The two unitary factors as real matrices, see `fft_triton`; made in float64.
 
-    F is (2 N1, K) with rows (part, k1) and columns (row of the pair, l1), l1 < N1 / 2 unless
-    `full`. W is (2 N2, 2 N2) with rows of l2 and columns of k2 in the kernels' order of parts.
+    F has rows (part, k1). For real rows its columns are l1, else (part, l1). W is (2 N2, 2 N2) with
+    rows of l2 and columns of k2 in the kernels' order of parts.
     """
-    N1, N2 = size.N1, size.N2
-    rows = N1 if full else N1 // 2
-    first = unitary_dft(N1)[:, :rows]
-    F = torch.cat([torch.cat([first.real, -first.imag], 1), torch.cat([first.imag, first.real], 1)])
-    second = unitary_dft(N2)
+    first = unitary_dft(size.N1, SHIFT if real else 0.0)
+    F = torch.cat([first.real, first.imag])
+    if not real:
+        F = torch.cat([F, torch.cat([-first.imag, first.real])], 1)
+    second = unitary_dft(size.N2)
     parts = torch.stack(
         [
             torch.stack([second.real, second.imag], -1),
@@ -77,13 +83,12 @@ def factors(size: Size, dtype: torch.dtype, device: torch.device, full: bool) ->
         1,
     )  # [l2, part of l2, k2, part of k2]
     W = parts.unflatten(2, (-1, 8)).unflatten(0, (-1, 8))  # [j, i, part, j', i', part']
-    W = W.permute(0, 2, 1, 3, 5, 4).reshape(2 * N2, 2 * N2)
+    W = W.permute(0, 2, 1, 3, 5, 4).reshape(2 * size.N2, 2 * size.N2)
     return F.to(device, dtype).contiguous(), W.to(device, dtype).contiguous()
 
 
-def unitary_dft(n: int) -> Tensor:
-    """The unitary DFT matrix."""
-    k = torch.arange(n, dtype=torch.float64)
-    return torch.polar(
-        torch.full((n, n), n**-0.5, dtype=torch.float64), -2 * math.pi / n * (k[:, None] * k % n)
-    )
+def unitary_dft(n: int, shift: float = 0.0) -> Tensor:
+    """The unitary DFT matrix, of frequencies k + shift."""
+    l = torch.arange(n, dtype=torch.float64)
+    turns = (l[:, None] * l) % n + shift * l
+    return torch.polar(torch.full_like(turns, n**-0.5), -2 * math.pi / n * turns)

@@ -1,17 +1,25 @@
 """Long convolution by a block FFT on the matrix units, in plain Triton: rows that fit a program.
 
-Two real rows become one complex row z of n points, zero behind the rows, seen as a matrix
-Z[l1, l2], l = N2 l1 + l2. With the unitary DFT matrices W and the turns t = exp(-2 pi i k1 l2 / n)
+A real row x of at most n positions needs no 2n points against wrap-around, nor a second row beside
+it. With t^n = i instead of 1, a polynomial of degree below 2n has the coefficients j and n + j as
+the two parts of one complex number: the product of two real rows comes out with positions 0 .. n-1
+in its real part and what reaches beyond the row in the imaginary one. t^n = i for
+
+    t = exp(-2 pi i (k - 1/4) / n),   k = 0 .. n-1
+
+so it is the DFT at frequencies shifted by a quarter, of n points for a row of n. Row and filter
+are seen as matrices Z[l1, l2], l = N2 l1 + l2. With unitary factors W and the turns
+t = exp(-2 pi i (k1 - 1/4) l2 / n), W_N1 at frequencies k1 - 1/4,
 
     S = ((W_N1 Z) t) W_N2                   the spectrum of index k1 + N1 k2 stays at S[k1, k2]
-    Y = conj(W_N1) (((S H) conj(W_N2)) conj(t))
+    y = Re conj(W_N1) (((S H) conj(W_N2)) conj(t))
 
-and the two rows come back as Re Y and Im Y, in place: nothing is ever transposed. H, the spectrum
-of the filter, is kept in the same order. Rows of Z that are zero are neither loaded nor multiplied.
+and the row comes back in place: nothing is ever transposed. H, the spectrum of the filter, is kept
+in the same order.
 
-Four real matrix products do this for a pair of rows. `F` is W_N1 on columns (row of the pair, l1)
-with rows (part, k1), part being real or imaginary; `W` is W_N2 on (l2, part). Both are orthogonal,
-so that the way back takes their transposes. The parts of a point alternate in groups of 8 columns
+Four real matrix products do this for a row. `F` is W_N1 on l1 with rows (part, k1), part being
+real or imaginary; `W` is W_N2 on (l2, part). Their columns are orthonormal: the way back takes
+their transposes. The parts of a point alternate in groups of 8 columns
 
     column 16 j + 8 part + i  holds that part of point 8 j + i
 
@@ -19,12 +27,13 @@ so that the thread that holds one part in the layout of the matrix units holds t
 
 For half inputs the operands are float16: a row is scaled by a power of two to a maximum in [1, 2),
 a spectrum's largest part to [2^h, 2^(h+1)). All transforms are unitary: no value inside exceeds
-|z|_2 max|H| <= 2 sqrt(2 L) sqrt(2) 2^(h+1), and h keeps that below 65504. Nothing overflows.
+|x|_2 max|H| <= 2 sqrt(n) sqrt(2) 2^(h+1), and h keeps that below 65504. Nothing overflows.
 
-The same kernels run complex rows without zeros, K = 2 N1: then the pair is the real and the
-imaginary part of one row. Longer rows need that, see `fft_long`.
+The same kernels run complex rows with the ordinary DFT, K = 2 N1, F on (part, l1). Longer rows need
+that, see `fft_long`.
 
-Source: Fu et al. 2023 (arXiv 2212.14052v3), section 4.1 (block FFT).
+Source: Fu et al. 2023 (arXiv 2212.14052v3), section 4.1 (block FFT); Crandall and Fagin 1994,
+Discrete weighted transforms (the right-angle convolution).
 """
 
 import triton
@@ -39,6 +48,27 @@ def load_rows(base, offsets, mask, EVEN: tl.constexpr):
         return tl.load(base + offsets)
     else:
         return tl.load(base + offsets, mask, 0.0)
+
+
+@triton.jit
+def load_first(base, stride, first, position, inside, EVEN: tl.constexpr, AHEAD: tl.constexpr):
+    """The first row, if rows are loaded a turn ahead."""
+    if AHEAD:
+        return load_rows(base + first.to(tl.int64) * stride, position, inside, EVEN)
+    else:
+        return 0
+
+
+@triton.jit
+def load_next(
+    held, base, stride, row, last, position, inside, EVEN: tl.constexpr, AHEAD: tl.constexpr
+):  # fmt: skip
+    """This row, and what is held for the next turn."""
+    if AHEAD:
+        after = tl.minimum(row + 1, last - 1)
+        return held, load_rows(base + after * stride, position, inside, EVEN)
+    else:
+        return load_rows(base + row * stride, position, inside, EVEN), held
 
 
 @triton.jit
@@ -78,48 +108,6 @@ def join_columns(re, im, N1: tl.constexpr, N2: tl.constexpr):
 
 
 @triton.jit
-def turns(zero, N1: tl.constexpr, N2: tl.constexpr, FAST: tl.constexpr):
-    """Cosine and sine of 2 pi k1 l2 / n.
-
-    They are made where they are used, which is cheaper than loading them. `zero` is 0 in a way that
-    the compiler cannot see: it would keep them all in registers from one use to the next.
-    """
-    k1 = (tl.arange(0, N1) + zero).to(tl.float32)
-    angle = (
-        k1[:, None] * (tl.arange(0, N2).to(tl.float32) * (6.283185307179586 / (N1 * N2)))[None, :]
-    )
-    if FAST:  # absolute error 1e-6, operands are rounded to 2^-11 behind it
-        return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
-    else:
-        return tl.cos(angle), tl.sin(angle)
-
-
-@triton.jit
-def to_spectrum(
-    x, F, W, zero,
-    N1: tl.constexpr, N2: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Transform a tile of rows (row of the pair, l1); both parts of the spectrum, float32."""
-    re, im = split_stacked(tl.dot(F, x, input_precision=PRECISION), N1, N2)
-    cos, sin = turns(zero, N1, N2, FAST)
-    turned = join_columns(re * cos + im * sin, im * cos - re * sin, N1, N2).to(F.dtype)
-    return split_columns(tl.dot(turned, W, input_precision=PRECISION), N1, N2)
-
-
-@triton.jit
-def from_spectrum(
-    re, im, F, W, zero,
-    N1: tl.constexpr, N2: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The inverse of `to_spectrum`, float32."""
-    columns = join_columns(re, im, N1, N2).to(F.dtype)
-    re, im = split_columns(tl.dot(columns, tl.trans(W), input_precision=PRECISION), N1, N2)
-    cos, sin = turns(zero, N1, N2, FAST)
-    turned = join_stacked(re * cos - im * sin, re * sin + im * cos, N1, N2).to(F.dtype)
-    return tl.dot(tl.trans(F), turned, input_precision=PRECISION)
-
-
-@triton.jit
 def pack(re, im):
     """Two float32 as one word of two float16: half the registers of two tiles."""
     low = re.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
@@ -136,23 +124,85 @@ def unpack(words):
 
 
 @triton.jit
-def load_spectrum(
-    pointer, channel, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """A filter's spectrum as words of two float16, or as two tiles of float32.
+def make_turns(zero, N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr):
+    """Cosine and sine of 2 pi k1 l2 / n, or of k1 - 1/4 for real rows.
 
-    Both parts of a point must lie in the thread that multiplies them. A product with the identity,
-    which is exact, brings them there without passing through shared memory in every turn.
+    `zero` is 0 in a way that the compiler cannot see: it would keep them all in registers from one
+    use to the next.
     """
-    k1, l2, column = tl.arange(0, N1)[:, None], tl.arange(0, N2)[None, :], tl.arange(0, 2 * N2)
-    base = pointer + channel.to(tl.int64) * (2 * N1 * N2)
-    if HALF:
-        columns = tl.load(base + k1 * (2 * N2) + column[None, :])
-        identity = (column[:, None] == column[None, :]).to(tl.float16)
-        re, im = split_columns(tl.dot(columns, identity), N1, N2)
-        return keep_parts(re, im, HALF)
+    k1 = (tl.arange(0, N1) + zero).to(tl.float32)
+    if REAL:
+        k1 -= 0.25
+    angle = (
+        k1[:, None] * (tl.arange(0, N2).to(tl.float32) * (6.283185307179586 / (N1 * N2)))[None, :]
+    )
+    if FAST:  # absolute error 1e-6, operands are rounded to 2^-11 behind it
+        return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
     else:
-        return tl.load(base + k1 * N2 + l2), tl.load(base + N1 * N2 + k1 * N2 + l2)
+        return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
+def keep_turns(
+    zero, N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Turns as words for the whole life of a program, if there are registers for it."""
+    if KEEP:
+        cos, sin = make_turns(zero, N1, N2, REAL, FAST)
+        return pack(cos, sin)
+    else:
+        return 0
+
+
+@triton.jit
+def turns(
+    kept, zero, N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Turns from what is kept, else made where they are used, which is cheaper than loading."""
+    if KEEP:
+        return unpack(kept ^ zero)
+    else:
+        return make_turns(zero, N1, N2, REAL, FAST)
+
+
+@triton.jit
+def to_spectrum(
+    x, F, W, kept, zero,
+    N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Transform a tile of a row, (part, l1) by l2; both parts of the spectrum, float32."""
+    re, im = split_stacked(tl.dot(F, x, input_precision=PRECISION), N1, N2)
+    cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
+    turned = join_columns(re * cos + im * sin, im * cos - re * sin, N1, N2).to(F.dtype)
+    return split_columns(tl.dot(turned, W, input_precision=PRECISION), N1, N2)
+
+
+@triton.jit
+def from_spectrum(
+    re, im, F, W, kept, zero,
+    N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `to_spectrum`, float32."""
+    columns = join_columns(re, im, N1, N2).to(F.dtype)
+    re, im = split_columns(tl.dot(columns, tl.trans(W), input_precision=PRECISION), N1, N2)
+    cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
+    turned = join_stacked(re * cos - im * sin, re * sin + im * cos, N1, N2).to(F.dtype)
+    return tl.dot(tl.trans(F), turned, input_precision=PRECISION)
+
+
+@triton.jit
+def load_spectrum(pointer, channel, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr):
+    """A filter's spectrum as words of two float16, or as two tiles of float32."""
+    points = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    if HALF:
+        return tl.load(pointer + channel.to(tl.int64) * (N1 * N2) + points), 0
+    else:
+        base = pointer + channel.to(tl.int64) * (2 * N1 * N2) + points
+        return tl.load(base), tl.load(base + N1 * N2)
 
 
 @triton.jit
@@ -174,9 +224,9 @@ def keep_parts(re, im, HALF: tl.constexpr):
 
 
 @triton.jit
-def exponent_of(x, chosen):
-    """Biased exponent of the largest magnitude of the chosen elements."""
-    largest = tl.max(tl.max(tl.where(chosen, tl.abs(x), 0.0), 1), 0)
+def exponent_of(x):
+    """Biased exponent of the largest magnitude in a tile."""
+    largest = tl.max(tl.max(tl.abs(x), 1), 0)
     return (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
 
 
@@ -193,116 +243,113 @@ def to_unit(exponent):
 
 
 @triton.jit
-def common_exponent(common, x, g):
-    """Exponent of a row of z that makes its product with the row of G weigh 2^common."""
-    return tl.where((x > 0) & (g > 0), tl.minimum(common - g, 254), x)
+def load_factors(F_table, W_table, N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr):
+    """F and W, see above."""
+    part_k1, row, column = tl.arange(0, 2 * N1), tl.arange(0, K), tl.arange(0, 2 * N2)
+    F = tl.load(F_table + part_k1[:, None] * K + row[None, :])
+    return F, tl.load(W_table + column[:, None] * (2 * N2) + column[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "pairs", "pairs_per_program"])
+@triton.jit(do_not_specialize=["B", "rows_per_program"])
 def forward_kernel(
-    u, pre, post, y, spectrum, unscale, F_table, W_table,
+    u, pre, post, y, other, by, spectrum, unscale, F_table, W_table,
     u_row, u_channel, pre_row, pre_channel, post_row, post_channel, y_row, y_channel,
-    pair_rows, B, channels, L, pairs, pairs_per_program,
-    N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
-    SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    by_row, by_channel, B, channels, L, rows_per_program, CONJUGATE: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, HALF: tl.constexpr,
+    SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Convolve one channel of some pairs of rows."""
+    """Convolve one channel of some rows: y = post out, and other = by out if wanted.
+
+    CONJUGATE: with the reversed filter, as gradients are. `other` has the strides of y.
+    """
+    K: tl.constexpr = N1 if REAL else 2 * N1
     channel = tl.program_id(0) % channels
-    first_pair = tl.program_id(0) // channels * pairs_per_program
-    last_pair = tl.minimum(first_pair + pairs_per_program, pairs)
+    first_row = tl.program_id(0) // channels * rows_per_program
+    last_row = tl.minimum(first_row + rows_per_program, B)
 
     first, second = load_spectrum(spectrum, channel, N1, N2, HALF)
-    part_k1, row, l2 = tl.arange(0, 2 * N1), tl.arange(0, K), tl.arange(0, N2)
-    column = tl.arange(0, 2 * N2)
-    F = tl.load(F_table + part_k1[:, None] * K + row[None, :])
-    W = tl.load(W_table + column[:, None] * (2 * N2) + column[None, :])
-
-    member = row // (K // 2)
-    position = (row % (K // 2))[:, None] * N2 + l2[None, :]
-    is_second = (member == 1)[:, None]
+    F, W = load_factors(F_table, W_table, N1, N2, K)
+    kept = keep_turns(first_row >> 31, N1, N2, REAL, FAST, KEEP)
+    position = tl.arange(0, K)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    inside = position < L
     u += channel.to(tl.int64) * u_channel
     y += channel.to(tl.int64) * y_channel
     if pre is not None:
         pre += channel.to(tl.int64) * pre_channel
     if post is not None:
         post += channel.to(tl.int64) * post_channel
+    if other is not None:
+        other += channel.to(tl.int64) * y_channel
+        by += channel.to(tl.int64) * by_channel
     shrink = tl.load(unscale + channel)
 
-    for step in tl.range(0, last_pair - first_pair, num_stages=STAGES):
-        pair = first_pair + step
-        at = pair.to(tl.int64) * pair_rows
-        inside = (position < L) & ((2 * pair + member < B)[:, None])
-        x = load_rows(u + at * u_row, (member * u_row)[:, None] + position, inside, EVEN)
+    held = load_first(u, u_row, first_row, position, inside, EVEN, AHEAD)
+    for step in tl.range(0, last_row - first_row, num_stages=1):
+        b = first_row + step
+        row = b.to(tl.int64)
+        x, held = load_next(held, u, u_row, row, last_row, position, inside, EVEN, AHEAD)
         if pre is not None:
-            gate = load_rows(
-                pre + at * pre_row, (member * pre_row)[:, None] + position, inside, EVEN
-            )
+            gate = load_rows(pre + row * pre_row, position, inside, EVEN)
             x = x.to(tl.float32) * gate.to(tl.float32)
+        scale = shrink
         if SCALED:
             x = x.to(tl.float32)
-            low, high = exponent_of(x, ~is_second), exponent_of(x, is_second)
-            x = x * tl.where(is_second, to_unit(high), to_unit(low))
-        re, im = to_spectrum(x.to(F.dtype), F, W, pair >> 31, N1, N2, FAST, PRECISION)
-        h_re, h_im = as_parts(first, second, pair >> 31, HALF)
-        out = from_spectrum(
-            re * h_re - im * h_im,
-            re * h_im + im * h_re,
-            F,
-            W,
-            (pair + 2) >> 31,
-            N1,
-            N2,
-            FAST,
-            PRECISION,
+            exponent = exponent_of(x)
+            x = x * to_unit(exponent)
+            scale *= power_of_two(exponent)
+        re, im = to_spectrum(
+            x.to(F.dtype), F, W, kept, b >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
         )
-        if SCALED:
-            out = out * (tl.where(is_second, power_of_two(high), power_of_two(low)) * shrink)
-        else:
-            out = out * shrink
+        h_re, h_im = as_parts(first, second, b >> 31, HALF)
+        if CONJUGATE:
+            h_im = -h_im
+        out = from_spectrum(
+            re * h_re - im * h_im, re * h_im + im * h_re,
+            F, W, kept, (b + 2) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION,
+        )  # fmt: skip
+        out = out * scale
+        if other is not None:
+            factor = load_rows(by + row * by_row, position, inside, EVEN)
+            product = (out * factor.to(tl.float32)).to(y.dtype.element_ty)
+            store_rows(other + row * y_row, position, product, inside, EVEN)
         if post is not None:
-            gate = load_rows(
-                post + at * post_row, (member * post_row)[:, None] + position, inside, EVEN
-            )
+            gate = load_rows(post + row * post_row, position, inside, EVEN)
             out = out * gate.to(tl.float32)
-        out = out.to(y.dtype.element_ty)
-        store_rows(y + at * y_row, (member * y_row)[:, None] + position, out, inside, EVEN)
+        store_rows(y + row * y_row, position, out.to(y.dtype.element_ty), inside, EVEN)
 
 
-@triton.jit(do_not_specialize=["B", "pairs", "pairs_per_program"])
+@triton.jit(do_not_specialize=["B", "rows_per_program"])
 def backward_kernel(
-    dy, u, pre, post, du, dpre, dspectrum, spectrum, unscale, weights, F_table, W_table,
+    dy, u, pre, post, du, dpre, dspectrum, dplanes, dexponents,
+    spectrum, unscale, dy_exponents, u_exponents, F_table, W_table,
     dy_row, dy_channel, u_row, u_channel, pre_row, pre_channel, post_row, post_channel,
-    grad_row, grad_channel,
-    pair_rows, B, channels, L, pairs, pairs_per_program,
-    DATA: tl.constexpr, FILTER: tl.constexpr,
-    N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
-    SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    grad_row, grad_channel, B, channels, L, rows_per_program,
+    DATA: tl.constexpr, OUTER: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, HALF: tl.constexpr,
+    SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
+    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one channel of some pairs of rows; that of the spectrum as a partial sum.
+    """Gradient of the filter from one channel of some rows, a partial sum; DATA: others, too.
 
         G = spectrum of post dy;   dx = inverse of conj(H) G;   du = pre dx;   dpre = u dx
-        dH = sum over pairs of conj(Z) G
+        dH = sum over rows of conj(Z) G, whose time domain has the filter's gradient as real part
 
-    dH's time domain has the sum over both rows of a pair as its real part. DATA and FILTER choose
-    the first line's results, and the second's: together they save a transform, apart registers.
-    The gradient of `post` is a forward pass with dy in its place.
+    With the first line, which alone is a forward pass, a transform is saved; apart, registers. The
+    gradient of `post` is a forward pass with dy in its place. Complex rows, OUTER of them from one
+    row, were scaled before: by `dy_exponents` and `u_exponents`. Of them, dH is transformed back
+    and leaves as planes, scaled by `dexponents`.
     """
+    K: tl.constexpr = N1 if REAL else 2 * N1
     channel = tl.program_id(0) % channels
     group = tl.program_id(0) // channels
-    first_pair = group * pairs_per_program
-    last_pair = tl.minimum(first_pair + pairs_per_program, pairs)
+    first_row = group * rows_per_program
+    last_row = tl.minimum(first_row + rows_per_program, B)
 
-    part_k1, row, k1, l2 = tl.arange(0, 2 * N1), tl.arange(0, K), tl.arange(0, N1), tl.arange(0, N2)
-    column = tl.arange(0, 2 * N2)
-    F = tl.load(F_table + part_k1[:, None] * K + row[None, :])
-    W = tl.load(W_table + column[:, None] * (2 * N2) + column[None, :])
-    points = k1[:, None] * N2 + l2[None, :]
-
-    member = row // (K // 2)
-    position = (row % (K // 2))[:, None] * N2 + l2[None, :]
-    is_second = (member == 1)[:, None]
+    F, W = load_factors(F_table, W_table, N1, N2, K)
+    kept = keep_turns(first_row >> 31, N1, N2, REAL, FAST, KEEP)
+    position = tl.arange(0, K)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    inside = position < L
     u += channel.to(tl.int64) * u_channel
     dy += channel.to(tl.int64) * dy_channel
     if DATA:
@@ -317,71 +364,80 @@ def backward_kernel(
     sum_re = tl.zeros((N1, N2), tl.float32)
     sum_im = tl.zeros((N1, N2), tl.float32)
 
-    for step in tl.range(0, last_pair - first_pair, num_stages=STAGES):
-        pair = first_pair + step
-        at = pair.to(tl.int64) * pair_rows
-        inside = (position < L) & ((2 * pair + member < B)[:, None])
-        in_rows = (member * grad_row)[:, None] + position
-        to = at * grad_row
-        g = load_rows(dy + at * dy_row, (member * dy_row)[:, None] + position, inside, EVEN)
+    held_g = load_first(dy, dy_row, first_row, position, inside, EVEN, AHEAD)
+    held_x = load_first(u, u_row, first_row, position, inside, EVEN, AHEAD)
+    for step in tl.range(0, last_row - first_row, num_stages=1):
+        b = first_row + step
+        row = b.to(tl.int64)
+        to = row * grad_row
+        g, held_g = load_next(held_g, dy, dy_row, row, last_row, position, inside, EVEN, AHEAD)
         if post is not None:
-            gate = load_rows(
-                post + at * post_row, (member * post_row)[:, None] + position, inside, EVEN
-            )
+            gate = load_rows(post + row * post_row, position, inside, EVEN)
             g = g.to(tl.float32) * gate.to(tl.float32)
         if SCALED:
             g = g.to(tl.float32)
-            g_low, g_high = exponent_of(g, ~is_second), exponent_of(g, is_second)
-            g = g * tl.where(is_second, to_unit(g_high), to_unit(g_low))
-        g_re, g_im = to_spectrum(g.to(F.dtype), F, W, pair >> 31, N1, N2, FAST, PRECISION)
+            g_exponent = exponent_of(g)
+            g = g * to_unit(g_exponent)
+        g_re, g_im = to_spectrum(
+            g.to(F.dtype), F, W, kept, b >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
+        )
         g_first, g_second = keep_parts(g_re, g_im, HALF)
-        x = load_rows(u + at * u_row, (member * u_row)[:, None] + position, inside, EVEN)
+        x, held_x = load_next(held_x, u, u_row, row, last_row, position, inside, EVEN, AHEAD)
         if DATA:
             # words are made into numbers anew at each use: two float32 each would not fit
-            first, second = load_spectrum(spectrum, channel + (pair >> 31), N1, N2, HALF)
-            h_re, h_im = as_parts(first, second, pair >> 31, HALF)
-            g_re, g_im = as_parts(g_first, g_second, pair >> 31, HALF)
+            first, second = load_spectrum(spectrum, channel + (b >> 31), N1, N2, HALF)
+            h_re, h_im = as_parts(first, second, b >> 31, HALF)
+            g_re, g_im = as_parts(g_first, g_second, b >> 31, HALF)
             dx = from_spectrum(
                 g_re * h_re + g_im * h_im, g_im * h_re - g_re * h_im,
-                F, W, (pair + 1) >> 31, N1, N2, FAST, PRECISION,
+                F, W, kept, (b + 1) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION,
             )  # fmt: skip
-            dx = dx * shrink
+            scale = shrink
             if SCALED:
-                dx = dx * tl.where(is_second, power_of_two(g_high), power_of_two(g_low))
+                scale *= power_of_two(g_exponent)
+            dx = dx * scale
             if pre is not None:
-                store_rows(dpre + to, in_rows, (dx * x).to(du.dtype.element_ty), inside, EVEN)
-                gate = load_rows(
-                    pre + at * pre_row, (member * pre_row)[:, None] + position, inside, EVEN
-                )
+                store_rows(dpre + to, position, (dx * x).to(du.dtype.element_ty), inside, EVEN)
+                gate = load_rows(pre + row * pre_row, position, inside, EVEN)
                 dx = dx * gate.to(tl.float32)
-            store_rows(du + to, in_rows, dx.to(du.dtype.element_ty), inside, EVEN)
-        if FILTER:
-            if pre is not None:
-                gate = load_rows(
-                    pre + at * pre_row, (member * pre_row)[:, None] + position, inside, EVEN
-                )
-                x = x.to(tl.float32) * gate.to(tl.float32)
-            if SCALED:
-                x = x.to(tl.float32)
-                x_low, x_high = exponent_of(x, ~is_second), exponent_of(x, is_second)
-                # both rows must enter dH with one weight: that of the larger product
-                common = tl.maximum(x_low + g_low, x_high + g_high)
-                x_low = common_exponent(common, x_low, g_low)
-                x_high = common_exponent(common, x_high, g_high)
-                x = x * tl.where(is_second, to_unit(x_high), to_unit(x_low))
-            z_re, z_im = to_spectrum(x.to(F.dtype), F, W, (pair + 2) >> 31, N1, N2, FAST, PRECISION)
-            g_re, g_im = as_parts(g_first, g_second, (pair + 1) >> 31, HALF)
-            if SCALED:
-                half = common // 2
-                weight, rest = power_of_two(half), power_of_two(common - half)
-                g_re, g_im = g_re * weight * rest, g_im * weight * rest
-            if weights is not None:
-                weight = tl.load(weights + pair.to(tl.int64) * channels + channel)
-                g_re, g_im = g_re * weight, g_im * weight
-            sum_re += z_re * g_re + z_im * g_im
-            sum_im += z_re * g_im - z_im * g_re
+            store_rows(du + to, position, dx.to(du.dtype.element_ty), inside, EVEN)
+        if pre is not None:
+            gate = load_rows(pre + row * pre_row, position, inside, EVEN)
+            x = x.to(tl.float32) * gate.to(tl.float32)
+        if SCALED:
+            x = x.to(tl.float32)
+            x_exponent = exponent_of(x)
+            x = x * to_unit(x_exponent)
+        z_re, z_im = to_spectrum(
+            x.to(F.dtype), F, W, kept, (b + 2) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
+        )
+        g_re, g_im = as_parts(g_first, g_second, (b + 1) >> 31, HALF)
+        if dy_exponents is not None:
+            whose = row * (channels // OUTER) + channel // OUTER
+            g_exponent = tl.load(dy_exponents + whose)
+            x_exponent = tl.load(u_exponents + whose)
+        if SCALED or dy_exponents is not None:
+            # one after the other: the product of both powers may leave float32
+            g_re, g_im = g_re * power_of_two(g_exponent), g_im * power_of_two(g_exponent)
+            g_re, g_im = g_re * power_of_two(x_exponent), g_im * power_of_two(x_exponent)
+        sum_re += z_re * g_re + z_im * g_im
+        sum_im += z_re * g_im - z_im * g_re
 
-    if FILTER:
-        base = dspectrum + (group.to(tl.int64) * channels + channel) * (2 * N1 * N2)
-        tl.store(base + points, sum_re)
-        tl.store(base + N1 * N2 + points, sum_im)
+    at = group.to(tl.int64) * channels + channel
+    points = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    if REAL:
+        dspectrum += at * (2 * N1 * N2)
+        tl.store(dspectrum + points, sum_re)
+        tl.store(dspectrum + N1 * N2 + points, sum_im)
+    else:
+        exponent = exponent_of(tl.maximum(tl.abs(sum_re), tl.abs(sum_im)))
+        scale = to_unit(exponent)
+        # once, but in a loop: else W's memory is given to an operand of the second product, and
+        # ptxas of CUDA 12.8 makes that one's address of a register that holds another (N2 = 32)
+        for _ in tl.range(0, tl.minimum(last_row - first_row, 1), num_stages=1):
+            planes = from_spectrum(
+                sum_re * scale, sum_im * scale,
+                F, W, kept, last_row >> 31, N1, N2, REAL, FAST, KEEP, PRECISION,
+            )  # fmt: skip
+            tl.store(dplanes + at * (2 * N1 * N2) + position, planes.to(tl.float16))
+        tl.store(dexponents + at, exponent)

@@ -1,6 +1,6 @@
 """What the launches of all chunk kernels share: operators, walks over a batch, gradients."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -19,10 +19,10 @@ class Operators(NamedTuple):
 
     Attributes:
         F: (D, 2 or 3, T, T), or None without a short filter.
-        M: (D, T, T).
-        K: (D, N, T), N a power of two from 16 to 128.
-        P: (D, T, N).
-        decay: (D, N/2, 2), float32.
+        M: (H, T, T); H is D, or D / 2, D / 4, D / 8 for heads of several channels.
+        K: (H, N, T), N a power of two from 16 to 128.
+        P: (H, T, N).
+        decay: (H, N/2, 2), float32.
     """
 
     F: Tensor | None
@@ -64,14 +64,15 @@ class Walk:
         return rows == B and L * self.rows_per_tile == self.tiles * C * CHUNK_LENGTH
 
 
-def plan(B: int, D: int, L: int, C: int, slots: int) -> Walk:
+def plan(B: int, D: int, L: int, C: int, slots: int, packed: bool = False) -> Walk:
     """Give each program as many rows as `slots` concurrent programs allow.
 
     Long walks are faster: operators are loaded, and their gradients written, once per program.
+    Packed sequences have a tile to themselves, and as many as they need: kernels count them.
     """
     tile_length = C * CHUNK_LENGTH
     rows = 1
-    while rows < C // 8 and 2 * rows * L <= tile_length and rows < B:
+    while not packed and rows < C // 8 and 2 * rows * L <= tile_length and rows < B:
         rows *= 2
     blocks = -(-B // rows)
     programs = min(blocks, -(-slots // D))
@@ -99,11 +100,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def summed_output(o: Tensor, head_dim: int) -> Tensor:
-    """Outputs of pairs of channels (i, j), added over i."""
-    if head_dim == 1:
-        return o
-    return o.unflatten(1, (-1, head_dim, head_dim)).sum(2).flatten(1, 2)
+def product_precision(dtype: torch.dtype) -> str:
+    """Precision of products: float32 inputs get float32 products, not tf32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def rows_of_walk(k: Tensor, segments: int, bounds: Tensor | None) -> int:
+    """Rows, segments or packed sequences that a kernel walks over."""
+    return k.shape[0] * segments if bounds is None else len(bounds) - 1
 
 
 @dataclass(frozen=True)
@@ -131,75 +135,58 @@ class Gradients:
         carry: Tensor | None,
         start: Tensor | None,
         walk: Walk,
-        head_dim: int,
         segments: int = 1,
     ) -> "Gradients":
-        """Uninitialised gradients for each pair of channels, with the partial sums of a walk.
+        """Uninitialised gradients, with the partial sums of a walk.
 
         Carry and start are those of segments; a carry is made wherever one segment leans on
         the one before.
         """
         B, D, L = k.shape
-        pairs = D * head_dim
 
         def data(x: Tensor | None) -> Tensor | None:
-            return None if x is None else k.new_empty(B, pairs, L)
+            return None if x is None else k.new_empty(B, D, L)
 
         def partial(x: Tensor) -> Tensor:
-            shape = (walk.programs_per_channel, pairs, *x.shape[1:])
+            shape = (walk.programs_per_channel, *x.shape)
             return k.new_empty(shape, dtype=torch.float32)
 
         def like(x: Tensor | None) -> Tensor | None:
-            shape = () if x is None else (B * segments, *x.shape[1:])
+            shape = () if x is None else (len(x) * segments, *x.shape[1:])
             return None if x is None else k.new_empty(shape, dtype=torch.float32)
 
         F, M, K, P, decay = operators
         dcarry = like(carry)
         if segments > 1 and F is not None:
             reach = (filter_blocks(operators) - 1) * CHUNK_LENGTH
-            dcarry = k.new_empty(B * segments, pairs, reach, dtype=torch.float32)
+            dcarry = k.new_empty(B * segments, D, reach, dtype=torch.float32)
         return cls(
-            data(q), k.new_empty(B, pairs, L), data(v), None if F is None else partial(F),
+            data(q), k.new_empty(B, D, L), data(v), None if F is None else partial(F),
             partial(M), partial(K), partial(P), partial(decay), dcarry, like(start),
         )  # fmt: skip
 
-    def summed(self, head_dim: int) -> "Gradients":
-        """Add partial sums, and pairs of channels that share a tensor, in a fixed order."""
+    def summed(self) -> "Gradients":
+        """Add partial sums, in a fixed order."""
 
-        def total(x: Tensor, shared: tuple[int, ...]) -> Tensor:
-            x = x[0] if len(x) == 1 else x.sum(0)
-            if head_dim > 1:
-                x = x.unflatten(0, (-1, head_dim, head_dim)).sum(shared)
-            return x.flatten(0, 1) if head_dim > 1 and len(shared) == 1 else x
+        def total(x: Tensor) -> Tensor:
+            return x[0] if len(x) == 1 else x.sum(0)
 
-        def over(x: Tensor | None, axis: int) -> Tensor | None:
-            if x is None or head_dim == 1:
-                return x
-            return x.unflatten(1, (-1, head_dim, head_dim)).sum(axis).flatten(1, 2)
-
-        dk = over(self.k, 3)
-        assert dk is not None
-        return Gradients(
-            q=over(self.q, 3),
-            k=dk,
-            v=over(self.v, 2),
-            F=None if self.F is None else total(self.F, (2,)),
-            M=total(self.M, (1, 2)),
-            K=total(self.K, (1, 2)),
-            P=total(self.P, (1, 2)),
-            decay=total(self.decay, (1, 2)),
-            carry=self.carry,
-            start=self.start,
-        )
+        return replace(
+            self, F=None if self.F is None else total(self.F), M=total(self.M), K=total(self.K),
+            P=total(self.P), decay=total(self.decay),
+        )  # fmt: skip
 
     def in_order(self) -> tuple[Tensor | None, ...]:
         """All gradients, in the order of the fields."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
 
-def tile_chunks(dtype: torch.dtype) -> int:
-    """Chunks of a tile: 64, or 32 for float32, whose operands take twice the room."""
-    return 32 if dtype == torch.float32 else 64
+def tile_chunks(dtype: torch.dtype, bounds: Tensor | None = None) -> int:
+    """Chunks of a tile: 64, or 32 for float32, whose operands take twice the room.
+
+    Of packed sequences each has tiles to itself, of which short ones fill little: 32 too.
+    """
+    return 64 if dtype != torch.float32 and bounds is None else 32
 
 
 def segment_length(total: int, segments: int) -> int:
@@ -207,8 +194,26 @@ def segment_length(total: int, segments: int) -> int:
     return total if segments == 1 else -(-total // (segments * SEGMENT_UNIT)) * SEGMENT_UNIT
 
 
-def saved_states_shape(k: Tensor, modes: int, head_dim: int, segments: int = 1) -> tuple[int, ...]:
-    """Shape of the states before tiles; none are saved where one tile holds several rows."""
-    B, D = k.shape[0] * segments, k.shape[1] * head_dim
-    walk = plan(B, D, segment_length(k.shape[2], segments), tile_chunks(k.dtype), slots=1)
-    return (B, D, walk.tiles, modes, 2) if walk.rows_per_tile == 1 else (0,)
+def saved_slots(walk: Walk, length: int, C: int, bounds: Tensor | None) -> int:
+    """States before tiles that are saved for a row, or for all sequences packed in one."""
+    if bounds is None:
+        return walk.tiles
+    return length // (C * CHUNK_LENGTH) + len(bounds) - 1
+
+
+def saved_states_shape(
+    k: Tensor, heads: int, modes: int, segments: int = 1, bounds: Tensor | None = None
+) -> tuple[int, ...]:
+    """Shape of the states before tiles; none are saved where one tile holds several rows.
+
+    Heads of several channels save those before segments.
+    """
+    D, total = k.shape[1:]
+    if heads != D:
+        pairs = D * (D // heads)
+        return (k.shape[0] * segments, pairs, 1, modes, 2) if segments > 1 else (0,)
+    B, C = rows_of_walk(k, segments, bounds), tile_chunks(k.dtype, bounds)
+    walk = plan(B, D, segment_length(total, segments), C, slots=1, packed=bounds is not None)
+    if walk.rows_per_tile > 1:
+        return (0,)
+    return 1 if bounds is not None else B, D, saved_slots(walk, total, C, bounds), modes, 2

@@ -1,15 +1,18 @@
-"""The check that stands before the first use of the Hopper kernels.
+"""The checks that stand before the first use of the Hopper kernels, and of rows cut into segments.
 
 Gluon is experimental: a Triton release may change or break it. So the kernels run once on a small
-problem beside the plain Triton ones, and where they fail, these take over and say so.
+problem beside the plain Triton ones, and where they fail, these take over and say so. Segments run
+beside the same kernels on whole rows, which take over from them.
 """
 
 import logging
-from functools import cache
-from types import ModuleType
+from functools import cache, partial
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from h3lm.flashconv.kernels.launch import Operators
 
@@ -36,6 +39,36 @@ def hopper_fault(device: torch.device) -> str:
     return fault
 
 
+def segments_work(device: torch.device) -> bool:
+    """Whether rows may be cut into segments.
+
+    In a CUDA graph and under a compiler no test runs: only an earlier one can say no.
+    """
+    if device.type != "cuda":
+        return True
+    if device not in _checked:
+        traced = detect_fake_mode() is not None or torch.compiler.is_compiling()
+        if traced or torch.cuda.is_current_stream_capturing():
+            return True
+        _checked.add(device)
+    return not segments_fault(device)
+
+
+_checked: set[torch.device] = set()
+
+
+@cache
+def segments_fault(device: torch.device) -> str:
+    """What is wrong with segments on this machine; empty if they work."""
+    try:
+        fault = _compare_segments(device)
+    except Exception as error:  # whatever a compiler may raise
+        fault = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if fault:
+        logger.warning("few channels are not run in segments, but as a whole: %s", fault)
+    return fault
+
+
 def _import() -> ModuleType:
     from h3lm.flashconv.kernels import chunk_hopper
 
@@ -45,38 +78,58 @@ def _import() -> ModuleType:
 def _compare(device: torch.device) -> str:
     from h3lm.flashconv.kernels import chunk_triton
 
+    tensors, operators = _problem(device, 4096)
+    kernels: tuple[Any, Any] = (_import(), chunk_triton)
+    return _first_difference(*(_everything(x, tensors, operators) for x in kernels))
+
+
+def _compare_segments(device: torch.device) -> str:
+    from h3lm.flashconv.kernels import chunk_triton, segments
+
+    tensors, operators = _problem(device, 2 * 4096 + 100)
+    cut = SimpleNamespace(
+        forward=partial(segments.forward, chunk_triton, segments=2),
+        backward=partial(segments.backward, chunk_triton, segments=2),
+    )
+    return _first_difference(*(_everything(x, tensors, operators) for x in (cut, chunk_triton)))
+
+
+def _problem(device: torch.device, L: int) -> tuple[tuple[Tensor, ...], Operators]:
+    """q, k, v, do of one channel, and operators."""
     random = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(shape, generator=random, device=device) * scale
 
-    L, T, N = 4096, 64, 64
-    q, k, v, do = (normal(1, 1, L).bfloat16() for _ in range(4))
+    T, N = 64, 64
+    # products of bfloat16 are wrong in the interpreter, which is what runs without a GPU
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    tensors = tuple(normal(1, 1, L).to(dtype) for _ in range(4))
     decay = torch.stack([torch.full((32,), 0.6), torch.linspace(-0.6, 0.6, 32)], -1)
     operators = Operators(
         F=normal(1, 2, T, T, scale=0.1), M=normal(1, T, T, scale=0.1),
         K=normal(1, N, T, scale=0.1), P=normal(1, T, N, scale=0.1),
         decay=decay[None].to(device),
     )  # fmt: skip
-    results = []
-    for kernels in (_import(), chunk_triton):
-        o, end, states = kernels.forward(
-            q,
-            k,
-            v,
-            operators,
-            None,
-            None,
-            head_dim=1,
-            with_output=True,
-            with_end=True,
-            save_states=True,
-        )
-        grads = kernels.backward(do, end, q, k, v, operators, None, None, states, head_dim=1)
-        named = {"o": o, "end": end, **vars(grads)}
-        results.append({name: x.float() for name, x in named.items() if x is not None})
-    for name, expected in results[1].items():
-        error = float((results[0][name] - expected).norm() / expected.norm())
+    return tensors, operators
+
+
+def _everything(
+    kernels: Any, tensors: tuple[Tensor, ...], operators: Operators
+) -> dict[str, Tensor]:
+    """Output, end state and every gradient, by name."""
+    q, k, v, do = tensors
+    o, end, states = kernels.forward(
+        q, k, v, operators, None, None, with_output=True, with_end=True, save_states=True
+    )
+    grads = kernels.backward(do, end, q, k, v, operators, None, None, states)
+    named = {"o": o, "end": end, **vars(grads)}
+    return {name: x.float() for name, x in named.items() if x is not None}
+
+
+def _first_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    for name, right in expected.items():
+        error = float((found[name] - right).norm() / right.norm())
         if not error < TOLERANCE:
-            return f"{name} differs by {error:.1e} from the Triton kernel"
+            return f"{name} differs by {error:.1e} from the Triton kernel on whole rows"
     return ""

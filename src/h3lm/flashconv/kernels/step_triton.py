@@ -29,12 +29,12 @@ class StepSize:
     Attributes:
         columns: Channels of a program: 256 bytes of state for each row with 32 modes.
         rows: Rows of a program.
-        warps: Warps of a program.
+        warps: Warps of a program; a single one needs no barrier.
     """
 
-    columns: int = 8
-    rows: int = 4
-    warps: int = 4
+    columns: int = 4
+    rows: int = 2
+    warps: int = 1
 
 
 SIZE = StepSize()
@@ -176,22 +176,24 @@ def step(
     diagonal: Tensor,
     head_dim: int,
     early: bool = False,
-    size: StepSize = SIZE,
+    size: StepSize | None = None,
 ) -> Tensor:
-    """Launch the kernel; see `flashconv.h3_step_in_place` for shapes.
+    """Launch the kernel; see `flashconv.h3_step_in_place` for shapes; `SIZE` if no size is given.
 
     Everything but q, k and v is contiguous; these have contiguous channels and any row stride.
     """
+    size = size or SIZE
     B, D = q.shape
     H, modes, n_taps = D // head_dim, a.shape[1], taps.shape[1]
     heads = max(1, size.columns // head_dim)
     rows = min(size.rows, triton.next_power_of_2(B))
+    warps = size.warps * max(1, head_dim // size.columns)  # a head is not divided
     o = torch.empty((B, D), dtype=q.dtype, device=q.device)
     h3_step_kernel[(triton.cdiv(H, heads), triton.cdiv(B, rows))](
         q, k, v, o, ring, position, diagonal, taps, a, b, c, skip,
         B, H, q.stride(0), k.stride(0), v.stride(0),
         HEAD_DIM=head_dim, N_TAPS=n_taps, MODES=modes, ROWS=rows, HEADS=heads,
         SLOTS=triton.next_power_of_2(n_taps), WIDTH=triton.next_power_of_2(modes),
-        EARLY=early, num_warps=size.warps, **launch_options(early),
+        EARLY=early, num_warps=warps, **launch_options(early),
     )  # fmt: skip
     return o

@@ -59,14 +59,6 @@ def multiply_add(x_re, x_im, f_re, f_im, z_re, z_im):
 
 
 @triton.jit
-def members(channel, HEAD_DIM: tl.constexpr):
-    """Head, channel of k and channel of v of a pair of channels, numbered (head, i, j)."""
-    head = channel // (HEAD_DIM * HEAD_DIM)
-    key = head * HEAD_DIM + channel // HEAD_DIM % HEAD_DIM
-    return head, key, head * HEAD_DIM + channel % HEAD_DIM
-
-
-@triton.jit
 def segment_of(row, L, total, segments, SEGMENTED: tl.constexpr):
     """Row of the tensors, position in it where a row of the walk begins, and its length.
 
@@ -78,6 +70,23 @@ def segment_of(row, L, total, segments, SEGMENTED: tl.constexpr):
         return row // segments, begin, tl.minimum(L, total - begin)
     else:
         return row, 0, L
+
+
+@triton.jit
+def span_of(row, B, L, total, segments, bounds, SEGMENTED: tl.constexpr):
+    """Where a row of the walk lies: a row, a segment of one, or a packed sequence of the only one.
+
+    Returns:
+        Its row in the tensors, its row among the states and carries that are given, where it
+        begins, how much of that belongs to the same sequence, and its length.
+    """
+    if bounds is None:
+        source, begin, length = segment_of(row, L, total, segments, SEGMENTED)
+        return source, source, begin, begin, length
+    else:
+        row = tl.where(row < B, row, 0)
+        begin = tl.load(bounds + row)
+        return row * 0, row, begin, begin * 0, tl.load(bounds + row + 1) - begin
 
 
 @triton.jit

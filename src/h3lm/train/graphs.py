@@ -1,0 +1,105 @@
+"""Forward and backward passes replayed as CUDA graphs.
+
+A step of a small model is hundreds of launches from Python, which a GPU waits for. Batches of one
+form (names, shapes, dtypes) run as they are a few times and are then captured; from there on a step
+is a copy of its inputs and one launch. Dropout draws from the same generator either way.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("h3lm.train")
+WARM_STEPS = 2  # of a form before it is captured: kernels compile, libraries take their memory
+MAX_FORMS = 32  # that are captured; others run as they are
+
+Inputs = dict[str, Tensor]
+Step = Callable[[Inputs], Tensor]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, and the tensors that it reads and writes."""
+
+    graph: Any
+    inputs: Inputs
+    loss: Tensor
+    grads: list[Tensor | None]
+
+
+class GraphedSteps:
+    """Runs a step, a forward and a backward pass, by a graph where it can.
+
+    Gradients must be None before each step, and are in `grad` of the parameters behind it.
+
+    Args:
+        parameters: What gets gradients.
+        capture: Records what a function launches, into a given memory pool; `capture` of this
+            module.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        capture: Callable[..., tuple[Any, Tensor]] | None = None,
+    ) -> None:
+        self._parameters = list(parameters)
+        self._capture = capture or record
+        self._seen: Counter[tuple[Any, ...]] = Counter()
+        self._captured: dict[tuple[Any, ...], _Captured] = {}
+        self._pool: Any = None
+        self._off = False
+
+    def __call__(self, inputs: Inputs, step: Step) -> Tensor:
+        """The loss, detached, of a step on inputs that lie on the device.
+
+        Args:
+            inputs: Of the step.
+            step: Forward and backward pass; must not wait for the device.
+        """
+        form = tuple((name, x.shape, x.dtype) for name, x in sorted(inputs.items()))
+        found = self._captured.get(form)
+        if found is None:
+            self._seen[form] += 1
+            full = len(self._captured) >= MAX_FORMS
+            if self._off or full or self._seen[form] <= WARM_STEPS:
+                return step(inputs)
+            found = self._record(inputs, step)
+            if found is None:
+                return step(inputs)
+            self._captured[form] = found
+        for name, x in inputs.items():
+            found.inputs[name].copy_(x)
+        found.graph.replay()
+        for parameter, grad in zip(self._parameters, found.grads, strict=True):
+            parameter.grad = grad
+        return found.loss.clone()
+
+    def _record(self, inputs: Inputs, step: Step) -> _Captured | None:
+        held = {name: x.clone() for name, x in inputs.items()}
+        try:
+            graph, loss = self._capture(lambda: step(dict(held)), self._pool)
+        except RuntimeError as error:
+            self._off = True
+            for parameter in self._parameters:
+                parameter.grad = None
+            reason = str(error).splitlines()[0]
+            logger.warning("steps cannot be captured and are launched one by one: %s", reason)
+            return None
+        self._pool = graph.pool()
+        grads = [parameter.grad for parameter in self._parameters]
+        return _Captured(graph, held, loss, grads)
+
+
+def record(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Capture what a function launches; it has not run when this returns."""
+    graph = torch.cuda.CUDAGraph()
+    # a thread that pins memory for the data loader may call CUDA meanwhile
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        loss = run()
+    return graph, loss
