@@ -50,7 +50,8 @@ before it is timed it has run an eighth of them. `tree` is the second of two run
 compiled once and for all is under `first`, what a run compiles anew under `compiled`.
 `asked` and `computed` are input tokens of the requests and of the tree, `run` with padding.
 Of the tree's time, tokenising, building the tree and waiting for the GPU are given; the rest is
-the host launching kernels. `kernels s`, where it is there, is the GPU's own time, in a third run under a profiler."""
+the host launching kernels. `kernels s`, where it is there, is the GPU's own time, in a third run
+under a profiler."""
 
 
 @dataclass(frozen=True)
