@@ -213,6 +213,8 @@ def _measure(task: Task, repeats: int) -> Iterator[report.Row]:
             "step ms": found.graph_ms, "eager ms": found.eager_ms,
             "ms per example": found.graph_ms / found.batch, "peak GiB": found.peak / 2**30,
         }  # fmt: skip
+        if found.note:
+            row["note"] = found.note
         if path.mixer == "s4":
             row["filters ms"] = _filters_ms(task, path, repeats)
         yield row
@@ -226,6 +228,7 @@ class Timed(NamedTuple):
         graph_ms, eager_ms: Of a step, replayed and launched.
         peak: Bytes, of the latter.
         parameters: Of the model.
+        note: Why `graph_ms` is `eager_ms`, if it is.
     """
 
     batch: int
@@ -233,6 +236,7 @@ class Timed(NamedTuple):
     eager_ms: float
     peak: int
     parameters: int
+    note: str = ""
 
 
 def _time(task: Task, path: Runner, repeats: int) -> Timed | None:
@@ -258,11 +262,17 @@ def _time_batch(task: Task, path: Runner, repeats: int) -> Timed:
         eager_ms = measure.median_ms(step, repeats)
     peak = torch.cuda.max_memory_allocated()
     torch.cuda.empty_cache()  # a graph has memory of its own
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph_ms = measure.median_ms(graph.replay, repeats)
-    return Timed(task.batch, graph_ms, eager_ms, peak, model.num_parameters())
+    graph_ms, note = eager_ms, ""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        graph_ms = measure.median_ms(graph.replay, repeats)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        note = f"launched, not captured: {str(error).splitlines()[0]}"
+    return Timed(task.batch, graph_ms, eager_ms, peak, model.num_parameters(), note)
 
 
 def _filters_ms(task: Task, path: Runner, repeats: int) -> float:
@@ -272,9 +282,8 @@ def _filters_ms(task: Task, path: Runner, repeats: int) -> float:
     def make() -> None:
         for mixer in mixers:
             back = torch.view_as_complex(mixer.backward_readout.C)
-            system = mixer.system()
-            total = system.filters(torch.stack([system.c, back]), task.length).sum()
-            total.backward()
+            ahead, behind = mixer.system().both_ways(back, task.length)
+            (ahead.sum() + behind.sum()).backward()
 
     return measure.median_ms(make, repeats)
 
