@@ -50,7 +50,8 @@ before it is timed it has run an eighth of them. `tree` is the second of two run
 compiled once and for all is under `first`, what a run compiles anew under `compiled`.
 `asked` and `computed` are input tokens of the requests and of the tree, `run` with padding.
 Of the tree's time, tokenising, building the tree and waiting for the GPU are given; the rest is
-the host launching kernels. `kernels s` is the GPU's own time, in a third run under a profiler."""
+the host launching kernels. `kernels s`, where it is there, is the GPU's own time, in a third run
+under a profiler."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def main() -> None:
         "--long", type=int, default=2**18, help="tokens of the long document, 0 for none"
     )
     parser.add_argument("--state-cost", type=int, help="see h3lm.evals.PrefixTree")
+    parser.add_argument("--profile", action="store_true", help="time kernels too, in a third run")
     parser.add_argument("--seconds", type=float, default=240, help="start nothing new after this")
     arguments = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -137,11 +139,12 @@ def _run(arguments: argparse.Namespace) -> None:
             title, requests = f"{name}, {s.name}", instances[s.name]
             tree, row = _race(title, model, tokenizer, requests, arguments.state_cost)
             races.append(row)
-            kernels += _kernels(title, tree, requests, row)
+            if arguments.profile:
+                kernels += _kernels(title, tree, requests, row)
+                write("prefix_tree_kernels", arguments.output, where, KERNEL_NOTES, kernels)
             _say(f"{row} after {time.monotonic() - began:.0f} s")
             # as they come: a kill loses nothing
             write("prefix_tree", arguments.output, where, notes, races)
-            write("prefix_tree_kernels", arguments.output, where, KERNEL_NOTES, kernels)
         del model
         _forget()
     long: list[Row] = []
