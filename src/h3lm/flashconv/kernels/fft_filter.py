@@ -22,6 +22,7 @@ from h3lm.flashconv.kernels.fft_triton import (
     to_spectrum,
     to_unit,
 )
+from h3lm.flashconv.kernels.launch import multiprocessors
 
 
 @triton.jit(do_not_specialize=["headroom"])  # it may be 1
@@ -62,24 +63,28 @@ def spectrum_kernel(
     tl.store(unscale + channel, back * root)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels"])
 def filter_gradient_kernel(
-    sums, out, F_table, W_table, out_channel, L, root,
+    sums, out, F_table, W_table, out_channel, channels, L, root,
     N1: tl.constexpr, N2: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The inverse of `spectrum_kernel` for whole filters."""
-    channel = tl.program_id(0).to(tl.int64)
+    """The inverse of `spectrum_kernel` for whole filters.
+
+    A loop, and be it over one channel: see the end of `fft_triton.backward_kernel`.
+    """
     F, W = load_factors(F_table, W_table, N1, N2, N1)
     points = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    sums += channel * (2 * N1 * N2)
-    re, im = tl.load(sums + points), tl.load(sums + N1 * N2 + points)
-    exponent = exponent_of(tl.maximum(tl.abs(re), tl.abs(im)))
-    scale, zero = to_unit(exponent), tl.program_id(0) >> 31
-    value = from_spectrum(
-        re * scale, im * scale, F, W, 0, zero, N1, N2, True, FAST, False, PRECISION
-    )
-    value *= power_of_two(exponent) * root
-    tl.store(out + channel * out_channel + points, value, points < L)
+    for i in tl.range(tl.program_id(0), channels, tl.num_programs(0), num_stages=1):
+        channel = (i + 0 * channels).to(tl.int64)
+        at = sums + channel * (2 * N1 * N2) + points
+        re, im = tl.load(at), tl.load(at + N1 * N2)
+        exponent = exponent_of(tl.maximum(tl.abs(re), tl.abs(im)))
+        scale, zero = to_unit(exponent), channels >> 31
+        value = from_spectrum(
+            re * scale, im * scale, F, W, 0, zero, N1, N2, True, FAST, False, PRECISION
+        )
+        value *= power_of_two(exponent) * root
+        tl.store(out + channel * out_channel + points, value, points < L)
 
 
 @triton.jit
@@ -234,8 +239,9 @@ def transform(
 def gradients(total: Tensor, taps: int, size: Size, tables: tuple[Tensor, ...]) -> Tensor:
     """Gradients of whole filters from sums (D, 2, N1, N2): the inverse of `transform`."""
     df = total.new_empty(len(total), taps)
-    filter_gradient_kernel[(len(total),)](
-        total, df, *tables, df.stride(0), taps, math.sqrt(size.points),
+    programs = min(len(total), 2 * multiprocessors(total.device))
+    filter_gradient_kernel[(programs,)](
+        total, df, *tables, df.stride(0), len(total), taps, math.sqrt(size.points),
         N1=size.N1, N2=size.N2, FAST=total.is_cuda, PRECISION="tf32", num_warps=size.warps,
     )  # fmt: skip
     return df

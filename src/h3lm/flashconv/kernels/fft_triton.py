@@ -431,10 +431,13 @@ def backward_kernel(
         tl.store(dspectrum + N1 * N2 + points, sum_im)
     else:
         exponent = exponent_of(tl.maximum(tl.abs(sum_re), tl.abs(sum_im)))
-        scale, zero = to_unit(exponent), last_row >> 31
-        planes = from_spectrum(
-            sum_re * scale, sum_im * scale,
-            F, W, kept, zero, N1, N2, REAL, FAST, KEEP, PRECISION,
-        )  # fmt: skip
-        tl.store(dplanes + at * (2 * N1 * N2) + position, planes.to(tl.float16))
+        scale = to_unit(exponent)
+        # once, but in a loop: else W's memory is given to an operand of the second product, and
+        # ptxas of CUDA 12.8 makes that one's address of a register that holds another (N2 = 32)
+        for _ in tl.range(0, tl.minimum(last_row - first_row, 1), num_stages=1):
+            planes = from_spectrum(
+                sum_re * scale, sum_im * scale,
+                F, W, kept, last_row >> 31, N1, N2, REAL, FAST, KEEP, PRECISION,
+            )  # fmt: skip
+            tl.store(dplanes + at * (2 * N1 * N2) + position, planes.to(tl.float16))
         tl.store(dexponents + at, exponent)
