@@ -335,7 +335,7 @@ def plot_speed_ups(folder: Path, name: str, rows: list[report.Row]) -> Path:
     axes.set_xticks(range(len(tasks)), tasks)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=120)
     return folder / f"{name}.png"

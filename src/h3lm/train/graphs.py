@@ -16,7 +16,7 @@ from torch import Tensor
 
 logger = logging.getLogger("h3lm.train")
 WARM_STEPS = 2  # of a form before it is captured: kernels compile, libraries take their memory
-MAX_FORMS = 32  # that are captured; others run as they are
+MAX_FORMS = 128  # that are captured; others run as they are
 
 Inputs = dict[str, Tensor]
 Step = Callable[[Inputs], Tensor]
