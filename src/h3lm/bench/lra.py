@@ -128,9 +128,11 @@ def run(
     name, environment = f"lra_{measure.gpu_name()}", measure.environment("h3lm bench lra")
     rows: list[report.Row] = []
     for task in tasks:
-        for row in with_ratios(list(_measure(task, repeats))):
-            rows.append(row)
+        of_task = []
+        for row in _measure(task, repeats):
+            of_task.append(row)
             say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items()))
+        rows += with_ratios(of_task)
         # after each task: what was measured stays if the next one cannot run
         path = report.write(name, folder, environment, NOTES, rows + means(rows))
         plot_speed_ups(folder, name, rows)
@@ -333,7 +335,7 @@ def plot_speed_ups(folder: Path, name: str, rows: list[report.Row]) -> Path:
     axes.set_xticks(range(len(tasks)), tasks)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=120)
     return folder / f"{name}.png"
@@ -343,5 +345,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     parser.add_argument("--task", action="append", choices=[task.name for task in TASKS])
+    parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
-    print(run(given.out, print, tuple(t for t in TASKS if not given.task or t.name in given.task)))  # noqa: T201
+    chosen = tuple(t for t in TASKS if not given.task or t.name in given.task)
+    print(run(given.out, print, chosen, given.repeats))  # noqa: T201

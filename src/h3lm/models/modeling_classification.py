@@ -99,6 +99,8 @@ class H3ClassificationPreTrainedModel(H3PreTrainedModel):
             nn.init.normal_(module.weight, std=std / 3**0.5 if linear else std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+                if hasattr(module, "spreads_bias"):
+                    nn.init.normal_(module.bias, std=std / 3**0.5)
         else:
             super()._init_weights(module)
         gate_bias = getattr(module, "gate_bias", 0.0)
@@ -120,7 +122,11 @@ class H3Encoder(H3ClassificationPreTrainedModel):
         if config.num_channels is None:
             self.embed_tokens = nn.Embedding(config.vocab_size, D)
         else:
-            self.embed_values = nn.Linear(config.num_channels, D)
+            embed_values: Any = nn.Linear(config.num_channels, D)
+            # a mark for the initialisation: a layer norm behind one channel whose biases are 0
+            # would leave of a signal its sign
+            embed_values.spreads_bias = True
+            self.embed_values = embed_values
         if config.num_learned_positions:
             self.embed_positions = nn.Embedding(config.num_learned_positions, D)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
