@@ -215,8 +215,8 @@ def test_every_token_but_the_first_is_a_target_once(tiny):
 
 
 def test_a_clock_ends_a_run_of_limited_time(tiny):
-    result, _ = run(tiny(steps=None, time_limit_s=0.5))
-    assert 0.5 <= result.summary["train_seconds"] < 5
+    result, _ = run(tiny(steps=None, time_limit_s=3))
+    assert 3 <= result.summary["train_seconds"] < 30
     assert result.summary["steps"] > 1
 
 
