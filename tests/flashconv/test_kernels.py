@@ -440,7 +440,7 @@ def test_packed_rows_compile_in_one_graph() -> None:
     at = torch.tensor([0, 100, 101, 384], device=DEVICE)
     compiled = torch.compile(run, fullgraph=True)
     found, expected = (f(q, k, v, taps, system, at) for f in (compiled, run))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # products in another order
     grad = torch.autograd.grad(found[0].float().sum(), [q, k, v])
     right = torch.autograd.grad(expected[0].float().sum(), [q, k, v])
     torch.testing.assert_close(grad, right, rtol=3e-2, atol=3e-2)

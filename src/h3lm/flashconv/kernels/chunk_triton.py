@@ -26,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.kernels.launch import (
-    CHUNK_LENGTH,
     Gradients,
     Operators,
     filter_blocks,
@@ -62,7 +61,6 @@ from h3lm.flashconv.kernels.tile import (
 )
 
 # of a launch, the best on an H200
-STACKED = True
 FORWARD = {"num_warps": 4, "num_stages": 1}
 BACKWARD = {"num_warps": 4, "num_stages": 1}
 
@@ -83,23 +81,6 @@ def load_state_operators(K, P, index, N: tl.constexpr):
     into = tl.load(K + index * N * T + state[:, None] * T + i[None, :])
     out = tl.load(P + index * N * T + i[:, None] * N + state[None, :])
     return into, out
-
-
-@triton.jit
-def load_stacked(F, M, K, channel):
-    """[F_1 | F_0], [T, 2 T], and K over M, [2 T, T], for 64 states and 64 taps.
-
-    A product of stacked operators is one wait where two products are two.
-    """
-    i = tl.arange(0, T)
-    j = tl.arange(0, 2 * T)
-    square = i[:, None] * T + (j % T)[None, :]
-    filters = tl.load(F + channel * (2 * T * T) + tl.where(j < T, T * T, 0)[None, :] + square)
-    row = j % T
-    state = part_of_row(row) * (T // 2) + mode_of_row(row)
-    of_K = tl.load(K + channel * T * T + state[:, None] * T + i[None, :], (j < T)[:, None], 0.0)
-    of_M = tl.load(M + channel * T * T + row[:, None] * T + i[None, :], (j >= T)[:, None], 0.0)
-    return filters, of_K + of_M
 
 
 @triton.jit
@@ -180,12 +161,11 @@ def forward_kernel(
     B, D, L, rows_per_program, tiles, slots, total, segments,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
-    REVERSED: tl.constexpr, STACKED: tl.constexpr, EARLY: tl.constexpr = False,
+    REVERSED: tl.constexpr,
 ):  # fmt: skip
     """Forward pass; a tile holds ROWS rows of C / ROWS chunks.
 
     REVERSED: chunks are walked from last to first, to add up what they leave to the left.
-    STACKED: operators come by `load_stacked`, and k with the chunk before in one tile.
     """
     CHUNKS: tl.constexpr = C // ROWS
     GROUPS: tl.constexpr = C // 8
@@ -203,16 +183,12 @@ def forward_kernel(
     zero = tl.zeros([N // 2, GROUPS], tl.float32)
 
     K_c, P_c = load_state_operators(K, P, channel, N)
-    if STACKED:
-        filters, both = load_stacked(F, M, K, channel)
-        ahead = in_row[:, None] * T + tl.arange(0, 2 * T)[None, :] - T
-    else:
-        if o is not None:
-            M_c = load_square(M, channel)
-        if F is not None:
-            F0 = load_square(F, channel * BLOCKS)
-            F1 = load_square(F, channel * BLOCKS + 1)
-            F2 = load_square(F, channel * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
+    if o is not None:
+        M_c = load_square(M, channel)
+    if F is not None:
+        F0 = load_square(F, channel * BLOCKS)
+        F1 = load_square(F, channel * BLOCKS + 1)
+        F2 = load_square(F, channel * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
     modes = tl.arange(0, N // 2)
     decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
@@ -240,31 +216,23 @@ def forward_kernel(
                 mask = mask & (position >= 0)
 
             first += begin
-            if EARLY and v is not None:
-                v_at = tile_at(
-                    v, source, channel, v_row, v_channel, first, inner, row_in_tile, ROWS
-                )
-                v_tile = load_tile(v_at, mask, EVEN)
-            if STACKED:
-                k_at = tile_at(
-                    k, source, channel, k_row, k_channel, first, ahead, row_in_tile, ROWS
-                )
-                there = tile * CHUNKS * T + ahead + before >= 0
-                if not EVEN:
-                    there = there & valid & (tile * CHUNKS * T + ahead < length)
-                k_tile = tl.load(k_at, there, 0.0)
-                w = tl.dot(filters, tl.trans(k_tile), input_precision=PRECISION)
-            else:
-                k_at = tile_at(
-                    k, source, channel, k_row, k_channel, first, inner, row_in_tile, ROWS
-                )
-                k_tile = load_tile(k_at, mask, EVEN)
+            k_at = tile_at(k, source, channel, k_row, k_channel, first, inner, row_in_tile, ROWS)
+            k_tile = load_tile(k_at, mask, EVEN)
             if F is not None:
-                if not STACKED:
-                    w, _, _ = filter_inputs(
-                        F0, F1, F2, k_at, k_tile, position, before, valid, length,
-                        BLOCKS, EVEN, PRECISION,
-                    )  # fmt: skip
+                w, _, _ = filter_inputs(
+                    F0,
+                    F1,
+                    F2,
+                    k_at,
+                    k_tile,
+                    position,
+                    before,
+                    valid,
+                    length,
+                    BLOCKS,
+                    EVEN,
+                    PRECISION,
+                )
                 if carry is not None:
                     if tile + before == 0:
                         reach: tl.constexpr = (BLOCKS - 1) * T
@@ -276,19 +244,13 @@ def forward_kernel(
             else:
                 w = tl.trans(k_tile).to(tl.float32)
             if v is not None:
-                if not EARLY:
-                    v_at = tile_at(
-                        v, source, channel, v_row, v_channel, first, inner, row_in_tile, ROWS
-                    )
-                    v_tile = load_tile(v_at, mask, EVEN)
-                w *= tl.trans(v_tile).to(tl.float32)
+                v_at = tile_at(
+                    v, source, channel, v_row, v_channel, first, inner, row_in_tile, ROWS
+                )
+                w *= tl.trans(load_tile(v_at, mask, EVEN)).to(tl.float32)
             w = w.to(dtype)
 
-            if STACKED:
-                z = tl.dot(both, w, input_precision=PRECISION)
-                z, y = tl.split(tl.permute(tl.reshape(z, [2, T, C]), (1, 2, 0)))
-            else:
-                z = tl.dot(K_c, w, input_precision=PRECISION)
+            z = tl.dot(K_c, w, input_precision=PRECISION)
             z_re, z_im = split_states(z, N, C, None)
             total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
             if ROWS == 1:
@@ -322,8 +284,7 @@ def forward_kernel(
                             end_state = tl.sum(tl.where(here[None, :], x, 0.0), 1)
                             tl.store(end + row_at + state_offset, end_state, tile_row + r < B)
             if o is not None:
-                if not STACKED:
-                    y = tl.dot(M_c, w, input_precision=PRECISION)
+                y = tl.dot(M_c, w, input_precision=PRECISION)
                 y = tl.dot(P_c, x.to(dtype), y, input_precision=PRECISION)
                 if q is not None:
                     q_at = tile_at(
@@ -631,15 +592,14 @@ def forward(
     D, total = k.shape[1:]
     B, L = rows_of_walk(k, segments, bounds), segment_length(total, segments)
     N = operators.K.shape[1]
-    C = tile_chunks(k.dtype, bounds)
-    whole = with_output and v is not None and filter_blocks(operators) == 2
-    stacked = STACKED and whole and N == CHUNK_LENGTH and k.dtype != torch.float32
+    C = tile_chunks(k.dtype)
     walk = plan(B, D, L, C, slots=8 * multiprocessors(k.device), packed=bounds is not None)
     slots = saved_slots(walk, total, C, bounds)
     o = k.new_empty((k.shape[0], D, total) if with_output else (0,))
     end = k.new_empty((B, D, N // 2, 2) if with_end else (0,), dtype=torch.float32)
     shape = saved_states_shape(k, D, N // 2, segments, bounds) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
+    even = walk.is_even(B, L, C) and total == segments * L and bounds is None
     forward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, o if with_output else None, *operators.rounded(k.dtype), carry, start,
         end if with_end else None,
@@ -647,11 +607,8 @@ def forward(
         *strides(q), *strides(k), *strides(v), *strides(o if with_output else None),
         B, D, L, walk.rows_per_program, walk.tiles, slots, total, segments,
         N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
-        PRECISION=product_precision(k.dtype),
-        EVEN=walk.is_even(B, L, C) and total == segments * L and bounds is None,
-        SEGMENTED=segments > 1, REVERSED=leftwards,
-        STACKED=stacked,
-        **FORWARD,
+        PRECISION=product_precision(k.dtype), EVEN=even, SEGMENTED=segments > 1,
+        REVERSED=leftwards, **FORWARD,
     )  # fmt: skip
     return o, end, states
 
@@ -674,7 +631,7 @@ def backward(
     D, total = k.shape[1:]
     B, L = rows_of_walk(k, segments, bounds), segment_length(total, segments)
     N = operators.K.shape[1]
-    C = tile_chunks(k.dtype, bounds)
+    C = tile_chunks(k.dtype)
     walk = plan(B, D, L, C, slots=2 * multiprocessors(k.device), packed=bounds is not None)
     slots = saved_slots(walk, total, C, bounds)
     grads = Gradients.empty(q, k, v, operators, carry, start, walk, segments)
