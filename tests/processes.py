@@ -13,8 +13,11 @@ import torch
 from torch import distributed, multiprocessing
 
 
-def in_processes(count: int, function: Callable[[int], Any]) -> list[Any]:
-    """What each process's call with its rank returns, in order; the first failure is raised."""
+def in_processes(count: int, function: Callable[[int], Any], backend: str = "gloo") -> list[Any]:
+    """What each process's call with its rank returns, in order; the first failure is raised.
+
+    With the backend "nccl" each has a GPU.
+    """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -22,19 +25,28 @@ def in_processes(count: int, function: Callable[[int], Any]) -> list[Any]:
     queue = multiprocessing.get_context("fork").SimpleQueue()
     # Forked: torch is loaded once, not by each of them
     multiprocessing.start_processes(
-        _run, (count, port, function, queue), nprocs=count, start_method="fork"
+        _run, (count, port, function, queue, backend), nprocs=count, start_method="fork"
     )
     return json.loads(queue.get())
 
 
-def _run(rank: int, count: int, port: int, function: Callable[[int], Any], queue: Any) -> None:
+def _run(
+    rank: int,
+    count: int,
+    port: int,
+    function: Callable[[int], Any],
+    queue: Any,
+    backend: str,
+) -> None:
     torch.set_num_threads(1)
     # as torchrun tells it
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()})
     os.environ["MASTER_ADDR"] = "localhost"
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
-        "gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=count
+        backend, init_method=f"tcp://localhost:{port}", rank=rank, world_size=count
     )
     results = [None] * count
     distributed.all_gather_object(results, function(rank))

@@ -82,10 +82,13 @@ def test_the_search_leaves_the_fastest_sizes_in_the_tables(monkeypatch):
     monkeypatch.setattr(tune, "median_ms", lambda call, repeats: call())
     monkeypatch.setattr(tune.step, "SIZES", dict(tune.step.SIZES))
     monkeypatch.setattr(tune.core, "SIZE", tune.core.SIZE)
+    monkeypatch.setattr(tune.step, "ATTEND", tune.step.ATTEND)
+    monkeypatch.setattr(tune, "_us", lambda case, size: case.bytes / size.keys)
     wrong = next(s for s in tune.product_sizes(1, "square") if s.warps == 1)
     chosen = tune.search({("out 1", wrong)})
     assert chosen["core"].warps == 1
     assert chosen["core"] == tune.core.SIZE
     assert chosen["1 square"] == tune.step.SIZES[1, "square"] != wrong
     assert chosen["1 square"].warps == 2
-    assert set(chosen) == {"core", *(f"{rows} {kind}" for rows, kind in tune.step.SIZES)}
+    assert chosen["attend"].keys == tune.step.ATTEND.keys == 64
+    assert set(chosen) == {"core", "attend", *(f"{rows} {kind}" for rows, kind in tune.step.SIZES)}

@@ -86,7 +86,7 @@ def test_batch_norm_hides_padding_and_keeps_positions_together():
 def test_the_gated_end_of_a_layer_equals_float64(dtype, bias):
     projection = nn.Linear(24, 80, bias=bias).to(DEVICE)
     u = torch.randn(3, 24, 70, device=DEVICE).to(dtype)
-    dy = torch.randn(3, 70, 40, device=DEVICE).to(dtype)
+    dy, r = (torch.randn(3, 70, 40, device=DEVICE).to(t) for t in (dtype, torch.float32))
     results = []
     for wide in (False, True):
         module = projection if not wide else nn.Linear(24, 80, bias=bias).to(DEVICE).double()
@@ -94,7 +94,13 @@ def test_the_gated_end_of_a_layer_equals_float64(dtype, bias):
         leaf = u.double().requires_grad_() if wide else u.detach().requires_grad_()
         y = finish(module, leaf, "glu")
         grads = torch.autograd.grad(y, [leaf, *module.parameters()], dy.to(y.dtype))
-        results.append((y, *grads))
+        residual = r.to(module.weight.dtype).requires_grad_()
+        added = finish(module, leaf, "glu", residual)
+        assert added.dtype == residual.dtype
+        grads += torch.autograd.grad(
+            added, [residual, leaf, *module.parameters()], dy.to(residual.dtype)
+        )
+        results.append((y, *grads, added))
     assert results[0][0].dtype == dtype
     for found, exact in zip(*results, strict=True):
         close(found, exact, dtype)
@@ -117,7 +123,9 @@ def test_opcheck(positions_last):
     torch.library.opcheck(op, (*leaves, lengths, 1e-5, 2, positions_last))
     y = torch.randn(2, 6, 5, device=DEVICE, requires_grad=True)
     b = torch.randn(6, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(torch.ops.h3lm.gate_fwd.default, (y, b))
+    r = torch.randn(2, 5, 3, device=DEVICE, requires_grad=True)
+    for residual in (None, r):
+        torch.library.opcheck(torch.ops.h3lm.gate_fwd.default, (y, b, residual))
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])

@@ -3,11 +3,7 @@
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from h3lm.layers.h3 import H3
@@ -49,21 +45,6 @@ def test_evaluation_between_training_steps_uses_the_parameters_of_now() -> None:
             kept = layer(u)[0]
             assert torch.equal(kept, layer(u)[0])
             assert torch.equal(kept, fresh.train()(u)[0])
-
-
-def test_dropout_falls_on_q_k_and_v_in_training_alone(monkeypatch) -> None:
-    torch.manual_seed(0)
-    layer, u = H3(8, 16, 2, dropout=0.5), torch.randn(2, 70, 8)
-    seen: list[torch.Tensor] = []
-    core = layer.core
-    monkeypatch.setattr(
-        layer, "core", lambda *qkv, **more: seen.extend(qkv[:3]) or core(*qkv, **more)
-    )
-    dropped = layer.train()(u)[0]
-    assert all(0.4 < float((x == 0).float().mean()) < 0.6 for x in seen)
-    plain = _layer().train()(u)[0]
-    assert not torch.allclose(dropped, plain)
-    torch.testing.assert_close(layer.eval()(u)[0], plain)
 
 
 def test_recomputing_under_a_checkpoint_changes_nothing() -> None:
@@ -115,24 +96,6 @@ def _alone(tmp_path):
     )
     yield
     torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_alone")
-@pytest.mark.filterwarnings("ignore")  # sharding on a CPU warns
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_policy_that_narrows_the_ssms_is_refused_and_ours_is_not(dtype: torch.dtype) -> None:
-    mesh = init_device_mesh("cpu", (1,))
-    narrow, exact = (MixedPrecisionPolicy(d, torch.float32) for d in (dtype, torch.float32))
-    layer = fully_shard(_layer(), mesh=mesh, mp_policy=narrow)
-    with pytest.raises(TypeError, match=r"SSM\.\w+ is used in torch\..*float.*: a mixed-precision"):
-        layer(torch.randn(2, 70, 8))
-    layer = _layer()
-    for module, reader in ((layer.shift_ssm, "taps"), (layer.diagonal_ssm, "system")):
-        fully_shard(module, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
-        register_fsdp_forward_method(module, reader)
-    y, _ = fully_shard(layer, mesh=mesh, mp_policy=narrow)(torch.randn(2, 70, 8))
-    assert y.dtype == dtype
-    assert y.isfinite().all()
 
 
 @pytest.mark.usefixtures("_alone")

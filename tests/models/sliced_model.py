@@ -1,12 +1,14 @@
 """A model on rows in slices over several processes, against the same model on whole rows.
 
-python -m tests.models.sliced_model prints, as a line of JSON, how far loss and gradients are off
-in each case, relative to the largest value.
+python -m tests.models.sliced_model [DEVICE] prints, as a line of JSON, how far loss and gradients
+are off in each case, relative to the largest value: in four processes, or on two GPUs.
 """
 
 # ruff: noqa: T201 (what it prints is its result)
 
 import json
+import sys
+from functools import partial
 
 import torch
 from torch import distributed
@@ -19,14 +21,14 @@ L = 75  # divides neither by 2 nor by 4
 DOCUMENTS = [0, 11, 19, 60, 63]  # one begins with a slice, one goes over two edges
 
 
-def make(mixers: str, recomputed: bool) -> H3ForCausalLM:
+def make(mixers: str, recomputed: bool, device: str) -> H3ForCausalLM:
     torch.manual_seed(0)
     config = H3Config(
         vocab_size=32, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, d_state=8,
         mixers=["h3", "attention", "h3"] if mixers == "hybrid" else mixers, rotary_dim=4,
         h3_head_dim=2 if mixers == "hybrid" else 1,
     )  # fmt: skip
-    model = H3ForCausalLM(config).train()
+    model = H3ForCausalLM(config).train().to(device)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -44,8 +46,8 @@ def run(model: H3ForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[float, li
     return loss.item(), [p.grad.clone().contiguous() for p in model.parameters()]
 
 
-def run_case(mixers: str, packed: bool, recomputed: bool, group) -> dict[str, float]:
-    model = make(mixers, recomputed)
+def run_case(mixers: str, packed: bool, recomputed: bool, group, device: str) -> dict[str, float]:
+    model = make(mixers, recomputed, device)
     rows = 1 if packed else 2
     tokens = torch.randint(0, 32, (rows, L + 1))
     labels = tokens[:, 1:].clone()
@@ -56,6 +58,7 @@ def run_case(mixers: str, packed: bool, recomputed: bool, group) -> dict[str, fl
         starts = torch.zeros(L, dtype=torch.long)
         starts[DOCUMENTS] = torch.tensor(DOCUMENTS)
         whole["position_ids"] = (positions - starts.cummax(0)[0])[None]
+    whole = {name: x.to(device) for name, x in whole.items()}
     count = int((labels != -100).sum())
     share_rows(model, group)
     with whole_rows(model):
@@ -63,7 +66,7 @@ def run_case(mixers: str, packed: bool, recomputed: bool, group) -> dict[str, fl
     start, stop = slice_bounds(L, distributed.get_rank(group), distributed.get_world_size(group))
     mine = {name: x[:, start:stop].contiguous() for name, x in whole.items()}
     part, parts = run(model, mine | {"count": count})
-    together = torch.tensor(part, dtype=torch.float64)
+    together = torch.tensor(part, dtype=torch.float64, device=device)
     distributed.all_reduce(together, group=group)
     off = {"loss": abs(float(together) - loss) / loss}
     for grad in parts:
@@ -74,19 +77,24 @@ def run_case(mixers: str, packed: bool, recomputed: bool, group) -> dict[str, fl
     return off
 
 
-def process(rank: int) -> dict[str, dict[str, float]]:
-    pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
+def process(device: str, rank: int) -> dict[str, dict[str, float]]:
+    groups = [(distributed.get_world_size(), distributed.group.WORLD)]
+    if device == "cpu":
+        pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
+        groups.insert(0, (2, pairs[rank // 2]))
     report = {}
     for mixers in ("h3", "hybrid"):
-        for world, group in ((2, pairs[rank // 2]), (4, distributed.group.WORLD)):
+        for world, group in groups:
             for packed in (False, True):
                 case = f"{mixers} {world} {'packed' if packed else 'plain'}"
-                report[case] = run_case(mixers, packed, recomputed=packed, group=group)
+                report[case] = run_case(mixers, packed, packed, group, device)
     return report
 
 
 if __name__ == "__main__":
-    reports = in_processes(4, process)
+    device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    where = (4, "gloo") if device == "cpu" else (2, "nccl")
+    reports = in_processes(where[0], partial(process, device), where[1])
     worst = {
         case: {key: max(report[case][key] for report in reports) for key in ("loss", "gradients")}
         for case in reports[0]

@@ -12,14 +12,19 @@ from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.slices import share_rows, slice_bounds
 
 
-@pytest.fixture(scope="module")
-def differences() -> dict[str, dict[str, float]]:
-    """Of loss and gradients over 2 and 4 processes, relative; see `sliced_model.py`."""
-    command = [sys.executable, "-m", "tests.models.sliced_model"]
+def differences_on(device: str) -> dict[str, dict[str, float]]:
+    """Of loss and gradients over several processes, relative; see `sliced_model.py`."""
+    command = [sys.executable, "-m", "tests.models.sliced_model", device]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=root)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def differences() -> dict[str, dict[str, float]]:
+    """Over 2 and 4 processes of a CPU."""
+    return differences_on("cpu")
 
 
 @pytest.mark.slow
@@ -29,6 +34,17 @@ def test_loss_and_gradients_equal_those_of_whole_rows(differences, mixers, rows)
     off = differences[f"{mixers} {rows}"]
     assert off["loss"] < 1e-6
     assert 0 < off["gradients"] < 5e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+@pytest.mark.slow
+def test_loss_and_gradients_of_two_gpus_equal_those_of_whole_rows():
+    found = differences_on("cuda")
+    assert found.keys() == {f"{m} 2 {r}" for m in ("h3", "hybrid") for r in ("plain", "packed")}
+    for case, off in found.items():
+        assert off["loss"] < 1e-6, case
+        assert off["gradients"] < 1e-5, case
 
 
 @pytest.mark.parametrize(("length", "count"), [(75, 4), (8, 2), (3, 2)])

@@ -70,6 +70,24 @@ def test_kernels_equal_float64_as_well_as_pytorch_does(
         assert error <= 2 * allowed + 2e-8, f"{name}: {error:.1e}, plain PyTorch {allowed:.1e}"
 
 
+@pytest.mark.parametrize("length", [1, 2, 40])
+def test_filters_both_ways(length: int, monkeypatch) -> None:
+    ssm = DPLRSSM(3, 6).to(DEVICE)
+    back = torch.randn(3, 3, dtype=torch.complex64, device=DEVICE, requires_grad=True)
+    weight = torch.randn(2, 3, length, device=DEVICE)
+    found = []
+    for fused in (True, False):
+        monkeypatch.setattr("h3lm.ssm.dplr.can_fuse", lambda *_, fused=fused: fused)
+        filters = torch.stack(ssm.system().both_ways(back, length))
+        leaves = [*ssm.parameters(), back]
+        found.append([filters, *torch.autograd.grad(filters, leaves, weight)])
+    assert not filters[1, :, 0].any()
+    system = ssm.system()
+    assert torch.allclose(filters[0, :, 0] - system.skip, system.filter(1)[:, 0], atol=1e-5)
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("H", "d_state", "length", "dt_min"),
@@ -90,8 +108,10 @@ def test_sizes_of_the_arena(H: int, d_state: int, length: int, dt_min: float) ->
 def test_opcheck() -> None:
     leaves = _leaves(1, 4, 2)
     pairs = [torch.view_as_real(leaves[n]).contiguous().requires_grad_() for n in NAMES[:4]]
-    inputs = (*pairs, leaves["dt"].requires_grad_(), 9)
-    torch.library.opcheck(torch.ops.h3lm.dplr_filters_fwd.default, inputs)
+    skip = torch.randn(1, device=DEVICE, requires_grad=True)
+    for given in (skip, None):
+        inputs = (*pairs, leaves["dt"].requires_grad_(), given, 9, given is not None)
+        torch.library.opcheck(torch.ops.h3lm.dplr_filters_fwd.default, inputs)
 
 
 def test_copies_side_by_side_are_more_systems() -> None:

@@ -17,6 +17,7 @@ from h3lm.data.joined import JoinedBlocks
 from h3lm.data.prepare import prepare
 from h3lm.errors import UserError
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder, order_of
+from h3lm.train.recipe import load_recipe
 
 from .conftest import TINY
 from .test_parallel import log, run
@@ -196,3 +197,13 @@ def test_processes_that_read_ahead_change_nothing(mixed, tmp_path):
     assert log(ahead.folder) == log(mixed.folder)
     with pytest.raises(UserError, match="data_workers=-1 must not be negative"):
         replace(mixed, data_workers=-1)
+
+
+def test_sources_take_the_place_of_a_recipes_data_and_the_other_way_round(tmp_path):
+    recipe = load_recipe("1.3b", ["sources.a=x", "sources.b=y", "mixing.a=1", "mixing.b=3"])
+    assert recipe.data == ""
+    assert recipe.sources == {"a": "x", "b": "y"}
+    assert recipe.mixing == {"a": 1, "b": 3}
+    (tmp_path / "mine.yaml").write_text("base: 1.3b\nsources: {a: x}\n")
+    assert load_recipe(str(tmp_path / "mine.yaml")).data == ""
+    assert load_recipe(str(tmp_path / "mine.yaml"), ["data=z"]).sources == {}

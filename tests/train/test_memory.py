@@ -1,4 +1,5 @@
 import io
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,21 @@ def test_what_is_held_is_counted_without_allocating_it(tiny):
     assert large.held > 42e9
 
 
+def test_slices_of_rows_keep_what_attention_gathers(tiny):
+    config = H3Config(**TINY["model"], vocab_size=24, mixers="hybrid")
+    alone, sliced = (Estimate.of(config, tiny(), mesh, CPU, True) for mesh in (Mesh(), Mesh(seq=3)))
+    more = [b.of_token - a.of_token for a, b in zip(alone.kept, sliced.kept, strict=True)]
+    assert more == pytest.approx([0 if m == "h3" else 2 * 4 * 16 for m in config.mixers])
+    assert sliced.tokens == 4 * 6
+
+
+def test_gradients_that_are_not_accumulated_take_the_place_of_activations():
+    once = replace(SMALL, accumulated=False)
+    assert SMALL.needs(False) - once.needs(False) == 4 * SMALL.parameters
+    few = replace(SMALL, tokens=1, accumulated=False)  # the backward pass ends with more
+    assert few.needs(True) > few.held
+
+
 @pytest.mark.parametrize("mixers", ["h3", "attention", "s4d", "linear_attention"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_what_blocks_keep_is_what_a_training_step_keeps(mixers, rows):
@@ -44,16 +60,18 @@ def test_what_blocks_keep_is_what_a_training_step_keeps(mixers, rows):
         mixers=mixers, attention_dropout=0.0, embedding_dropout=0.0,
     )  # fmt: skip
     model = H3ForCausalLM(config).train()
-    saved, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved, own = [], {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def note(x):
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        saved.append(weakref.ref(x))
         return x
 
     ids = torch.zeros(rows, 192, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         hidden = model.model(ids).last_hidden_state
-    found = sum(size for at, size in saved.items() if at not in own)
+    alive = [x.untyped_storage() for ref in saved if (x := ref()) is not None]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in alive}
+    found = sum(size for at, size in sizes.items() if at not in own)
     expected = sum(kept.bytes(rows * 192) for kept in kept_by_blocks(config, CPU, False))
     # beside the blocks: ids, the input of the last norm, groups of chunks that are not full
     assert found == pytest.approx(expected, rel=0.2)

@@ -43,7 +43,7 @@ def test_recipes_of_one_name_are_told_apart_by_what_differs(tmp_path):
     a = run(tmp_path / "a", 0, 3.0, learning_rate=1e-3, model={"d": 1})
     b = run(tmp_path / "b", 0, 3.0, learning_rate=2e-3, model={"d": 2})
     names = [group.name for group in side_by_side([a, b])]
-    assert names == ["toy (learning_rate=0.001, model.d=1)", "toy (learning_rate=0.002, model.d=2)"]
+    assert names == ["toy (d=1, learning_rate=0.001)", "toy (d=2, learning_rate=0.002)"]
 
 
 def test_table_and_picture_are_written(tmp_path):

@@ -1,7 +1,9 @@
 """`h3lm bench core`: the H3 core against the memory roof and what one would pick instead."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,11 +22,11 @@ from h3lm.ssm import DiagonalSSM, ShiftSSM
 from h3lm.ssm.operators import ChunkOperators
 
 NOTES = (
-    "bfloat16, 64 taps, 32 modes, head_dim 1, random data, medians of CUDA events in ms. Roof: a "
-    "kernel with 3 reads and 1 write of the same tensors in this process; forward and backward "
-    "against 22 bytes per element. Operators were made beforehand, in bfloat16; forward saves tile "
-    "states; backward makes every gradient. Memory: what forward and backward allocate over the "
-    "bytes of q, k, v, o and their gradients."
+    "bfloat16, 64 taps, 32 modes, head_dim 1 unless named, random data, medians of CUDA events in "
+    "ms. Roof: a kernel with 3 reads and 1 write of the same tensors in this process; forward and "
+    "backward against 22 bytes per element. Operators were made beforehand, in bfloat16; forward "
+    "saves tile states; backward makes every gradient. Memory: what forward and backward allocate "
+    "over the bytes of q, k, v, o and their gradients."
 )
 EXPONENTS = (
     "Powers of length L (4 rows, 768 channels, the four longest) and of width D (4 rows of 16,384) "
@@ -55,7 +57,9 @@ def run(folder: Path, say: Callable[[str], None], shapes: list[Shape] | None = N
         raise UserError("bench core times a GPU, and there is no CUDA device here")
     backends = list(checked_backends(say))
     name, environment = "core_" + measure.gpu_name(), measure.environment("h3lm bench core")
-    rows = _measure_all(shapes or core_shapes(), backends, say)
+    rows = _measure_all(shapes or core_shapes(), partial(measure_shape, backends=backends), say)
+    if shapes is None:
+        rows += _measure_all(core_shapes()[:1], measure_heads, say)
     path = report.write(name, folder, environment, NOTES, rows)
     if shapes is None:
         _write_growth(f"{name}_growth", folder, environment, backends[:1], say)
@@ -63,11 +67,13 @@ def run(folder: Path, say: Callable[[str], None], shapes: list[Shape] | None = N
 
 
 def _measure_all(
-    shapes: list[Shape], backends: list[str], say: Callable[[str], None]
+    shapes: list[Shape],
+    measure_one: Callable[[Shape], Iterable[report.Row]],
+    say: Callable[[str], None],
 ) -> list[report.Row]:
     rows: list[report.Row] = []
     for shape in shapes:
-        for row in measure_shape(shape, backends):
+        for row in measure_one(shape):
             rows.append(row)
             say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items()))
     return rows
@@ -81,7 +87,7 @@ def _write_growth(
     say: Callable[[str], None],
 ) -> None:
     lengths, widths = length_shapes(), width_shapes()
-    rows = _measure_all(lengths + widths, backends, say)
+    rows = _measure_all(lengths + widths, partial(measure_shape, backends=backends), say)
     report.write(name, folder, environment, NOTES, rows)
     scaling.plot(
         folder / f"{name}.png", lengths, rows, lambda row: both_roof_ms(float(row["roof ms"]))
@@ -135,11 +141,25 @@ def measure_shape(shape: Shape, backends: list[str]) -> Iterator[report.Row]:
         yield _row(shape, "retention (fla)", _retention, rows, roof, repeats=9)
 
 
-def _operators(channels: int) -> ChunkOperators:
+def measure_heads(shape: Shape) -> Iterator[report.Row]:
+    """Heads of several channels by their kernel, and one size of them by plain PyTorch."""
+    size = (shape.rows, shape.channels, shape.length)
+    q, k, v, do = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    roof = forward_roof_ms(q, k, v)
+    for head_dim in (2, 4, 8):
+        operators = _operators(shape.channels, head_dim)
+        row = _kernel_row(shape, "triton", operators, (q, k, v, do), roof)
+        yield row | {"path": f"triton, head_dim {head_dim}"}
+    path = _torch_path(operators, head_dim)
+    with suppress(torch.cuda.OutOfMemoryError):  # it holds every pair of channels in float32
+        yield _row(shape, f"torch, head_dim {head_dim}", path, (q, k, v, do), roof, repeats=1)
+
+
+def _operators(channels: int, head_dim: int = 1) -> ChunkOperators:
     torch.manual_seed(0)
     with torch.no_grad():
         taps = ShiftSSM(channels).taps().cuda()
-        made = DiagonalSSM(channels).cuda().system().chunk_operators(taps)
+        made = DiagonalSSM(channels // head_dim).cuda().system().chunk_operators(taps)
     assert made.F is not None
     half = {name: getattr(made, name).bfloat16().contiguous() for name in "MKPF"}
     return replace(made, **half)
@@ -209,11 +229,11 @@ def _row(
     return _as_row(shape, name, roof, forward_ms, both_ms, both, do)
 
 
-def _torch_path(operators: ChunkOperators) -> Forward:
+def _torch_path(operators: ChunkOperators, head_dim: int = 1) -> Forward:
     whole = replace(operators, **{n: getattr(operators, n).detach().float() for n in "MKPF"})
     assert whole.taps is not None
     taps = whole.taps
-    return lambda q, k, v: h3_core(q, k, v, taps, whole, backend="torch")[0]
+    return lambda q, k, v: h3_core(q, k, v, taps, whole, head_dim=head_dim, backend="torch")[0]
 
 
 def _fft(operators: ChunkOperators, length: int) -> Forward:

@@ -7,7 +7,9 @@ Run on an otherwise idle GPU. Nothing is timed unless answers agree first.
 
 import argparse
 import gc
+import json
 import logging
+import lzma
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch.profiler import ProfilerActivity, profile
 
@@ -25,9 +28,10 @@ from h3lm.bench.report import Row, write
 from h3lm.data.tokenizers import gpt2_tokenizer
 from h3lm.errors import UserError
 from h3lm.evals.harness import load_tasks, quiet
-from h3lm.evals.prefix_tree import STATE_COST_TOKENS, Request
-from h3lm.evals.scorer import TreeScorer
+from h3lm.evals.prefix_tree import Request
+from h3lm.evals.scorer import Limits, TreeScorer
 from h3lm.evals.tree_lm import TreeLM
+from h3lm.layers import H3
 from h3lm.models import H3Config, H3ForCausalLM
 
 SUPERGLUE = ("boolq", "cb", "copa", "multirc", "sglue_rte", "wic", "wsc")  # those with data
@@ -38,6 +42,7 @@ MOST_KERNELS = 16
 KERNEL_NOTES = "Kernels that the tree spends most of the GPU's time in."
 SAMPLE = 384  # requests that the plain path's batch size is chosen on
 GATE_NATS = 1e-4  # float32 without tensor cores, against the plain path
+GATE_REQUESTS = 40  # of each set
 NOTES = """Random weights: the time does not depend on them. Time is that of answering the requests
 of a set, tokenising included; building prompts and metrics is the same for both and is not in it.
 `plain` is lm-eval's own `hf` model at the best of the batch sizes tried, on the same requests;
@@ -45,7 +50,8 @@ before it is timed it has run an eighth of them. `tree` is the second of two run
 compiled once and for all is under `first`, what a run compiles anew under `compiled`.
 `asked` and `computed` are input tokens of the requests and of the tree, `run` with padding.
 Of the tree's time, tokenising, building the tree and waiting for the GPU are given; the rest is
-the host launching kernels. `kernels s` is the GPU's own time, in a third run under a profiler."""
+the host launching kernels. `kernels s`, where it is there, is the GPU's own time, in a third run
+under a profiler."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cpu only to try the script out")
     parser.add_argument("--size", default="125m")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the limits of sets")
+    parser.add_argument("--prompts", type=Path, help="file that keeps the requests of the sets")
     parser.add_argument("--models", nargs="*", default=[*PRESETS], choices=PRESETS)
     parser.add_argument(
         "--long", type=int, default=2**18, help="tokens of the long document, 0 for none"
     )
-    parser.add_argument(
-        "--state-cost", type=int, default=STATE_COST_TOKENS, help="see h3lm.evals.PrefixTree"
-    )
+    parser.add_argument("--state-cost", type=int, help="see h3lm.evals.PrefixTree")
+    parser.add_argument("--profile", action="store_true", help="time kernels too, in a third run")
     parser.add_argument("--seconds", type=float, default=240, help="start nothing new after this")
     arguments = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -111,30 +117,34 @@ def _run(arguments: argparse.Namespace) -> None:
         config = H3Config.from_preset(arguments.size, mixers=mixers)
         return H3ForCausalLM(config).to(device, dtype).eval()
 
-    instances = _every_instance(arguments.data_dir, arguments.scale)
-    sample = [x for every in instances.values() for x in every[:: max(1, len(every) // 100)]]
+    instances = _kept_instances(arguments.prompts, arguments.data_dir, arguments.scale)
+    sample = [x for every in instances.values() for x in _stretch(every)]
     _say(f"prompts built after {time.monotonic() - began:.0f} s")
-    presets = {name: PRESETS[name] for name in arguments.models}
-    agreement = [_check(name, make, mixers, tokenizer, sample) for name, mixers in presets.items()]
-    _say(f"answers agree after {time.monotonic() - began:.0f} s")
     where = environment(" ".join(sys.argv)) if device.type == "cuda" else {"device": "cpu"}
-    notes = f"{NOTES}\n\nBefore anything was timed: {'; '.join(agreement)}."
+    agreed: list[str] = []
     races: list[Row] = []
     kernels: list[Row] = []
-    for name, mixers in presets.items():
-        model = make(mixers, torch.bfloat16)
+    for name in arguments.models:
+        if time.monotonic() - began > arguments.seconds:
+            _say(f"no time left for {name}")
+            continue
+        agreed.append(_check(name, make, PRESETS[name], tokenizer, sample))
+        _say(f"answers agree after {time.monotonic() - began:.0f} s")
+        notes = f"{NOTES}\n\nBefore anything was timed: {'; '.join(agreed)}."
+        model = make(PRESETS[name], torch.bfloat16)
         for s in SETS:
             if time.monotonic() - began > arguments.seconds:
                 _say(f"no time left for {name} on {s.name}")
                 continue
             title, requests = f"{name}, {s.name}", instances[s.name]
-            races.append(_race(title, model, tokenizer, requests, arguments.state_cost))
-            tree = TreeLM(model, tokenizer, state_cost_tokens=arguments.state_cost)
-            kernels += _kernels(title, tree, requests, races[-1])
-            _say(races[-1])
+            tree, row = _race(title, model, tokenizer, requests, arguments.state_cost)
+            races.append(row)
+            if arguments.profile:
+                kernels += _kernels(title, tree, requests, row)
+                write("prefix_tree_kernels", arguments.output, where, KERNEL_NOTES, kernels)
+            _say(f"{row} after {time.monotonic() - began:.0f} s")
             # as they come: a kill loses nothing
             write("prefix_tree", arguments.output, where, notes, races)
-            write("prefix_tree_kernels", arguments.output, where, KERNEL_NOTES, kernels)
         del model
         _forget()
     long: list[Row] = []
@@ -148,6 +158,23 @@ def _run(arguments: argparse.Namespace) -> None:
         _forget()
     for path in sorted(arguments.output.glob("*.md")):
         _say(path.read_text())
+
+
+def _kept_instances(path: Path | None, data_dir: Path, scale: float) -> dict[str, list[Any]]:
+    """`_every_instance`, from a file where it is there; else it is written."""
+    if path is None:
+        return _every_instance(data_dir, scale)
+    if not path.exists():
+        every = {
+            name: [x.args for x in some] for name, some in _every_instance(data_dir, scale).items()
+        }
+        with lzma.open(path, "wt", encoding="utf-8", preset=1) as file:
+            json.dump(every, file)
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        return {
+            name: [Instance("loglikelihood", {}, tuple(pair), i) for i, pair in enumerate(pairs)]
+            for name, pairs in json.load(file).items()
+        }
 
 
 def _every_instance(data_dir: Path, scale: float) -> dict[str, list[Any]]:
@@ -172,11 +199,24 @@ def _instances(name: str, shots: int, limit: int | None, data_dir: Path, scale: 
     return list(task.instances)
 
 
+def _stretch(every: list[Any]) -> list[Any]:
+    """Requests beside each other, which share prefixes, from the middle of a set."""
+    first = max(0, len(every) // 2 - GATE_REQUESTS)
+    return every[first : first + GATE_REQUESTS]
+
+
 def _check(
     name: str, make: Callable[..., H3ForCausalLM], mixers: str, tokenizer: Any, sample: list[Any]
 ) -> str:
-    """Compare the paths; the tree may be twice as wrong in bfloat16 as the plain path."""
+    """Compare the paths; the tree may be twice as wrong in bfloat16 as the plain path.
+
+    In float32 they are compared in plain PyTorch, so that the tree is held to what it must be
+    without waiting for kernels that nothing times; in bfloat16 by the kernels that are timed.
+    """
     model = make(mixers, torch.float32)
+    for module in model.modules():
+        if isinstance(module, H3):
+            module.backend = "torch"
     exact = _answer(TreeLM(model, tokenizer), sample)
     plain = _answer(_plain(model, tokenizer, 16), sample)
     apart = _farthest(exact, plain)
@@ -193,22 +233,24 @@ def _check(
     if wrong[0] > 2 * wrong[1]:
         raise UserError(f"{name}: in bfloat16 the tree is off by {wrong[0]}, plain by {wrong[1]}")
     said = (
-        f"{name}: {len(sample)} requests at most {apart:.1e} nats apart in float32, greedy flags "
-        f"the same; in bfloat16 the tree is off by {wrong[0]:.1e} on average, the plain path by "
-        f"{wrong[1]:.1e}"
+        f"{name}: {len(sample)} requests at most {apart:.1e} nats apart in plain PyTorch and "
+        f"float32, greedy flags the same; by the kernels in bfloat16 the tree is off by "
+        f"{wrong[0]:.1e} on average, the plain path by {wrong[1]:.1e}"
     )
     _say(said)
     return said
 
 
 def _race(
-    name: str, model: H3ForCausalLM, tokenizer: Any, requests: list[Any], state_cost: int
-) -> Row:
-    """Time of both paths on the same requests.
+    name: str, model: H3ForCausalLM, tokenizer: Any, requests: list[Any], state_cost: int | None
+) -> tuple[TreeLM, Row]:
+    """Time of both paths on the same requests, and the tree.
 
     The tree runs twice: the first time shapes are new to kernels that are compiled for them and
     to the libraries' choices, as the plain path's are while its batch size is tried.
     """
+    _forget()
+    limits = Limits.of(model.device)  # once: later, less is free
     part = requests[:: max(1, len(requests) // SAMPLE)]
     speeds = {}
     for batch in PLAIN_BATCHES:
@@ -222,13 +264,18 @@ def _race(
     plain = _plain(model, tokenizer, best)
     _answer(plain, requests[::8])
     plain_s, plain_gb = _timed(plain, requests)
+    _forget()
+
+    def make() -> TreeLM:
+        return TreeLM(model, tokenizer, limits=limits, state_cost_tokens=state_cost)
+
     with _compilations() as once:
-        first_s, _ = _timed(TreeLM(model, tokenizer, state_cost_tokens=state_cost), requests)
-    tree = TreeLM(model, tokenizer, state_cost_tokens=state_cost)
+        first_s, _ = _timed(make(), requests)
+    tree = make()
     with _compilations() as anew:
         tree_s, tree_gb = _timed(tree, requests)
     work = tree.scorer.work
-    return {
+    return tree, {
         "model and set": name,
         "requests": len(requests),
         "plain s": plain_s,
@@ -321,7 +368,8 @@ def _answer(lm: HFLM, requests: list[Any]) -> list[tuple[float, bool]]:
 
 def _timed(lm: HFLM, requests: list[Any]) -> tuple[float, float]:
     """Seconds, and peak memory in GB, the model's weights included."""
-    _forget()
+    gc.collect()
+    _synchronise()
     _reset_peak()
     began = time.perf_counter()
     _answer(lm, requests)

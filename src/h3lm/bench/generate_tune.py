@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ TOLERANCE = 1e-2
 WORKERS = 8  # each takes up to 7 GB of the GPU while it compiles
 PRODUCTS = {"qkv": (3 * D, D), "out": (D, D), "up": (4 * D, D), "down": (D, 4 * D)}
 KINDS = {"qkv": "whole", "out": "square", "up": "whole", "down": "deep"}
-CONTEXTS = ((64, 576), (64, 1088), (16, 8256), (4, 65600))  # rows and keys
+CONTEXTS = ((64, 576), (64, 1600), (16, 8256), (4, 65600))  # rows and keys
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ def product_sizes(rows: int, kind: str) -> Iterator[ProductSize]:
 
 def attend_sizes() -> Iterator[AttendSize]:
     """Sizes of attention."""
-    base = AttendSize()
-    for keys, stages, warps in ((64, 1, 4), (32, 1, 4), (64, 1, 8), (32, 4, 4), (64, 3, 4)):
-        for programs in (4, 8, 16):
-            yield replace(base, keys=keys, stages=stages, warps=warps, programs_per_sm=programs)
+    for keys, stages, warps, programs in (
+        (32, 4, 4, 4), (32, 4, 4, 8), (32, 4, 4, 16), (64, 3, 4, 4), (64, 3, 4, 8), (32, 1, 4, 16),
+    ):  # fmt: skip
+        yield AttendSize(keys, stages, warps, programs)
 
 
 def _draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -232,6 +232,8 @@ def main() -> None:
 def search(bad: set[tuple[str, object]]) -> dict[str, object]:
     """Choose sizes one after the other by whole steps of pure H3, and leave them in the tables.
 
+    That of attention is chosen by itself, over all contexts alike.
+
     Args:
         bad: Names of cases and sizes that are not to be tried.
 
@@ -274,6 +276,15 @@ def search(bad: set[tuple[str, object]]) -> dict[str, object]:
         if rows == 64:
             good = [size for size in core_sizes(rows) if ("core 64", size) not in bad]
             choose("core", rows, good, put_core)
+    attend = list(cases({"attend"}))
+    over_floor = {
+        size: sum(_us(case, size) / case.bytes for case in attend)
+        for size in attend_sizes()
+        if not any((case.name, size) in bad for case in attend)
+    }
+    step.ATTEND = min(over_floor, key=lambda size: over_floor[size])
+    chosen["attend"] = step.ATTEND
+    _say(f"attend: {step.ATTEND}")
     return chosen
 
 

@@ -128,9 +128,11 @@ def run(
     name, environment = f"lra_{measure.gpu_name()}", measure.environment("h3lm bench lra")
     rows: list[report.Row] = []
     for task in tasks:
-        for row in with_ratios(list(_measure(task, repeats))):
-            rows.append(row)
+        of_task = []
+        for row in _measure(task, repeats):
+            of_task.append(row)
             say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items()))
+        rows += with_ratios(of_task)
         # after each task: what was measured stays if the next one cannot run
         path = report.write(name, folder, environment, NOTES, rows + means(rows))
         plot_speed_ups(folder, name, rows)
@@ -213,6 +215,8 @@ def _measure(task: Task, repeats: int) -> Iterator[report.Row]:
             "step ms": found.graph_ms, "eager ms": found.eager_ms,
             "ms per example": found.graph_ms / found.batch, "peak GiB": found.peak / 2**30,
         }  # fmt: skip
+        if found.note:
+            row["note"] = found.note
         if path.mixer == "s4":
             row["filters ms"] = _filters_ms(task, path, repeats)
         yield row
@@ -226,6 +230,7 @@ class Timed(NamedTuple):
         graph_ms, eager_ms: Of a step, replayed and launched.
         peak: Bytes, of the latter.
         parameters: Of the model.
+        note: Why `graph_ms` is `eager_ms`, if it is.
     """
 
     batch: int
@@ -233,6 +238,7 @@ class Timed(NamedTuple):
     eager_ms: float
     peak: int
     parameters: int
+    note: str = ""
 
 
 def _time(task: Task, path: Runner, repeats: int) -> Timed | None:
@@ -258,11 +264,17 @@ def _time_batch(task: Task, path: Runner, repeats: int) -> Timed:
         eager_ms = measure.median_ms(step, repeats)
     peak = torch.cuda.max_memory_allocated()
     torch.cuda.empty_cache()  # a graph has memory of its own
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph_ms = measure.median_ms(graph.replay, repeats)
-    return Timed(task.batch, graph_ms, eager_ms, peak, model.num_parameters())
+    graph_ms, note = eager_ms, ""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        graph_ms = measure.median_ms(graph.replay, repeats)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        note = f"launched, not captured: {str(error).splitlines()[0]}"
+    return Timed(task.batch, graph_ms, eager_ms, peak, model.num_parameters(), note)
 
 
 def _filters_ms(task: Task, path: Runner, repeats: int) -> float:
@@ -272,9 +284,8 @@ def _filters_ms(task: Task, path: Runner, repeats: int) -> float:
     def make() -> None:
         for mixer in mixers:
             back = torch.view_as_complex(mixer.backward_readout.C)
-            system = mixer.system()
-            total = system.filters(torch.stack([system.c, back]), task.length).sum()
-            total.backward()
+            ahead, behind = mixer.system().both_ways(back, task.length)
+            (ahead.sum() + behind.sum()).backward()
 
     return measure.median_ms(make, repeats)
 
@@ -324,7 +335,7 @@ def plot_speed_ups(folder: Path, name: str, rows: list[report.Row]) -> Path:
     axes.set_xticks(range(len(tasks)), tasks)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=120)
     return folder / f"{name}.png"
@@ -334,5 +345,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     parser.add_argument("--task", action="append", choices=[task.name for task in TASKS])
+    parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
-    print(run(given.out, print, tuple(t for t in TASKS if not given.task or t.name in given.task)))  # noqa: T201
+    chosen = tuple(t for t in TASKS if not given.task or t.name in given.task)
+    print(run(given.out, print, chosen, given.repeats))  # noqa: T201

@@ -35,7 +35,7 @@ from h3lm.data.order import Order
 from h3lm.data.shards import write_array
 from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
-from h3lm.models.slices import share_rows, slice_bounds
+from h3lm.models.slices import share_rows
 from h3lm.train.compiling import compile_model
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
 from h3lm.train.memory import Estimate
@@ -442,12 +442,15 @@ def _batches(
 
 
 def _fastest_attention(config: H3Config, job: Job, device: torch.device) -> SDPBackend | None:
-    """The backend that attends fastest, forward and backward, on this shape; None on a CPU."""
-    if "attention" not in config.mixers or device.type != "cuda":
+    """The backend that attends fastest, forward and backward, on this shape.
+
+    None, which leaves it to torch, on a CPU, and for slices of rows: of fewer queries than keys
+    only flash knows without a mask as large as both.
+    """
+    if "attention" not in config.mixers or device.type != "cuda" or job.mesh.seq > 1:
         return None
-    start, stop = slice_bounds(job.length, 0, job.mesh.seq)
     heads, width = config.num_attention_heads, config.hidden_size
-    size = (job.rows, stop - start, heads, width // heads)
+    size = (job.rows, job.length, heads, width // heads)
     q, k, v = (
         torch.randn(size, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
         for _ in "qkv"

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 # A shared prefix is worth a state only if it saves more tokens than keeping the state costs:
-# writing it and reading it for each branch take about as long as so many tokens each. For the 125m
-# hybrid that is 4.5 MB of states, keys and values, moved and padded several times at 3 TB/s: some
-# 12 us on an H200, against a little under 1 us of computing for a token.
-STATE_COST_TOKENS = 16
+# writing it and reading it for each branch take about as long as so many tokens each. On a GPU it
+# is twice as much: for the 125m hybrid 4.5 MB of states, keys and values, moved and padded several
+# times at 3 TB/s, are some 12 us on an H200, against a little under 1 us of computing for a token.
+STATE_COST_TOKENS = 8
 
 
 class Request(NamedTuple):

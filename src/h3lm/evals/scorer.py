@@ -44,6 +44,7 @@ class Limits:
         align: Lengths of all edges are multiples of this: branching points are moved to one, see
             `PrefixTree`, and edges behind which nothing follows are padded.
         call_tokens: What a call costs, as the tokens that take as long.
+        state_cost_tokens: What a kept state costs, see `PrefixTree`.
     """
 
     batch_tokens: int
@@ -53,6 +54,7 @@ class Limits:
     mask_bytes: int
     align: int
     call_tokens: int = 32
+    state_cost_tokens: int = STATE_COST_TOKENS
 
     @classmethod
     def of(cls, device: torch.device, state_bytes: int | None = None) -> "Limits":
@@ -66,7 +68,7 @@ class Limits:
             free = torch.cuda.mem_get_info(device)[0]
             tokens = 65536 if free > LARGE_GPU else 32768
             # Hopper's kernels take multiples of 16; a call is hundreds of launches, 15 ms of a host
-            return cls(tokens, tokens // 2, 2048, state_bytes or free // 8, GIB // 2, 16, 16384)
+            return cls(tokens, tokens // 2, 2048, state_bytes or free // 8, GIB // 2, 16, 16384, 16)
         return cls(2048, 1024, 512, state_bytes or GIB, GIB // 8, 1)
 
 
@@ -117,7 +119,7 @@ class TreeScorer:
     Args:
         model: In eval mode. Its cache has to be of constant states and keys and values.
         limits: What suits the device if None.
-        state_cost_tokens: See `PrefixTree`.
+        state_cost_tokens: See `PrefixTree`; as the limits say if None.
 
     Raises:
         UserError: if the model's cache cannot be branched.
@@ -128,11 +130,13 @@ class TreeScorer:
         model: PreTrainedModel,
         *,
         limits: Limits | None = None,
-        state_cost_tokens: int = STATE_COST_TOKENS,
+        state_cost_tokens: int | None = None,
     ) -> None:
         self.model, self.device = model, model.device
         self.limits = limits or Limits.of(model.device)
-        self.state_cost_tokens = state_cost_tokens
+        self.state_cost_tokens = (
+            self.limits.state_cost_tokens if state_cost_tokens is None else state_cost_tokens
+        )
         with torch.inference_mode():
             self.shape = probe(model)
         config: Any = model.config

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from h3lm.errors import UserError
 from h3lm.evals.encoding import encode_all, splits_at_newlines, stands_alone
 from h3lm.evals.journal import Journal
-from h3lm.evals.prefix_tree import STATE_COST_TOKENS, Ints, Request
+from h3lm.evals.prefix_tree import Ints, Request
 from h3lm.evals.scorer import Answer, Limits, TreeScorer, Work
 
 Progress = Callable[[int, int, Work], None]
@@ -32,7 +32,7 @@ class TreeLM(HFLM):
         limits: Memory of the tree.
         journal: Answers that are known already, and where new ones go.
         progress: Called with the number of requests answered, of all, and the work so far.
-        state_cost_tokens: See `PrefixTree`.
+        state_cost_tokens: See `PrefixTree`; as the limits say if None.
 
     Raises:
         UserError: if the tokenizer has no token to begin with, or the cache of the model cannot
@@ -48,7 +48,7 @@ class TreeLM(HFLM):
         limits: Limits | None = None,
         journal: Journal | None = None,
         progress: Progress | None = None,
-        state_cost_tokens: int = STATE_COST_TOKENS,
+        state_cost_tokens: int | None = None,
     ) -> None:
         check_begin_token(tokenizer)
         super().__init__(

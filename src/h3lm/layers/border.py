@@ -20,6 +20,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE = 1e-5  # of float32
 
 _HAS_TRITON = find_spec("triton") is not None
+_found: dict[torch.device, str] = {}  # by `fault`, for when nothing can be tried
 
 
 def can_normalise(x: Tensor, weight: Tensor) -> bool:
@@ -62,15 +63,17 @@ def can_gate(projection: nn.Module, y: Tensor) -> bool:
     return is_plain(projection) and y.dtype in DTYPES and y.numel() > 0 and _usable(y)
 
 
-def project_gated(projection: nn.Module, y: Tensor) -> Tensor:
-    """`glu` of a linear map of (B, D, L), as (B, L, D), dtype of y.
+def project_gated(projection: nn.Module, y: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`glu` of a linear map of (B, D, L), as (B, L, D), dtype of y; or added to a residual.
 
-    Under autocast as in plain PyTorch, with float32 in place of rounding behind the bias.
+    Under autocast as in plain PyTorch, with float32 in place of rounding behind the bias, and up to
+    the sum with a residual.
     """
     assert isinstance(projection, nn.Linear)
     with torch.autocast(y.device.type, enabled=False):
         weight = projection.weight.to(y.dtype).expand(len(y), -1, -1)
-        return torch.ops.h3lm.gate_fwd(torch.bmm(weight, y), projection.bias)
+        residual = None if residual is None else residual.contiguous()
+        return torch.ops.h3lm.gate_fwd(torch.bmm(weight, y), projection.bias, residual)
 
 
 def _usable(x: Tensor) -> bool:
@@ -78,8 +81,11 @@ def _usable(x: Tensor) -> bool:
         return False
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
-    untried = torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
-    return untried or not fault(x.device)
+    if torch.compiler.is_compiling():
+        return True
+    if torch.cuda.is_current_stream_capturing():
+        return not _found.get(x.device)
+    return not fault(x.device)
 
 
 @torch.library.custom_op("h3lm::batch_norm_fwd", mutates_args=())
@@ -160,15 +166,16 @@ _norm.register_autograd(_differentiate_norm, setup_context=_setup_norm)
 
 
 @torch.library.custom_op("h3lm::gate_fwd", mutates_args=())
-def _gate(y: Tensor, bias: Tensor | None) -> Tensor:
+def _gate(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     from h3lm.layers import border_triton
 
-    return border_triton.gate(y.contiguous(), bias)
+    return border_triton.gate(y.contiguous(), bias, residual)
 
 
 @_gate.register_fake
-def _(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y.new_empty(y.shape[0], y.shape[2], y.shape[1] // 2)
+def _(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    like = y if residual is None else residual
+    return like.new_empty(y.shape[0], y.shape[2], y.shape[1] // 2)
 
 
 @torch.library.custom_op("h3lm::gate_bwd", mutates_args=())
@@ -184,13 +191,15 @@ def _(dout: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _setup_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    y, bias, residual = inputs
+    ctx.with_residual = residual is not None
+    ctx.save_for_backward(y, bias)
 
 
 def _differentiate_gate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     y, bias = ctx.saved_tensors
     dy, dbias = torch.ops.h3lm.gate_bwd(dout, y, bias)
-    return dy, None if bias is None else dbias
+    return dy, None if bias is None else dbias, dout if ctx.with_residual else None
 
 
 _gate.register_autograd(_differentiate_gate, setup_context=_setup_gate)
@@ -204,6 +213,7 @@ def fault(device: torch.device) -> str:
             found = _compare(device)
     except Exception as error:  # whatever a compiler may raise
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    _found[device] = found
     if found:
         logger.warning("kernels of norm and gate are off, modules take over: %s", found)
     return found
@@ -229,7 +239,7 @@ def _compare(device: torch.device) -> str:
             leaf.requires_grad_()
         found, _ = batch_norm(x, weight, bias, lengths, norm.eps, torch.float32, True)
         expected = norm.plain(x, lengths)
-        gated = torch.ops.h3lm.gate_fwd(y, bias_of_y)
+        gated = torch.ops.h3lm.gate_fwd(y, bias_of_y, None)
         plain = F.glu((y + bias_of_y[:, None]).transpose(1, 2), -1)
         pairs = [
             (grad * found, grad * expected),

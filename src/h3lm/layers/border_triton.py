@@ -175,15 +175,20 @@ def load_gated(y, bias, row, position, channel, L, D, mask, inside):
 
 
 @triton.jit(do_not_specialize=["D"])
-def gate_kernel(y, bias, out, L, D, tiles_of_row, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Write out[b, l, d] = a sigmoid(g), a and g halves of y + bias, (B, 2 D, L)."""
+def gate_kernel(
+    y, bias, residual, out, L, D, tiles_of_row, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Write out[b, l, d] = residual + a sigmoid(g), a and g halves of y + bias, (B, 2 D, L)."""
     row, position, counts = place(tl.program_id(0), tiles_of_row, L, None, POSITIONS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < D
     mask = counts[:, None] & inside[None, :]
     a, g = load_gated(y, bias, row, position, channel, L, D, mask, inside)
-    to = out + (row * L + position)[:, None] * D + channel[None, :]
-    tl.store(to, (a * tl.sigmoid(g)).to(out.dtype.element_ty), mask)
+    at = (row * L + position)[:, None] * D + channel[None, :]
+    value = a * tl.sigmoid(g)
+    if residual is not None:
+        value += tl.load(residual + at, mask, 0.0).to(tl.float32)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["D"])
@@ -270,12 +275,12 @@ def batch_norm_backward(
     return dx, total[1].clone(), total[0].clone()
 
 
-def gate(y: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, 2 D, L), contiguous, to (B, L, D)."""
+def gate(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """(B, 2 D, L) to (B, L, D), both contiguous; as the residual, if there is one."""
     B, D, L = y.shape[0], y.shape[1] // 2, y.shape[2]
     grid = _Grid(B, L, D, y.device)
-    out = y.new_empty(B, L, D)
-    gate_kernel[(grid.tiles, grid.across)](y, bias, out, L, D, grid.of_row, **SIZES)
+    out = (y if residual is None else residual).new_empty(B, L, D)
+    gate_kernel[(grid.tiles, grid.across)](y, bias, residual, out, L, D, grid.of_row, **SIZES)
     return out
 
 

@@ -130,8 +130,7 @@ def _dplr_both_ways(
     if length not in kept:
         kept.clear()
         with torch.autocast(x.device.type, enabled=False):
-            ahead, behind = system.filters(torch.stack([system.c, c]), length)
-            behind = F.pad(behind[:, :-1], (1, 0))  # lag 0 belongs to the forward filter
-            kept[length] = KeptFilter(ahead, system.skip, behind)
+            back, ahead = system.both_ways(c, length)
+            kept[length] = KeptFilter(back, f_reverse=ahead)
     outputs = [flashconv.fft_conv(x[..., span], kept[length], backend=backend) for span in spans]
     return torch.cat(outputs, -1)

@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
 from h3lm import flashconv
 from h3lm.flashconv import H3State, RingState, StepOperators
@@ -47,8 +46,6 @@ class H3(PreparingModule):
         init: Start of the diagonal SSM's A: "lin", "inv" or "legs".
         discretization: "bilinear" or "zoh".
         dt_min, dt_max: Range of the step sizes at the start.
-        dropout: Dropout on each element of q, k and v in training: what attention's dropout on its
-            weights is to attention. The paper has none.
         chunk_length: Inputs of a chunk of state passing; rows that are always shorter run faster
             with a shorter one.
         backend: Implementation of the core, see `flashconv.h3_core`.
@@ -71,7 +68,6 @@ class H3(PreparingModule):
         discretization: str = "bilinear",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
-        dropout: float = 0.0,
         chunk_length: int = DEFAULT_CHUNK_LENGTH,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -82,7 +78,6 @@ class H3(PreparingModule):
             raise ValueError(f"head_dim={head_dim} must divide d_model={d_model}")
         self.d_model, self.d_state, self.head_dim = d_model, d_state, head_dim
         self.chunk_length, self.backend = chunk_length, backend
-        self.dropout = dropout
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=bias, device=device, dtype=dtype)
         self.shift_ssm = ShiftSSM(d_model, d_state, device=device)
         self.diagonal_ssm = DiagonalSSM(
@@ -134,10 +129,7 @@ class H3(PreparingModule):
             ValueError: if both `mask` and `cu_seqlens` are given, or a bidirectional layer is
                 given a state.
         """
-        qkv = project_channel_first(self.qkv_proj, u)
-        if self.training and self.dropout:
-            qkv = F.dropout(qkv, self.dropout)
-        q, k, v = qkv.chunk(3, dim=1)
+        q, k, v = project_channel_first(self.qkv_proj, u).chunk(3, dim=1)
         if self.backward_readout is not None:
             refuse_state(state)
             o = self._both_ways(q, k, v, mask, cu_seqlens, lengths)

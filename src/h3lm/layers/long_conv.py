@@ -124,8 +124,9 @@ class LongConv(PreparingModule):
         mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
         lengths: Integer[Tensor, " B"] | None = None,
+        residual: Float[Tensor, "B L D"] | None = None,
     ) -> tuple[Float[Tensor, "B L D"], LongConvState | None]:
-        """Mix positions; arguments as in `H3.forward`.
+        """Mix positions; arguments as in `H3.forward`, and a residual that the output is added to.
 
         Raises:
             ValueError: if both `mask` and `cu_seqlens` are given, or a bidirectional layer is
@@ -150,7 +151,7 @@ class LongConv(PreparingModule):
             )
         else:
             y, end = self._ahead(x, cu_seqlens, state)
-        return finish(self.output_proj, y, self.output), end
+        return finish(self.output_proj, y, self.output, residual), end
 
     def zero_state(self, x: Float[Tensor, "B D L"]) -> LongConvState:
         """The state before anything was seen, for inputs like `x`."""

@@ -26,7 +26,6 @@ class MixerSizes:
         num_heads: Heads of attention.
         rotary_dim: Rotated features of an attention head; 0 for none.
         attention_dropout: Dropout on the attention weights.
-        h3_dropout: Dropout on q, k and v of H3.
         filter_length: Taps of a learned filter.
         dt_min, dt_max: Range of the state space models' step sizes at the start.
         bidirectional: Whether a position sees what comes after it.
@@ -40,7 +39,6 @@ class MixerSizes:
     num_heads: int = 1
     rotary_dim: int = 0
     attention_dropout: float = 0.0
-    h3_dropout: float = 0.0
     filter_length: int = DEFAULT_FILTER_LENGTH
     dt_min: float = 1e-3
     dt_max: float = 1e-1
@@ -73,7 +71,7 @@ class Mixer:
 def _h3(s: MixerSizes) -> nn.Module:
     return H3(
         s.d_model, s.d_state, s.h3_head_dim,
-        bidirectional=s.bidirectional, dt_min=s.dt_min, dt_max=s.dt_max, dropout=s.h3_dropout,
+        bidirectional=s.bidirectional, dt_min=s.dt_min, dt_max=s.dt_max,
     )  # fmt: skip
 
 

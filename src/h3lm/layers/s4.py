@@ -66,8 +66,9 @@ class S4(Recurrence):
         mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
         lengths: Integer[Tensor, " B"] | None = None,
+        residual: Float[Tensor, "B L D"] | None = None,
     ) -> tuple[Float[Tensor, "B L D"], RecurrentState | None]:
-        """Mix positions; arguments as in `H3.forward`.
+        """Mix positions; arguments as in `H3.forward`, and a residual that the output is added to.
 
         Raises:
             ValueError: if a bidirectional layer is given a state.
@@ -75,11 +76,11 @@ class S4(Recurrence):
         x = u.transpose(1, 2)
         if self.backward_readout is None:
             y, end = self.mix(x, state, mask, cu_seqlens)
-            return finish(self.output_proj, y, self.output), end
+            return finish(self.output_proj, y, self.output, residual), end
         refuse_state(state)
         y = convolve_both_ways(
             x, self.prepared_system(), self.backward_readout,
             mask=mask, cu_seqlens=cu_seqlens, lengths=lengths, backend=self.backend,
             kept=self._prepared_both_ways.get(self, dict),
         )  # fmt: skip
-        return finish(self.output_proj, y, self.output), None
+        return finish(self.output_proj, y, self.output, residual), None

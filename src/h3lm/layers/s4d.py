@@ -87,8 +87,9 @@ class S4D(Recurrence):
         mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
         lengths: Integer[Tensor, " B"] | None = None,
+        residual: Float[Tensor, "B L D"] | None = None,
     ) -> tuple[Float[Tensor, "B L D"], RecurrentState | None]:
-        """Mix positions; arguments as in `H3.forward`.
+        """Mix positions; arguments as in `H3.forward`, and a residual that the output is added to.
 
         Raises:
             ValueError: if a bidirectional layer is given a state.
@@ -96,22 +97,23 @@ class S4D(Recurrence):
         x = u.transpose(1, 2)
         if self.backward_readout is None:
             y, end = self.mix(x, state, mask, cu_seqlens)
-            return finish(self.output_proj, y, self.output), end
+            return finish(self.output_proj, y, self.output, residual), end
         refuse_state(state)
         y = convolve_both_ways(
             x, self.prepared_system(), self.backward_readout,
             mask=mask, cu_seqlens=cu_seqlens, lengths=lengths, backend=self.backend,
         )  # fmt: skip
-        return finish(self.output_proj, y, self.output), None
+        return finish(self.output_proj, y, self.output, residual), None
 
 
-def finish(projection: nn.Module, y: Tensor, output: str) -> Tensor:
-    """GELU and the output map, (B, D, L) to (B, L, D)."""
+def finish(projection: nn.Module, y: Tensor, output: str, residual: Tensor | None = None) -> Tensor:
+    """GELU and the output map, (B, D, L) to (B, L, D), plus a residual if there is one."""
     y = F.gelu(y)
     if output == "glu" and border.can_gate(projection, y):
-        return border.project_gated(projection, y)
+        return border.project_gated(projection, y, residual)
     h = project_channel_last(projection, y)
-    return h if output == "linear" else F.glu(h, dim=-1)
+    h = h if output == "linear" else F.glu(h, dim=-1)
+    return h if residual is None else residual + h
 
 
 def check_output(output: str) -> None:

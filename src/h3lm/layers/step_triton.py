@@ -274,7 +274,7 @@ def attend_step(
     rotation: tuple[Tensor, Tensor] | None,
     multiprocessors: int,
     early: bool = False,
-    size: AttendSize = ATTEND,
+    size: AttendSize | None = None,
 ) -> Tensor:
     """Attend from one new position of each row and store its key and value.
 
@@ -285,11 +285,12 @@ def attend_step(
         rotation: Cosine and sine, (B, 1, 1, half) each, float32.
         multiprocessors: Of the GPU.
         early: Whether to start while the kernel before still runs.
-        size: Sizes of the kernel.
+        size: Sizes of the kernel; `ATTEND` if None.
 
     Returns:
         (B, heads head_dim).
     """
+    size = size or ATTEND
     B, heads, capacity, head_dim = keys.shape
     wanted = round(size.programs_per_sm * multiprocessors / (B * heads))
     splits = max(1, min(wanted, capacity // (2 * size.keys)))

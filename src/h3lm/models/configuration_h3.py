@@ -39,7 +39,6 @@ class H3Config(PreTrainedConfig):
         embedding_dropout: Dropout on the embedding.
         residual_dropout: Dropout on what each sublayer adds.
         attention_dropout: Dropout on attention weights.
-        h3_dropout: Dropout on q, k and v of H3, each by itself.
         layer_norm_eps: Epsilon of every LayerNorm.
         initializer_range: Standard deviation of new linear and embedding weights.
         scale_h3_output: Whether H3's output projection starts scaled by 1/sqrt(2 layers), like
@@ -71,7 +70,6 @@ class H3Config(PreTrainedConfig):
     embedding_dropout: float = 0.0
     residual_dropout: float = 0.0
     attention_dropout: float = 0.0
-    h3_dropout: float = 0.0
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     scale_h3_output: bool = False
@@ -150,7 +148,6 @@ class H3Config(PreTrainedConfig):
             num_heads=self.num_attention_heads,
             rotary_dim=self.rotary_dim,
             attention_dropout=self.attention_dropout,
-            h3_dropout=self.h3_dropout,
         )
 
     @classmethod

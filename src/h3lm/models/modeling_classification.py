@@ -58,18 +58,25 @@ class H3EncoderLayer(GradientCheckpointingLayer):
     def _residual(
         self, r: Tensor, norm: nn.Module, sublayer: Any, lengths: Tensor | None
     ) -> Tensor:
-        if self.pre_norm:
-            # in what the sublayer reads, so that it turns and casts nothing
-            dtype = _dtype_of_mixing(r)
-            last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
-            u = _normalise(norm, r, lengths, dtype=dtype, positions_last=last)
-            return r + self.dropout(sublayer(u, lengths))
-        return _normalise(norm, r + self.dropout(sublayer(r, lengths)), lengths)
+        if not self.pre_norm:
+            return _normalise(norm, self._added(r, r, sublayer, lengths), lengths)
+        # in what the sublayer reads, so that it turns and casts nothing
+        last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
+        u = _normalise(norm, r, lengths, dtype=_dtype_of_mixing(r), positions_last=last)
+        return self._added(r, u, sublayer, lengths)
 
-    def _mix(self, u: Tensor, lengths: Tensor | None) -> Tensor:
+    def _added(self, r: Tensor, u: Tensor, sublayer: Any, lengths: Tensor | None) -> Tensor:
+        """The residual stream r plus what the sublayer makes of u."""
+        dropped = self.training and self.dropout.p > 0
+        if sublayer == self._mix and not dropped and hasattr(self.mixer, "reads_positions_last"):
+            return self._mix(u, lengths, residual=r)
+        return r + self.dropout(sublayer(u, lengths))
+
+    def _mix(self, u: Tensor, lengths: Tensor | None, **residual: Tensor) -> Tensor:
         u = u.to(_dtype_of_mixing(u))
         # a causal mixer never sees the padding, since it stands behind
-        return self.mixer(u, lengths=lengths)[0] if self.both_ways else self.mixer(u)[0]
+        where = {"lengths": lengths} if self.both_ways else {}
+        return self.mixer(u, **where, **residual)[0]
 
 
 class H3ClassificationPreTrainedModel(H3PreTrainedModel):
@@ -92,6 +99,8 @@ class H3ClassificationPreTrainedModel(H3PreTrainedModel):
             nn.init.normal_(module.weight, std=std / 3**0.5 if linear else std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+                if hasattr(module, "spreads_bias"):
+                    nn.init.normal_(module.bias, std=std / 3**0.5)
         else:
             super()._init_weights(module)
         gate_bias = getattr(module, "gate_bias", 0.0)
@@ -113,7 +122,11 @@ class H3Encoder(H3ClassificationPreTrainedModel):
         if config.num_channels is None:
             self.embed_tokens = nn.Embedding(config.vocab_size, D)
         else:
-            self.embed_values = nn.Linear(config.num_channels, D)
+            embed_values: Any = nn.Linear(config.num_channels, D)
+            # a mark for the initialisation: a layer norm behind one channel whose biases are 0
+            # would leave of a signal its sign
+            embed_values.spreads_bias = True
+            self.embed_values = embed_values
         if config.num_learned_positions:
             self.embed_positions = nn.Embedding(config.num_learned_positions, D)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Complex, Float, Inexact
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from h3lm.ssm.fused_filters import can_fuse, fused_filters
@@ -129,6 +130,26 @@ class DPLRSystem:
         if length > 0 and can_fuse(self.eigenvalues, self.B, readouts):
             return fused_filters(self.eigenvalues, self.P, self.B, readouts, self.dt, length)
         return self.plain_filters(readouts, length)
+
+    def both_ways(
+        self, backward: Complex[Tensor, "H half"], length: int
+    ) -> tuple[Float[Tensor, "H L"], Float[Tensor, "H L"]]:
+        """Filters that look back, with the skip, and ahead, from the next position on.
+
+        Args:
+            backward: Read-out of what lies ahead, (H, N/2).
+            length: L, at least 1.
+        """
+        readouts = torch.stack([self.c, backward])
+        if can_fuse(self.eigenvalues, self.B, readouts):
+            made = fused_filters(
+                self.eigenvalues, self.P, self.B, readouts, self.dt, length,
+                skip=self.skip, delayed=True,
+            )  # fmt: skip
+            return made[0], made[1]
+        behind, ahead = self.plain_filters(readouts, length)
+        behind = torch.cat([behind[:, :1] + self.skip[:, None], behind[:, 1:]], 1)
+        return behind, F.pad(ahead[:, :-1], (1, 0))
 
     def plain_filters(
         self, readouts: Complex[Tensor, "K H half"], length: int

@@ -30,6 +30,7 @@ from torch import Tensor
 
 WRAPPED = 1e-8  # r^L
 NODES = 128  # of a program that goes through all modes
+LAGS = 1024  # of a program that goes through a filter
 TILE_MODES, TILE_NODES = 16, 256  # of a program that goes through nodes; elements of its tile
 ROWS = tl.constexpr(2)  # of the table of coefficients in front of alpha and beta: t and m
 
@@ -500,6 +501,33 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float64)
 
 
+@triton.jit(do_not_specialize=["systems"])
+def unwind_kernel(
+    wound, unwind, skip, filters, systems, L, DELAYED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """r^-l times what was wound up; the skip at lag 0 of the first read-out, the second later."""
+    row = tl.program_id(0).to(tl.int64)
+    second = (row >= systems).to(tl.int32) if DELAYED else 0
+    lag = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (lag < L) & (lag >= second)
+    at = wound + row * L + lag - second
+    x = tl.load(at, mask, 0.0) * tl.load(unwind + lag - second, mask, 0.0)
+    if skip is not None:
+        x += tl.load(skip + row + lag * 0, (lag == 0) & (row < systems), 0.0).to(tl.float64)
+    tl.store(filters + row * L + lag, x.to(tl.float32), lag < L)
+
+
+@triton.jit(do_not_specialize=["systems"])
+def wind_kernel(grad, unwind, wound, systems, L, DELAYED: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of what was wound up, given that of the filters."""
+    row = tl.program_id(0).to(tl.int64)
+    second = (row >= systems).to(tl.int32) if DELAYED else 0
+    lag = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(grad + row * L + lag + second, lag + second < L, 0.0).to(tl.float64)
+    x *= tl.load(unwind + lag, lag < L, 0.0)
+    tl.store(wound + row * L + lag, x, lag < L)
+
+
 class Circle(NamedTuple):
     """Nodes of filters of one length.
 
@@ -525,7 +553,14 @@ def circle(length: int, device: torch.device) -> Circle:
 
 
 def make(
-    eigenvalues: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int
+    eigenvalues: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    length: int,
+    skip: Tensor | None = None,
+    delayed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Filters (read-outs, H, L), float32, and the coefficients for `make_backward`.
 
@@ -534,6 +569,8 @@ def make(
         C: (read-outs, H, N/2, 2), one or two of them.
         dt: (H,).
         length: L, at least 1.
+        skip: (H,), added at lag 0 of the first read-out.
+        delayed: Whether the second read-out's filter starts one lag later.
     """
     readouts, H, modes, _ = C.shape
     nodes, unwind = circle(length, dt.device)
@@ -549,11 +586,21 @@ def make(
     )
     wound = torch.fft.irfft(torch.view_as_complex(spectrum), n=length)
     filters = torch.empty(wound.shape, dtype=torch.float32, device=dt.device)
-    return torch.mul(wound, unwind, out=filters), table
+    unwind_kernel[(readouts * H, triton.cdiv(length, LAGS))](
+        wound, unwind, skip, filters, H, length, DELAYED=delayed, BLOCK=LAGS, num_warps=4
+    )
+    return filters, table
 
 
 def make_backward(
-    grad: Tensor, table: Tensor, eigenvalues: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor
+    grad: Tensor,
+    table: Tensor,
+    eigenvalues: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    delayed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of eigenvalues, P, B, C and dt, given that of the filters."""
     readouts, H, modes, _ = C.shape
@@ -561,7 +608,11 @@ def make_backward(
     nodes, unwind = circle(length, dt.device)
     count = len(nodes)
     # of a mean over L nodes; sums of exp(-2 pi i j l / L) as for every gradient of an inverse
-    dspectrum = torch.fft.rfft(grad * unwind, norm="forward")
+    wound = _empty(dt, readouts, H, length)
+    wind_kernel[(readouts * H, triton.cdiv(length, LAGS))](
+        grad.contiguous(), unwind, wound, H, length, DELAYED=delayed, BLOCK=LAGS, num_warps=4
+    )
+    dspectrum = torch.fft.rfft(wound, norm="forward")
     blocks = triton.cdiv(count, NODES)
     grads = _empty(dt, H, 4 + 4 * readouts, count)
     ddts = _empty(dt, H, blocks)

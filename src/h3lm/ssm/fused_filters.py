@@ -17,6 +17,8 @@ logger = logging.getLogger("h3lm.ssm")
 MAX_READOUTS = 2
 TOLERANCE = 1e-5  # of float32, behind sums in float64
 
+_found: dict[torch.device, str] = {}  # by `fault`, for when nothing can be tried
+
 
 def can_fuse(eigenvalues: Tensor, B: Tensor, readouts: Tensor) -> bool:
     """Whether the kernels can make the filters of a system with these tensors.
@@ -33,28 +35,58 @@ def can_fuse(eigenvalues: Tensor, B: Tensor, readouts: Tensor) -> bool:
 
 
 def fused_filters(
-    eigenvalues: Tensor, P: Tensor, B: Tensor, readouts: Tensor, dt: Tensor, length: int
+    eigenvalues: Tensor,
+    P: Tensor,
+    B: Tensor,
+    readouts: Tensor,
+    dt: Tensor,
+    length: int,
+    *,
+    skip: Tensor | None = None,
+    delayed: bool = False,
 ) -> Tensor:
-    """Filters (K, H, L) of a complex64 system, differentiable in every tensor."""
+    """Filters (K, H, L) of a complex64 system, differentiable in every tensor.
+
+    Args:
+        eigenvalues, P, B, dt: As in `DPLRSystem`.
+        readouts: (K, H, N/2), one or two.
+        length: L.
+        skip: (H,), added at lag 0 of the first read-out's filter.
+        delayed: Whether the second read-out's filter starts one lag later.
+    """
     pairs = (
         torch.view_as_real(x.resolve_conj()).contiguous() for x in (eigenvalues, P, B, readouts)
     )
-    filters, _ = torch.ops.h3lm.dplr_filters_fwd(*pairs, dt.contiguous(), length)
-    return filters
+    skip = None if skip is None else skip.contiguous()
+    return torch.ops.h3lm.dplr_filters_fwd(*pairs, dt.contiguous(), skip, length, delayed)[0]
 
 
 @torch.library.custom_op("h3lm::dplr_filters_fwd", mutates_args=())
 def _forward(
-    eigenvalues: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int
+    eigenvalues: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    skip: Tensor | None,
+    length: int,
+    delayed: bool,
 ) -> tuple[Tensor, Tensor]:
     from h3lm.ssm import filters_triton
 
-    return filters_triton.make(eigenvalues, P, B, C, dt, length)
+    return filters_triton.make(eigenvalues, P, B, C, dt, length, skip, delayed)
 
 
 @_forward.register_fake
 def _(
-    eigenvalues: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int
+    eigenvalues: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    skip: Tensor | None,
+    length: int,
+    delayed: bool,
 ) -> tuple[Tensor, Tensor]:
     readouts, H, modes, _ = C.shape
     table = C.new_empty(H, 6 + 4 * readouts, modes, dtype=torch.float64)
@@ -63,30 +95,47 @@ def _(
 
 @torch.library.custom_op("h3lm::dplr_filters_bwd", mutates_args=())
 def _backward(
-    grad: Tensor, table: Tensor, eigenvalues: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor
+    grad: Tensor,
+    table: Tensor,
+    eigenvalues: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    delayed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from h3lm.ssm import filters_triton
 
-    return filters_triton.make_backward(grad, table, eigenvalues, P, B, C, dt)
+    return filters_triton.make_backward(grad, table, eigenvalues, P, B, C, dt, delayed)
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor, table: Tensor, eigenvalues: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor
+    grad: Tensor,
+    table: Tensor,
+    eigenvalues: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    delayed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dl, dP, dB, dC, ddt = (torch.empty_like(x) for x in (eigenvalues, P, B, C, dt))
     return dl, dP, dB, dC, ddt
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1], *inputs[:5])
+    *tensors, skip, _, ctx.delayed = inputs
+    ctx.with_skip = skip is not None
+    ctx.save_for_backward(output[1], *tensors)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 6
-    return *torch.ops.h3lm.dplr_filters_bwd(grad, *ctx.saved_tensors), None
+        return (None,) * 8
+    grads = torch.ops.h3lm.dplr_filters_bwd(grad, *ctx.saved_tensors, ctx.delayed)
+    return *grads, grad[0, :, 0] if ctx.with_skip else None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -96,10 +145,12 @@ def _side_by_side(
     info: Any, in_dims: tuple[int | None, ...], *arguments: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """`vmap`: copies of a model are more systems."""
-    *tensors, length = arguments
+    *tensors, length, delayed = arguments
     count = info.batch_size
 
-    def folded(x: Tensor, dim: int | None, behind: int) -> Tensor:
+    def folded(x: Tensor | None, dim: int | None, behind: int) -> Tensor | None:
+        if x is None:
+            return None
         whole = x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
         return whole.movedim(0, behind).flatten(behind, behind + 1).contiguous()
 
@@ -107,7 +158,7 @@ def _side_by_side(
         folded(x, dim, 1 if i == 3 else 0)  # read-outs stand in front of systems
         for i, (x, dim) in enumerate(zip(tensors, in_dims, strict=False))
     ]
-    filters, table = torch.ops.h3lm.dplr_filters_fwd(*given, length)
+    filters, table = torch.ops.h3lm.dplr_filters_fwd(*given, length, delayed)
     return (filters.unflatten(1, (count, -1)), table.unflatten(0, (count, -1))), (1, 0)
 
 
@@ -117,8 +168,10 @@ _forward.register_vmap(_side_by_side)
 def works(device: torch.device) -> bool:
     """Whether the kernels may be used; always where they cannot be tried, as in a CUDA graph."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by vmap
-    if transformed or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if transformed or torch.compiler.is_compiling():
         return True
+    if torch.cuda.is_current_stream_capturing():
+        return not _found.get(device)
     return not fault(device)
 
 
@@ -130,6 +183,7 @@ def fault(device: torch.device) -> str:
             found = _compare(device)
     except Exception as error:  # whatever a compiler may raise
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    _found[device] = found
     if found:
         logger.warning("S4's filter kernels are off, plain PyTorch takes over: %s", found)
     return found

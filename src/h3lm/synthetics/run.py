@@ -535,15 +535,21 @@ def _mean_baselines(setting: Setting, seeds: list[int], length: int) -> list[dic
 def _altered(setting: Setting, options: dict[str, int]) -> Setting:
     old = setting.task
     fields = {f.name: getattr(old, f.name) for f in dataclasses.fields(old)}  # type: ignore[arg-type]
-    rows: dict[str, Any] = {option: options[option] for option in _ROWS if option in options}
-    chosen = {option: value for option, value in options.items() if option not in rows}
+    chosen = {option: value for option, value in options.items() if option not in _ROWS}
     for option in chosen:
         check_known(f"option of {old.name}", option, fields)
     task = make_task(old.name, **{**fields, **chosen})
     longer = setting.test_lengths
     if longer and task != old:
         longer = tuple(task.length * i for i in (1, 2, 4))
-    return replace(setting, task=task, test_lengths=longer, paper={}, **rows)
+    return replace(
+        setting,
+        task=task,
+        test_lengths=longer,
+        paper={},
+        num_train=options.get("num_train", setting.num_train),
+        num_test=options.get("num_test", setting.num_test),
+    )
 
 
 def _label(name: str, options: dict[str, int]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 logger = logging.getLogger("h3lm.train")
 WARM_STEPS = 2  # of a form before it is captured: kernels compile, libraries take their memory
-MAX_FORMS = 32  # that are captured; others run as they are
+MAX_FORMS = 128  # that are captured; others run as they are
 
 Inputs = dict[str, Tensor]
 Step = Callable[[Inputs], Tensor]
@@ -99,7 +99,13 @@ class GraphedSteps:
 def record(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Capture what a function launches; it has not run when this returns."""
     graph = torch.cuda.CUDAGraph()
-    # a thread that pins memory for the data loader may call CUDA meanwhile
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        loss = run()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.clone_state()
+    try:
+        # a thread that pins memory for the data loader may call CUDA meanwhile
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            loss = run()
+    except RuntimeError:
+        generator.graphsafe_set_state(before)  # else it would wait for the graph for ever
+        raise
     return graph, loss

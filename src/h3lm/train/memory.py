@@ -4,7 +4,7 @@ Weights, gradients and optimiser are counted. What a block keeps for its backwar
 on a block of each kind and a few positions: it depends on which kernels run.
 """
 
-from collections import Counter
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -89,11 +89,18 @@ class Estimate:
             parameters = H3ForCausalLM(config).num_parameters()
         share = max(1, recipe.batch_size // mesh.readers)
         rows = recipe.micro_batch_size or share
+        # keys and values of the other slices of a row
+        gathered = (4.0 if half else 8.0) * config.hidden_size * (mesh.seq - 1)
         return cls(
             parameters=parameters,
             width=config.hidden_size,
             vocab=config.vocab_size,
-            kept=kept_by_blocks(config, device, half),
+            kept=tuple(
+                replace(kept, of_token=kept.of_token + gathered * (mixer == "attention"))
+                for mixer, kept in zip(
+                    config.mixers, kept_by_blocks(config, device, half), strict=True
+                )
+            ),
             tokens=rows * -(-recipe.block_length // mesh.seq),
             parts=mesh.shard * mesh.seq if recipe.parallel == "fsdp" else 1,
             total=device_memory(),
@@ -225,13 +232,10 @@ def _devices(device: torch.device) -> list[torch.device]:
 
 def _saved_bytes(block: H3DecoderLayer, length: int, device: torch.device, half: bool) -> int:
     """Bytes that autograd saves in a call of a block, its parameters aside."""
-    saved: Counter[int] = Counter()
-    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    saved: list[weakref.ref[Tensor]] = []
 
     def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+        saved.append(weakref.ref(x))
         return x
 
     rotation = None
@@ -244,8 +248,13 @@ def _saved_bytes(block: H3DecoderLayer, length: int, device: torch.device, half:
         torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
     ):
         y = block(r, Where(None, None, None, rotation))
-    del y  # until here everything was alive, so that no address stands for two
-    return saved.total()
+    # what belongs to outputs that nobody wanted is gone by now
+    stored = [x.untyped_storage() for ref in saved if (x := ref()) is not None]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in stored}
+    for parameter in block.parameters():
+        sizes.pop(parameter.untyped_storage().data_ptr(), None)
+    del y  # which has kept them
+    return sum(sizes.values())
 
 
 @contextmanager

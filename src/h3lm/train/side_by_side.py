@@ -1,6 +1,7 @@
 """Finished training runs side by side: a row for each recipe, over its seeds, and their curves."""
 
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -124,10 +125,10 @@ def plot(groups: list[Group], path: Path) -> None:
     for i, group in enumerate(groups):
         for j, run in enumerate(group.runs):
             points = [(tokens / 1e6, loss) for tokens, loss in run.curve]
-            label = group.name if j == 0 else None
+            label = textwrap.fill(group.name, 60) if j == 0 else None
             axes.plot(*zip(*points, strict=True), "-", color=f"C{i % 10}", label=label)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=150)
 
 
@@ -177,7 +178,7 @@ def _name(run: Run, groups: list[list[Run]]) -> str:
     for key in mine.keys() | {k for other in others for k in _flat(other)}:
         values = {json.dumps(_flat(other).get(key)) for other in others}
         if len(values) > 1 and key not in FREE:
-            told.append(f"{key}={mine.get(key)}")
+            told.append(f"{key.removeprefix('model.')}={mine.get(key, 'default')}")
     return f"{name} ({', '.join(sorted(told))})"
 
 

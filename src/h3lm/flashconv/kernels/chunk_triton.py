@@ -631,7 +631,7 @@ def forward(
     D, total = k.shape[1:]
     B, L = rows_of_walk(k, segments, bounds), segment_length(total, segments)
     N = operators.K.shape[1]
-    C = tile_chunks(k.dtype)
+    C = tile_chunks(k.dtype, bounds)
     whole = with_output and v is not None and filter_blocks(operators) == 2
     stacked = STACKED and whole and N == CHUNK_LENGTH and k.dtype != torch.float32
     walk = plan(B, D, L, C, slots=8 * multiprocessors(k.device), packed=bounds is not None)
@@ -674,7 +674,7 @@ def backward(
     D, total = k.shape[1:]
     B, L = rows_of_walk(k, segments, bounds), segment_length(total, segments)
     N = operators.K.shape[1]
-    C = tile_chunks(k.dtype)
+    C = tile_chunks(k.dtype, bounds)
     walk = plan(B, D, L, C, slots=2 * multiprocessors(k.device), packed=bounds is not None)
     slots = saved_slots(walk, total, C, bounds)
     grads = Gradients.empty(q, k, v, operators, carry, start, walk, segments)

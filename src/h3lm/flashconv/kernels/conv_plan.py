@@ -34,6 +34,7 @@ from h3lm.flashconv.kernels.fft_size import SIZES, size_for
 logger = logging.getLogger("h3lm.flashconv")
 TOEPLITZ_CHECK = 304  # length of the rows that they are checked with
 TOLERANCE = 1e-2  # of bfloat16, whose operands and results are off by 2^-9 each
+_found: dict[tuple[ConvAlgorithm, torch.device, int], str] = {}  # by `fault`
 
 
 class Plan(NamedTuple):
@@ -71,12 +72,14 @@ def plan(
 
 def works(algorithm: ConvAlgorithm, device: torch.device, length: int) -> bool:
     """Whether an algorithm may be used; always in the interpreter and inside of a CUDA graph."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
         return True
     if algorithm == "Toeplitz blocks":
         length = TOEPLITZ_CHECK  # one kernel for all lengths
     else:
         length = plan(algorithm, device, length, length, None).size.points
+    if torch.cuda.is_current_stream_capturing():  # nothing can be tried there
+        return not _found.get((algorithm, device, length))
     return not fault(algorithm, device, length)
 
 
@@ -96,6 +99,7 @@ def fault(algorithm: ConvAlgorithm, device: torch.device, length: int) -> str:
         found = _compare(plan(algorithm, device, length, 200, None), device, length)
     except Exception as error:  # whatever a compiler may raise
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    _found[algorithm, device, length] = found
     if found:
         logger.warning(
             "%s for rows of %d is off, torch.fft takes over: %s", algorithm, length, found

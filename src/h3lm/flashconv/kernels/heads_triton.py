@@ -264,12 +264,13 @@ def left_to_right_kernel(
         for c in tl.range(0, last, num_stages=STAGES):
             position = c * T + i
             mask = where_inside(position, inside, WHOLE)
+            do_tile = tl.load(do_base + position, mask, 0.0)  # not copied ahead: asked for first
             s_tile = tl.load(s_base + position, mask, 0.0)
             v_tile = tl.load(v_base + position, mask, 0.0)
             w = of_keys(s_tile, HEAD_DIM).to(tl.float32) * of_values(v_tile, HEAD_DIM)
             w = w.to(dtype)
             gate = of_keys(tl.load(q_base + position, mask, 0.0), HEAD_DIM)
-            d_out = of_values(tl.load(do_base + position, mask, 0.0), HEAD_DIM).to(tl.float32)
+            d_out = of_values(do_tile, HEAD_DIM).to(tl.float32)
             dy = (gate.to(tl.float32) * d_out).to(dtype)
             half = x.to(dtype)
             y = tl.dot(w, tl.trans(M_h), input_precision=PRECISION)
@@ -349,11 +350,12 @@ def right_to_left_kernel(
             c = last - 1 - step
             position = c * T + i
             mask = where_inside(position, inside, WHOLE)
+            do_tile = tl.load(do_base + position, mask, 0.0)  # not copied ahead: asked for first
             s_rows = of_keys(tl.load(s_base + position, mask, 0.0), HEAD_DIM).to(tl.float32)
             v_rows = of_values(tl.load(v_base + position, mask, 0.0), HEAD_DIM).to(tl.float32)
             w = (s_rows * v_rows).to(dtype)
             gate = of_keys(tl.load(q_base + position, mask, 0.0), HEAD_DIM)
-            d_out = of_values(tl.load(do_base + position, mask, 0.0), HEAD_DIM)
+            d_out = of_values(do_tile, HEAD_DIM)
             dy = (gate.to(tl.float32) * d_out).to(dtype)
             half = g.to(dtype)
             dw = tl.dot(dy, M_h, input_precision=PRECISION)

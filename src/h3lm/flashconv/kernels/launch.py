@@ -181,9 +181,12 @@ class Gradients:
         return tuple(getattr(self, field.name) for field in fields(self))
 
 
-def tile_chunks(dtype: torch.dtype) -> int:
-    """Chunks of a tile: 64, or 32 for float32, whose operands take twice the room."""
-    return 32 if dtype == torch.float32 else 64
+def tile_chunks(dtype: torch.dtype, bounds: Tensor | None = None) -> int:
+    """Chunks of a tile: 64, or 32 for float32, whose operands take twice the room.
+
+    Of packed sequences each has tiles to itself, of which short ones fill little: 32 too.
+    """
+    return 64 if dtype != torch.float32 and bounds is None else 32
 
 
 def segment_length(total: int, segments: int) -> int:
@@ -209,7 +212,7 @@ def saved_states_shape(
     if heads != D:
         pairs = D * (D // heads)
         return (k.shape[0] * segments, pairs, 1, modes, 2) if segments > 1 else (0,)
-    B, C = rows_of_walk(k, segments, bounds), tile_chunks(k.dtype)
+    B, C = rows_of_walk(k, segments, bounds), tile_chunks(k.dtype, bounds)
     walk = plan(B, D, segment_length(total, segments), C, slots=1, packed=bounds is not None)
     if walk.rows_per_tile > 1:
         return (0,)
