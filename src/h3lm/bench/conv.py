@@ -335,7 +335,8 @@ def time_layer(layer: S4 | LongConv, length: int, backend: str) -> report.Row:
     layer.backend = backend
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-4, fused=True)
     device = next(layer.parameters()).device
-    u = torch.randn(LAYER_ROWS, length, layer.d_model, device=device)
+    # as a projection leaves it under autocast
+    u = torch.randn(LAYER_ROWS, length, layer.d_model, device=device).bfloat16()
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):

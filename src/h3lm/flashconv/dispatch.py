@@ -194,7 +194,9 @@ def conv_algorithm(dtype: torch.dtype, problem: Problem, backward: bool = False)
     Toeplitz blocks round what is under a gate to its dtype: only bfloat16 has the range for that.
     """
     large = problem.capability in HOPPER_SHARED
-    most = MAX_TOEPLITZ_LAGS.get((problem.capability or (0, 0))[0], (0, 0))[backward]
+    most, most_backward = MAX_TOEPLITZ_LAGS.get((problem.capability or (0, 0))[0], (0, 0))
+    if backward:
+        most = most_backward
     ranged = dtype == torch.bfloat16 or (dtype == torch.float16 and not problem.gated)
     if ranged and (problem.lags or problem.length) <= most:
         return "Toeplitz blocks"
