@@ -58,7 +58,8 @@ class ProductSize:
 
 ATTEND = AttendSize()
 MAX_ROWS = 64  # of products; with more, the libraries' kernels are as good
-# By rows at most and kind of product; None for the library's
+# By rows at most and kind of product; None for the library's. Those of 64 rows were timed by
+# themselves (docs/benchmarks/generate_step_nvidia_h200.md), the others not yet.
 SIZES: dict[tuple[int, str], ProductSize | None] = {
     (1, "whole"): ProductSize(8, 1024),
     (1, "square"): ProductSize(8, 1024, parts=2),
