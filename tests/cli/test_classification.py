@@ -36,7 +36,7 @@ def test_a_table_becomes_a_classifier(table, tmp_path):
         "prepared: blocks/t",
     ]  # fmt: skip
     settings = [
-        "data=blocks/t", "name=t", "classification.seeds=1", "epochs=5", "batch_size=8",
+        "data=blocks/t", "name=t", "classification.seeds=1", "epochs=20", "batch_size=8",
         "model.hidden_size=8", "model.num_hidden_layers=1", "precision=fp32",
     ]  # fmt: skip
     done = h3lm("train", "acsf1", *settings, cwd=tmp_path)

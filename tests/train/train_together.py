@@ -88,7 +88,9 @@ def watched(recipe: Recipe) -> dict[str, list[str]]:
     }
     # the estimate of the memory tries blocks out that are not the model's
     kept = h3lm.train.memory.kept_by_blocks
-    h3lm.train.memory.kept_by_blocks = lambda *_: (h3lm.train.memory.Kept(0, 0),)
+    h3lm.train.memory.kept_by_blocks = lambda config, *_: (
+        (h3lm.train.memory.Kept(0, 0),) * len(config.mixers)
+    )
     system, linear, norm = DiagonalSSM.system, torch.nn.Linear.forward, torch.nn.LayerNorm.forward
     head_loss = modeling_h3.head_loss
     step = torch.optim.AdamW.step
