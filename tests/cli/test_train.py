@@ -1,6 +1,8 @@
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -40,3 +42,25 @@ def test_mistakes_are_one_line_and_a_non_zero_status(tmp_path):
         assert done.returncode == 1, done.stdout
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_job_leaves_readers_alone(tmp_path):
+    settings = ["time_limit_s=100", "save_every=1000", "data_workers=1", "output_dir=run",
+                "log_every=1", "precision=fp32"]  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-m", "h3lm", "train", "demo", *settings],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+    ) as job:  # fmt: skip
+        log = tmp_path / "run" / "log.jsonl"
+        for _ in range(600):
+            if job.poll() is not None or (log.is_file() and len(log.read_text().splitlines()) > 2):
+                break
+            time.sleep(0.2)
+        os.killpg(job.pid, signal.SIGTERM)
+        _, errors = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGTERM, errors
+    assert "Traceback" not in errors
+    assert "SIGTERM ended the run at step" in errors
+    assert len(list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))) == 1

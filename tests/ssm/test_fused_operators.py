@@ -113,3 +113,12 @@ def test_copies_side_by_side_are_more_systems() -> None:
     apart = torch.vmap(lambda *x: fused_operators(*x, 16))(*copies)
     for one, two in zip(whole, apart, strict=True):
         assert torch.equal(one, two.flatten(0, 1))
+
+
+def test_kernels_known_to_be_wrong_stay_off_inside_of_a_cuda_graph(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(fused, "_found", {})
+    assert fused._works(device)
+    fused._found[device] = "wrong"
+    assert not fused._works(device)

@@ -12,6 +12,7 @@ from h3lm.train import memory
 from h3lm.train import run as run_module
 from h3lm.train.memory import Estimate, Kept, kept_by_blocks, short_of_memory
 from h3lm.train.mesh import Mesh
+from h3lm.train.recipe import make_recipe
 from h3lm.train.trainer import H3Trainer
 
 from .conftest import TINY
@@ -148,7 +149,7 @@ def test_a_run_says_what_it_takes_and_what_it_chose(tiny, monkeypatch, total):
         shown.getvalue()
     )
     words = "recomputed in the backward pass: without that" if chosen else "kept, not recomputed: "
-    assert words in shown.getvalue()
+    assert (words in shown.getvalue()) == (total is not None)  # a CPU has no limit to speak of
     assert seen == [chosen]
 
 
@@ -210,3 +211,13 @@ def test_the_estimate_is_what_a_gpu_takes(tiny, mixers, recomputed):
         optimizer.zero_grad()
     taken = torch.cuda.max_memory_allocated()
     assert taken == pytest.approx(estimate.needs(recomputed), rel=0.25)
+
+
+def test_what_would_fit_divides_the_rows_of_a_process_and_fits():
+    recipe = make_recipe({"steps": 1, "batch_size": 32, "gradient_checkpointing": True})
+    of_eight = replace(SMALL, tokens=4 * 1024, share=4, accumulated=False)
+    for fewer in (2, 1):
+        fits = replace(of_eight, tokens=fewer * 1024, accumulated=True).needs(True)
+        tight = replace(of_eight, total=int(fits) + 1)
+        with pytest.raises(UserError, match=f"micro_batch_size={fewer} fits"):
+            tight.check(recipe)

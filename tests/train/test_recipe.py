@@ -201,3 +201,11 @@ def test_fields_of_the_model_that_do_not_exist_or_fit_are_one_line():
         build_config(make_recipe({"steps": 1, "model": {"num_attention_heads": 5}}), 100)
     config = build_config(make_recipe({"steps": 1}), 100)
     assert config.vocab_size == 104  # a multiple of 8
+
+
+def test_data_in_place_of_sources_takes_their_weights_along(tmp_path):
+    (tmp_path / "mix.yaml").write_text(
+        "steps: 1\nsources: {a: x, b: y}\nmixing: {a: 2.0, b: 1.0}\n"
+    )
+    recipe = load_recipe(str(tmp_path / "mix.yaml"), ["data=z"])
+    assert (recipe.data, recipe.sources, recipe.mixing) == ("z", {}, {})

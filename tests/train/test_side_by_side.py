@@ -63,3 +63,34 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
     (broken / "summary.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         side_by_side([broken])
+
+
+def test_what_a_run_does_not_depend_on_tells_no_recipes_apart(tmp_path):
+    old = run(tmp_path / "a", 0, 3.0)  # of before there was data_workers
+    new = run(tmp_path / "b", 1, 3.2, data_workers=2, data="elsewhere", micro_batch_size=2)
+    assert len(side_by_side([old, new])) == 1
+
+
+def test_other_data_are_another_row(tmp_path):
+    folders = [run(tmp_path / "a", 0, 3.0), run(tmp_path / "b", 1, 3.2)]
+    for folder, data in zip(folders, ("one", "two"), strict=True):
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps(summary | {"data": data}))
+    assert len(side_by_side(folders)) == 2
+
+
+def test_a_run_without_evaluations_draws_nothing(tmp_path):
+    folders = [run(tmp_path / "a", 0, 3.0), run(tmp_path / "b", 0, 3.0, name="bare")]
+    (folders[1] / "log.jsonl").unlink()
+    write(side_by_side(folders), tmp_path / "out")
+    assert (tmp_path / "out" / "runs.png").is_file()
+
+
+def test_the_command_compares_runs(tmp_path, capsys):
+    from h3lm.cli.compare import compare
+
+    folders = [run(tmp_path / "a", 0, 3.0), run(tmp_path / "b", 1, 3.2)]
+    compare(folders, tmp_path / "out")
+    assert "3.1 ± 0.14" in capsys.readouterr().out
+    with pytest.raises(UserError, match="of 3 folders 2 are such runs"):
+        compare([*folders, tmp_path])

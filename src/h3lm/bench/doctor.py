@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from h3lm import flashconv
 from h3lm.flashconv.dispatch import BACKENDS
 from h3lm.flashconv.kernels.conv_plan import checks, fault
 from h3lm.flashconv.kernels.self_test import hopper_fault, segments_fault
+from h3lm.layers import border
 from h3lm.layers.self_test import step_fault
 from h3lm.models.generation import pick_device
-from h3lm.ssm import DiagonalSSM, DiagonalSystem, ShiftSSM
+from h3lm.ssm import DiagonalSSM, DiagonalSystem, ShiftSSM, fused_filters
 from h3lm.ssm.fused_operators import operators_fault
 
 PACKAGES = ("h3lm", "torch", "triton", "transformers", "accelerate", "safetensors", "datasets")
@@ -103,6 +105,12 @@ def _self_tests(device: torch.device) -> Iterator[tuple[str, str, str]]:
     yield "few channels in segments", "as whole rows", segments_fault(device)
     yield "making of operators", "as in PyTorch", operators_fault(device)
     yield "decoding step", "as its modules", step_fault(device)
+    yield "filters of S4", "as in PyTorch", fused_filters.fault(device)
+    yield "batch norm and gate", "as in PyTorch", border.fault(device)
+    if find_spec("triton") is not None:
+        from h3lm.models import loss_triton
+
+        yield "loss of the head", "as in PyTorch", loss_triton.fault(device)
 
 
 @cache

@@ -202,6 +202,7 @@ def run(
     command = f"h3lm bench train --preset {preset} --world {world} --parallel {way}"
     command += "".join(f" --length {length}" for length in lengths or ())
     command += f" --tokens {tokens}" + ("" if compiled else " --no-compile")
+    command += {None: "", True: " --recompute", False: " --keep"}[recomputed]
     plot_phases(folder / f"{name}.png", rows)
     environment = measure.environment(command) if device == "cuda" else {"command": command}
     return report.write(name, folder, environment, NOTES, rows)

@@ -5,8 +5,6 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from h3lm.errors import UserError
-
 
 def compare(
     folders: Annotated[
@@ -25,6 +23,7 @@ def compare(
 
     h3lm compare runs/* --output comparison
     """
+    from h3lm.errors import UserError
     from h3lm.train import side_by_side as runs
 
     if all(runs.is_run(folder) for folder in folders):

@@ -81,9 +81,8 @@ def _usable(x: Tensor) -> bool:
         return False
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
-    if torch.compiler.is_compiling():
-        return True
-    if torch.cuda.is_current_stream_capturing():
+    # where nothing can be tried, only an earlier test can say no
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return not _found.get(x.device)
     return not fault(x.device)
 

@@ -454,7 +454,9 @@ def prepare_cache(cache: Cache | None, config: H3Config) -> Cache:
 
 
 def check_room(cache: Any, positions: int) -> None:
-    """See that the library's static layers have room: on a GPU they would fail in a kernel.
+    """See that the library's static layers can hold so many at all: else a kernel would fail.
+
+    What they hold already is not counted: on a GPU that is a number nobody waits for.
 
     Raises:
         UserError: if they have not.

@@ -48,7 +48,7 @@ def head_loss(
     elif hasattr(F, "linear_cross_entropy") and _product_dtype(hidden) == torch.float32:
         # in bfloat16 its loss is off by 1e-2 where that of whole logits is off by 6e-6 (torch 2.13)
         total = _torch(hidden, weight, targets)
-    elif hidden.is_cuda and importlib.util.find_spec("triton") is not None:
+    elif _has_kernel(hidden.device):
         total = _by_kernel(hidden, weight, targets, chunk_logits)
     else:
         total = _in_chunks(hidden, weight, targets, max(1, chunk_logits // len(weight)))
@@ -65,6 +65,16 @@ def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return liger_fused_linear_cross_entropy(
         hidden, weight, targets, ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
     )
+
+
+def _has_kernel(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from h3lm.models import loss_triton
+
+    return loss_triton.works(device)
 
 
 def _by_kernel(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_logits: int) -> Tensor:

@@ -7,12 +7,20 @@ of the backward pass begin; these follow at once. So nothing of the size of logi
 the products are three, as with whole logits, not four.
 """
 
+import logging
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-IGNORED = -100
+from h3lm.models.loss import IGNORED
+
+logger = logging.getLogger("h3lm.models")
+TOLERANCE = 1e-2  # products of bfloat16 are off by 3e-3 themselves
+
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -144,3 +152,49 @@ def _scale(ctx, grad, *_) -> tuple[Tensor | None, ...]:
 
 
 head_loss_sum.register_autograd(_scale, setup_context=_keep)
+
+
+def works(device: torch.device) -> bool:
+    """Whether the kernel may be used; where it cannot be tried, an earlier test can say no."""
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return not _found.get(device)
+    return not fault(device)
+
+
+_found: dict[torch.device, str] = {}
+
+
+@cache
+def fault(device: torch.device) -> str:
+    """What is wrong with the kernel on this machine; empty if it works."""
+    try:
+        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+            found = _compare(device)
+    except Exception as error:  # whatever a compiler may raise
+        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    _found[device] = found
+    if found:
+        logger.warning("the kernel of the head's loss is off, PyTorch takes over: %s", found)
+    return found
+
+
+def _compare(device: torch.device) -> str:
+    random = torch.Generator(device).manual_seed(0)
+    rows, V, D = 70, 9000, 64  # two blocks of columns, the last one not full
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device).bfloat16()
+
+    hidden, weight = normal(rows, D), normal(V, D) / 4
+    targets = torch.randint(V, (rows,), generator=random, device=device)
+    targets[3] = IGNORED
+    found = head_loss_sum(hidden, weight, targets, 2 * V * 32, True)
+    h, w = (x.float().requires_grad_() for x in (hidden, weight))
+    with torch.enable_grad():
+        loss = F.cross_entropy(h @ w.mT, targets, ignore_index=IGNORED, reduction="sum")
+    expected = loss.detach(), *torch.autograd.grad(loss, (h, w))
+    for name, a, b in zip(("loss", "hidden", "weight"), found, expected, strict=True):
+        error = float((a.float() - b).norm() / b.norm())
+        if not error < TOLERANCE:
+            return f"{name} differs by {error:.1e}"
+    return ""

@@ -166,11 +166,9 @@ _forward.register_vmap(_side_by_side)
 
 
 def works(device: torch.device) -> bool:
-    """Whether the kernels may be used; always where they cannot be tried, as in a CUDA graph."""
+    """Whether the kernels may be used; where they cannot be tried, an earlier test can say no."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by vmap
-    if transformed or torch.compiler.is_compiling():
-        return True
-    if torch.cuda.is_current_stream_capturing():
+    if transformed or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return not _found.get(device)
     return not fault(device)
 

@@ -141,9 +141,13 @@ _forward.register_vmap(_side_by_side)
 
 @torch.compiler.assume_constant_result
 def _works(device: torch.device) -> bool:
-    """Whether the kernels may be used; inside of a CUDA graph nothing can be tried."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return capturing or not operators_fault(device)
+    """Whether the kernels may be used; inside of a CUDA graph only an earlier test can say no."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return not _found.get(device)
+    return not operators_fault(device)
+
+
+_found: dict[torch.device, str] = {}
 
 
 @cache
@@ -154,6 +158,7 @@ def operators_fault(device: torch.device) -> str:
             found = _compare(device)
     except Exception as error:  # whatever a compiler may raise
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    _found[device] = found
     if found:
         logger.warning("kernels that make operators are off, PyTorch takes over: %s", found)
     return found

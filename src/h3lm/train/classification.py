@@ -243,7 +243,7 @@ def _train_one(
         running.compute_the_same_bits()
     checkpoint = running.find_checkpoint(recipe, console)
     arguments = training_arguments(recipe, checkpoint.point.precision if checkpoint else "")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and recipe.data_workers == 0:
         arguments.dataloader_num_workers = LOADERS
     library_logging.disable_progress_bar()
     set_seed(recipe.seed)

@@ -60,6 +60,7 @@ class Estimate:
         total: What the device has, or None if that is not known.
         accumulated: Whether gradients of several parts of a batch are summed.
         half: Whether under bfloat16 autocast.
+        share: Rows that a process takes of each batch; the whole batch if None.
     """
 
     parameters: int
@@ -71,6 +72,7 @@ class Estimate:
     total: int | None = None
     accumulated: bool = True
     half: bool = True
+    share: int | None = None
 
     @classmethod
     def of(
@@ -106,6 +108,7 @@ class Estimate:
             total=device_memory(),
             accumulated=rows < share,
             half=half,
+            share=share,
         )
 
     @property
@@ -185,10 +188,11 @@ class Estimate:
         assert self.total is not None
         if not recomputed and self.needs(True) < self.total:
             return "gradient_checkpointing=true fits"
-        rows = recipe.micro_batch_size or recipe.batch_size
+        share = self.share or recipe.batch_size
+        rows = recipe.micro_batch_size or share
         for fewer in range(rows - 1, 0, -1):
-            smaller = replace(self, tokens=self.tokens // rows * fewer)
-            if recipe.batch_size % fewer == 0 and smaller.needs(True) < self.total:
+            smaller = replace(self, tokens=self.tokens // rows * fewer, accumulated=True)
+            if share % fewer == 0 and smaller.needs(True) < self.total:
                 more = "" if recomputed else " with gradient_checkpointing=true"
                 return f"micro_batch_size={fewer}{more} fits"
         for parts in (self.parts * 2**n for n in range(1, 12)):

@@ -47,6 +47,7 @@ def finish(trainer: H3Trainer, test: list[HeldOut], tokenizer: Any, console: Con
         "train_seconds": round(trainer.trained_s, 2),
         "precision": precision_of(trainer.args),
         "processes": world_size(),
+        "data": trainer.data,
     }
     weights = whole_weights(model) if is_sharded(model) else None
     if not is_first():

@@ -109,7 +109,8 @@ class Recipe:
     precision: str = key("auto", "bf16 (autocast, fp32 weights), fp32, or auto: what is fast here")
     gradient_checkpointing: bool | None = key(
         None,
-        "recompute blocks in the backward pass; null: where the estimate of the memory asks for it",
+        "recompute blocks in the backward pass; null: where the memory estimate (of language "
+        "models) asks for it",
         free=True,
     )
     compile: str | None = key(
@@ -151,7 +152,10 @@ class Recipe:
         free=True,
     )
     data_workers: int = key(
-        0, "processes that read blocks ahead, beside each that trains", "processes", free=True
+        0,
+        "processes that read ahead, beside each that trains; 0 for classifiers on a GPU is 4",
+        "processes",
+        free=True,
     )
     test: bool = key(
         False,
@@ -341,6 +345,8 @@ def _without_rivals(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[
     for rivals in (DURATIONS, DATA):
         if any(changes.get(name) not in (None, "", {}) for name in rivals):
             kept = {n: v for n, v in kept.items() if n not in rivals or n in changes}
+    if values.get("sources") and not kept.get("sources") and "mixing" not in changes:
+        kept.pop("mixing", None)
     return kept
 
 

@@ -228,7 +228,8 @@ def _choose_checkpointing(
     chosen = bool(largest(int(chosen)))  # all processes alike
     console.print(estimate.words(chosen), highlight=False)
     how = "recomputed in the backward pass" if chosen else "kept, not recomputed"
-    console.print(f"activations of blocks are {how}: {why}", highlight=False)
+    if estimate.total is not None or chosen:
+        console.print(f"activations of blocks are {how}: {why}", highlight=False, soft_wrap=True)
     return chosen
 
 

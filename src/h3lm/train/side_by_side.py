@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from h3lm.errors import UserError
+from h3lm.train.recipe import Recipe
 
 SUMMARY, RECIPE, LOG = "summary.json", "recipe.yaml", "log.jsonl"
 MEANS = {
@@ -90,7 +91,7 @@ def side_by_side(folders: list[Path]) -> list[Group]:
     found: dict[str, list[Run]] = {}
     for folder in folders:
         run = read_run(folder)
-        found.setdefault(json.dumps(_what_decides(run.recipe), sort_keys=True), []).append(run)
+        found.setdefault(json.dumps(_what_decides(run), sort_keys=True), []).append(run)
     groups = [sorted(runs, key=lambda run: run.recipe["seed"]) for runs in found.values()]
     return [Group(_name(runs[0], groups), runs) for runs in groups]
 
@@ -121,10 +122,13 @@ def plot(groups: list[Group], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="tokens seen, millions", ylabel="validation loss, nats")
+    language = all(run.recipe["task"] == "language" for group in groups for run in group.runs)
+    seen = "tokens seen, millions" if language else "examples seen, millions"
+    axes = figure.add_subplot(xlabel=seen, ylabel="validation loss, nats")
     for i, group in enumerate(groups):
-        for j, run in enumerate(group.runs):
-            points = [(tokens / 1e6, loss) for tokens, loss in run.curve]
+        curves = [run.curve for run in group.runs if run.curve]
+        for j, curve in enumerate(curves):
+            points = [(tokens / 1e6, loss) for tokens, loss in curve]
             label = textwrap.fill(group.name, 60) if j == 0 else None
             axes.plot(*zip(*points, strict=True), "-", color=f"C{i % 10}", label=label)
     axes.grid(alpha=0.3)
@@ -156,25 +160,24 @@ def write(groups: list[Group], folder: Path) -> str:
     return markdown(rows)
 
 
-# What may differ between runs of one recipe: where they lie, how they share machines
-FREE = ("seed", "name", "description", "data", "output_dir", "parallel", "mesh", "compile",
-        "gradient_checkpointing", "deterministic", "log_every", "save_every", "verify_data",
-        "keep_checkpoints", "profile_steps", "sample", "sample_tokens")  # fmt: skip
+# What a run computes does not depend on these; how its loss was taken may
+FREE = {f.name for f in fields(Recipe) if f.metadata["free"]} - {"eval_stride"} | {"seed"}
+DEFAULTS = asdict(Recipe(steps=1)) | {"steps": None}
 
 
-def _what_decides(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in recipe.items() if key not in FREE} | {
-        "name": recipe.get("name")
-    }
+def _what_decides(run: Run) -> dict[str, Any]:
+    recipe = DEFAULTS | run.recipe  # one of before a key was known has its default
+    kept = {key: value for key, value in recipe.items() if key not in FREE}
+    return kept | {"name": recipe["name"], "data": run.summary.get("data")}
 
 
 def _name(run: Run, groups: list[list[Run]]) -> str:
     """The recipe's name, and the values by which it differs from others of that name."""
     name = str(run.recipe.get("name"))
-    others = [g[0].recipe for g in groups if g[0].recipe.get("name") == name]
+    others = [DEFAULTS | g[0].recipe for g in groups if g[0].recipe.get("name") == name]
     if len(others) == 1:
         return name
-    mine, told = _flat(run.recipe), []
+    mine, told = _flat(DEFAULTS | run.recipe), []
     for key in mine.keys() | {k for other in others for k in _flat(other)}:
         values = {json.dumps(_flat(other).get(key)) for other in others}
         if len(values) > 1 and key not in FREE:

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import signal
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -141,6 +144,13 @@ class H3Trainer(Trainer):
 
             self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), factor)
         return self.lr_scheduler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the library's; processes that read leave SIGTERM to the run, which ends by itself."""
+        loader: Any = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.worker_init_fn = partial(_start_reader, inner.worker_init_fn)
+        return loader
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         total = self.args.max_steps * self.recipe.batch_size
@@ -334,6 +344,12 @@ class H3Trainer(Trainer):
         wrong += [f"has {name}, which the model lacks" for name in load_result.unexpected_keys]
         if wrong:
             raise UserError(f"the checkpoint's weights are not the model's: it {'; '.join(wrong)}")
+
+
+def _start_reader(start: Callable[[int], None] | None, number: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if start is not None:
+        start(number)
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:

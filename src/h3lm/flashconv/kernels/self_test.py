@@ -23,8 +23,11 @@ TOLERANCE = 1e-2  # both round operands to bfloat16, 2^-9 each
 def hopper_kernels(device: torch.device) -> ModuleType | None:
     """The Hopper kernels if they work on this machine, else None."""
     if torch.cuda.is_current_stream_capturing():
-        return _import()  # no test inside of a CUDA graph
+        return None if _found.get(device) else _import()  # no test inside of a CUDA graph
     return None if hopper_fault(device) else _import()
+
+
+_found: dict[torch.device, str] = {}
 
 
 @cache
@@ -34,6 +37,7 @@ def hopper_fault(device: torch.device) -> str:
         fault = _compare(device)
     except Exception as error:  # whatever a compiler may raise
         fault = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    _found[device] = fault
     if fault:
         logger.warning("Hopper kernels are off, Triton takes over: %s", fault)
     return fault
