@@ -5,7 +5,6 @@ use, and run once on a small problem beside plain PyTorch, which stays in use wh
 """
 
 import logging
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from h3lm.layers.projection import is_plain
+from h3lm.ssm.first_use import first_use
 
 logger = logging.getLogger("h3lm.layers")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -204,18 +204,11 @@ def _differentiate_gate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 _gate.register_autograd(_differentiate_gate, setup_context=_setup_gate)
 
 
-@cache
+@first_use(logger, "kernels of norm and gate are off, modules take over", _found)
 def fault(device: torch.device) -> str:
     """What is wrong with the kernels on this machine; empty if they work."""
-    try:
-        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-            found = _compare(device)
-    except Exception as error:  # whatever a compiler may raise
-        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    _found[device] = found
-    if found:
-        logger.warning("kernels of norm and gate are off, modules take over: %s", found)
-    return found
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        return _compare(device)
 
 
 def _compare(device: torch.device) -> str:

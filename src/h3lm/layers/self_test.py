@@ -6,7 +6,6 @@ kernels beside its modules, and where they differ, the modules stay in use and a
 
 import logging
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from h3lm.layers.block import Block
 from h3lm.layers.h3 import H3
 from h3lm.layers.mixers import MixerSizes
 from h3lm.layers.step import Stream, add_norm, attend_step
+from h3lm.ssm.first_use import first_use
 
 logger = logging.getLogger("h3lm.layers")
 _known: dict[torch.device, str] = {}
@@ -25,19 +25,12 @@ ROWS, SEEN = 3, 63  # as many positions as a ring remembers
 TOLERANCE = 8e-2  # of what a block adds; modules in bfloat16 are off by 1.4e-2 themselves
 
 
-@cache
+@first_use(logger, "kernels of decoding steps are off, modules take over", _known)
 def step_fault(device: torch.device) -> str:
     """What is wrong with the kernels of a step on this machine; empty if they work."""
-    try:
-        with torch.random.fork_rng([device]), torch.no_grad():
-            torch.manual_seed(0)
-            found = _compare("h3", device) or _compare("attention", device)
-    except Exception as error:  # whatever a compiler may raise
-        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if found:
-        logger.warning("kernels of decoding steps are off, modules take over: %s", found)
-    _known[device] = found
-    return found
+    with torch.random.fork_rng([device]), torch.no_grad():
+        torch.manual_seed(0)
+        return _compare("h3", device) or _compare("attention", device)
 
 
 def known_fault(device: torch.device) -> str | None:

@@ -8,7 +8,6 @@ the products are three, as with whole logits, not four.
 """
 
 import logging
-from functools import cache
 
 import torch
 import triton
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from h3lm.models.loss import IGNORED
+from h3lm.ssm.first_use import first_use
 
 logger = logging.getLogger("h3lm.models")
 TOLERANCE = 1e-2  # products of bfloat16 are off by 3e-3 themselves
@@ -164,18 +164,11 @@ def works(device: torch.device) -> bool:
 _found: dict[torch.device, str] = {}
 
 
-@cache
+@first_use(logger, "the kernel of the head's loss is off, PyTorch takes over", _found)
 def fault(device: torch.device) -> str:
     """What is wrong with the kernel on this machine; empty if it works."""
-    try:
-        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-            found = _compare(device)
-    except Exception as error:  # whatever a compiler may raise
-        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    _found[device] = found
-    if found:
-        logger.warning("the kernel of the head's loss is off, PyTorch takes over: %s", found)
-    return found
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        return _compare(device)
 
 
 def _compare(device: torch.device) -> str:

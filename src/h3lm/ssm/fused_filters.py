@@ -5,12 +5,12 @@ once on a small problem beside plain PyTorch, which takes over where they fail o
 """
 
 import logging
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from h3lm.ssm.first_use import first_use
 from h3lm.ssm.fused_operators import MAX_MODES, has_kernels
 
 logger = logging.getLogger("h3lm.ssm")
@@ -173,18 +173,11 @@ def works(device: torch.device) -> bool:
     return not fault(device)
 
 
-@cache
+@first_use(logger, "S4's filter kernels are off, plain PyTorch takes over", _found)
 def fault(device: torch.device) -> str:
     """What is wrong with the kernels on this machine; empty if they work."""
-    try:
-        with torch.inference_mode(False):
-            found = _compare(device)
-    except Exception as error:  # whatever a compiler may raise
-        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    _found[device] = found
-    if found:
-        logger.warning("S4's filter kernels are off, plain PyTorch takes over: %s", found)
-    return found
+    with torch.inference_mode(False):
+        return _compare(device)
 
 
 def _compare(device: torch.device) -> str:

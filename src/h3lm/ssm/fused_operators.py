@@ -5,12 +5,13 @@ compared with plain PyTorch on a small system before it: where they fail, that t
 """
 
 import logging
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from h3lm.ssm.first_use import first_use
 
 MAX_MODES = 64
 CHUNK_LENGTHS = (16, 32, 64)
@@ -150,18 +151,11 @@ def _works(device: torch.device) -> bool:
 _found: dict[torch.device, str] = {}
 
 
-@cache
+@first_use(logger, "kernels that make operators are off, PyTorch takes over", _found)
 def operators_fault(device: torch.device) -> str:
     """What is wrong with the kernels on this machine; empty if they work."""
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            found = _compare(device)
-    except Exception as error:  # whatever a compiler may raise
-        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    _found[device] = found
-    if found:
-        logger.warning("kernels that make operators are off, PyTorch takes over: %s", found)
-    return found
+    with torch.inference_mode(False), torch.enable_grad():
+        return _compare(device)
 
 
 def _compare(device: torch.device) -> str:

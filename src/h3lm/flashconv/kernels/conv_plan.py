@@ -14,7 +14,6 @@ so.
 
 import logging
 from collections.abc import Iterator
-from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from h3lm.flashconv.dispatch import (
     capability,
 )
 from h3lm.flashconv.kernels.fft_size import SIZES, size_for
+from h3lm.ssm.first_use import first_use
 
 logger = logging.getLogger("h3lm.flashconv")
 TOEPLITZ_CHECK = 304  # length of the rows that they are checked with
@@ -92,19 +92,10 @@ def checks(device: torch.device) -> Iterator[tuple[ConvAlgorithm, int]]:
     yield from (("block FFT through memory", most << shift) for shift in (1, 2, 3, 4, 7))
 
 
-@cache
+@first_use(logger, "{0} for rows of {2} is off, torch.fft takes over", _found)
 def fault(algorithm: ConvAlgorithm, device: torch.device, length: int) -> str:
     """What is wrong with an algorithm for rows of a length on this machine; empty if it works."""
-    try:
-        found = _compare(plan(algorithm, device, length, 200, None), device, length)
-    except Exception as error:  # whatever a compiler may raise
-        found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    _found[algorithm, device, length] = found
-    if found:
-        logger.warning(
-            "%s for rows of %d is off, torch.fft takes over: %s", algorithm, length, found
-        )
-    return found
+    return _compare(plan(algorithm, device, length, 200, None), device, length)
 
 
 def _compare(fast: Plan, device: torch.device, length: int) -> str:

@@ -6,7 +6,7 @@ beside the same kernels on whole rows, which take over from them.
 """
 
 import logging
-from functools import cache, partial
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from h3lm.flashconv.kernels.launch import Operators
+from h3lm.ssm.first_use import first_use
 
 logger = logging.getLogger("h3lm.flashconv")
 TOLERANCE = 1e-2  # both round operands to bfloat16, 2^-9 each
@@ -30,17 +31,10 @@ def hopper_kernels(device: torch.device) -> ModuleType | None:
 _found: dict[torch.device, str] = {}
 
 
-@cache
+@first_use(logger, "Hopper kernels are off, Triton takes over", _found)
 def hopper_fault(device: torch.device) -> str:
     """What is wrong with the Hopper kernels on this machine; empty if they work."""
-    try:
-        fault = _compare(device)
-    except Exception as error:  # whatever a compiler may raise
-        fault = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    _found[device] = fault
-    if fault:
-        logger.warning("Hopper kernels are off, Triton takes over: %s", fault)
-    return fault
+    return _compare(device)
 
 
 def segments_work(device: torch.device) -> bool:
@@ -50,27 +44,19 @@ def segments_work(device: torch.device) -> bool:
     """
     if device.type != "cuda":
         return True
-    if device not in _checked:
-        traced = detect_fake_mode() is not None or torch.compiler.is_compiling()
-        if traced or torch.cuda.is_current_stream_capturing():
-            return True
-        _checked.add(device)
+    traced = detect_fake_mode() is not None or torch.compiler.is_compiling()
+    if traced or torch.cuda.is_current_stream_capturing():
+        return not _found_segments.get(device)
     return not segments_fault(device)
 
 
-_checked: set[torch.device] = set()
+_found_segments: dict[torch.device, str] = {}
 
 
-@cache
+@first_use(logger, "few channels are not run in segments, but as a whole", _found_segments)
 def segments_fault(device: torch.device) -> str:
     """What is wrong with segments on this machine; empty if they work."""
-    try:
-        fault = _compare_segments(device)
-    except Exception as error:  # whatever a compiler may raise
-        fault = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if fault:
-        logger.warning("few channels are not run in segments, but as a whole: %s", fault)
-    return fault
+    return _compare_segments(device)
 
 
 def _import() -> ModuleType:

@@ -1,0 +1,43 @@
+"""The check that stands before the first use of a kernel, told once on each machine."""
+
+from collections.abc import Callable
+from functools import cache, wraps
+from logging import Logger
+from typing import Any
+
+Found = dict[Any, str]
+
+
+def first_use(
+    logger: Logger, said: str, found: Found
+) -> Callable[[Callable[..., str]], Callable[..., str]]:
+    """Make a comparison with plain PyTorch the check before a kernel's first use.
+
+    The comparison says what is wrong, nothing if all is well. It then runs once for the same
+    arguments, a kernel that does not compile or run is wrong too, and what is wrong is warned of.
+
+    Args:
+        logger: Where to warn.
+        said: What is off and what takes over; `{0}` is the comparison's first argument,
+            `{1}` its second.
+        found: Filled with what is wrong, by the argument or the tuple of them: for where nothing
+            can be tried, in a CUDA graph or under a compiler, and only an earlier check can say no.
+    """
+
+    def around(compare: Callable[..., str]) -> Callable[..., str]:
+        @cache
+        @wraps(compare)
+        def fault(*key: Any) -> str:
+            try:
+                wrong = compare(*key)
+            except Exception as error:  # whatever a compiler may raise
+                first = str(error).splitlines()[0] if str(error) else ""
+                wrong = f"{type(error).__name__}: {first}"
+            found[key[0] if len(key) == 1 else key] = wrong
+            if wrong:
+                logger.warning("%s: %s", said.format(*key), wrong)
+            return wrong
+
+        return fault
+
+    return around
