@@ -1,7 +1,7 @@
 """The check that stands before the first use of a kernel, told once on each machine."""
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from logging import Logger
 from typing import Any
 
@@ -20,24 +20,30 @@ def first_use(
         logger: Where to warn.
         said: What is off and what takes over; `{0}` is the comparison's first argument,
             `{1}` its second.
-        found: Filled with what is wrong, by the argument or the tuple of them: for where nothing
-            can be tried, in a CUDA graph or under a compiler, and only an earlier check can say no.
+        found: What is wrong, by the argument or the tuple of them: also for where nothing can be
+            tried, in a CUDA graph or under a compiler, and only an earlier check can say no.
+
+    Returns:
+        A decorator. What it makes has `cache_clear`, which forgets what was found.
     """
 
     def around(compare: Callable[..., str]) -> Callable[..., str]:
-        @cache
         @wraps(compare)
         def fault(*key: Any) -> str:
+            place = key[0] if len(key) == 1 else key
+            if place in found:
+                return found[place]
             try:
                 wrong = compare(*key)
             except Exception as error:  # whatever a compiler may raise
                 first = str(error).splitlines()[0] if str(error) else ""
                 wrong = f"{type(error).__name__}: {first}"
-            found[key[0] if len(key) == 1 else key] = wrong
+            found[place] = wrong
             if wrong:
                 logger.warning("%s: %s", said.format(*key), wrong)
             return wrong
 
+        fault.cache_clear = found.clear  # type: ignore[attr-defined]
         return fault
 
     return around
