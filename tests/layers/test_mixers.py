@@ -15,6 +15,7 @@ SIZES = MixerSizes(d_model=8, d_state=16, h3_head_dim=1, num_heads=2, rotary_dim
 CASES = {
     "h3": ("h3", SIZES),
     "h3-head_dim-4": ("h3", MixerSizes(d_model=8, d_state=16, h3_head_dim=4)),
+    "h3-taps-4": ("h3", MixerSizes(d_model=8, d_state=16, h3_num_taps=4)),
     "attention": ("attention", SIZES),
     "s4d": ("s4d", SIZES),
     "s4": ("s4", SIZES),

@@ -423,6 +423,7 @@ def test_state_sizes_are_the_formulas():
     for mixer, floats in {
         "h3": 2 * (32 * 63 + 64 * 32),
         "h3:2": 2 * (32 * 63 + 64 * 32 * 2),
+        "h3:1:8": 2 * (32 * 7 + 64 * 32),
         "s4d": 2 * 64 * 32,
         "s4": 2 * 64 * 32,
         "gss": 2 * 2 * 64 * 8,
@@ -452,6 +453,8 @@ def test_paper_settings():
         (["recall"], ["h3+s4d+h3"], {}, "mixers names 3 layers, num_hidden_layers is 2"),
         (["recall"], ["h3:5"], {}, "h3_head_dim=5 must divide hidden_size=32"),
         (["recall"], ["s4d:2"], {}, "a number of channels goes with h3"),
+        (["recall"], ["h3:1:8:2"], {}, "channels of a head and taps are all there is"),
+        (["recall"], ["h3:1:0"], {}, "h3_num_taps=0 must be positive"),
         (["recall"], ["s4d-bidirectional"], {}, "does not fit a causal model"),
         (["recall"], ["h3"], {"vocab_size": 3}, "too small for recall"),
         (["recall"], ["h3"], {"length": 1}, "cannot hold a pair"),

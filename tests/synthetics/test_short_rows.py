@@ -8,9 +8,14 @@ from h3lm.synthetics.short_rows import MAX_LENGTH, attend, shorten
 
 def build(name):
     torch.manual_seed(0)
-    name, _, head_dim = name.partition(":")
+    name, head_dim, num_taps = (*name.split(":"), 1, None)[:3]
     return mixers.mixer(name).build(
-        MixerSizes(d_model=8, d_state=16, h3_head_dim=int(head_dim or 1))
+        MixerSizes(
+            d_model=8,
+            d_state=16,
+            h3_head_dim=int(head_dim),
+            h3_num_taps=num_taps and int(num_taps),
+        )
     )
 
 
@@ -21,7 +26,7 @@ def output_and_gradients(run, layer, u):
 
 
 @pytest.mark.parametrize("length", [1, 2, 22, 31, MAX_LENGTH])
-@pytest.mark.parametrize("name", ["h3", "h3:2", "s4d", "s4", "gss", "attention"])
+@pytest.mark.parametrize("name", ["h3", "h3:2", "h3:1:4", "s4d", "s4", "gss", "attention"])
 def test_short_form_is_the_layer_with_all_its_gradients(name, length):
     layer, other = build(name), build(name)
     shorten(other)

@@ -183,7 +183,7 @@ def floor_bytes(model: H3ForCausalLM, rows: int, context: int) -> int:
         if isinstance(module, H3):
             total += sum(x.nbytes for x in module.step_operators())
             diagonal = module.d_model * module.head_dim * module.d_state * 4
-            total += rows * (2 * diagonal + module.d_model * module.d_state * 2)
+            total += rows * (2 * diagonal + module.d_model * module.shift_ssm.d_state * 2)
     return total
 
 

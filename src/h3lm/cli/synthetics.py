@@ -16,7 +16,7 @@ def synthetics(
     ] = None,
     mixer: Annotated[
         list[str] | None,
-        Option(help="h3, h3:2, s4d, gss, attention, linear_attention, s4, hybrid; repeatable."),
+        Option(help="h3, h3:HEAD_DIM[:TAPS], s4d, gss, s4, attention, hybrid, ...; repeatable."),
     ] = None,
     seeds: Annotated[int, Option(help="Models of each kind, with seeds 0, 1, ...")] = 5,
     search: Annotated[

@@ -39,8 +39,9 @@ class H3(PreparingModule):
 
     Args:
         d_model: Width D.
-        d_state: State size of both SSMs: taps of the shift SSM, 2 * modes of the diagonal SSM.
+        d_state: State size of the diagonal SSM, 2 * modes.
         head_dim: Channels of a head; divides d_model.
+        num_taps: State size of the shift SSM, which is the taps of its filter; d_state if None.
         bidirectional: Whether a position sees what comes after it.
         bias: Whether the projections have a bias.
         init: Start of the diagonal SSM's A: "lin", "inv" or "legs".
@@ -53,7 +54,7 @@ class H3(PreparingModule):
         dtype: Dtype of the projections; the SSMs are float32 always.
 
     Raises:
-        ValueError: if head_dim does not divide d_model, or d_state is odd.
+        ValueError: if head_dim does not divide d_model, d_state is odd or num_taps not positive.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class H3(PreparingModule):
         d_state: int = 64,
         head_dim: int = 1,
         *,
+        num_taps: int | None = None,
         bidirectional: bool = False,
         bias: bool = True,
         init: str = "lin",
@@ -79,7 +81,7 @@ class H3(PreparingModule):
         self.d_model, self.d_state, self.head_dim = d_model, d_state, head_dim
         self.chunk_length, self.backend = chunk_length, backend
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=bias, device=device, dtype=dtype)
-        self.shift_ssm = ShiftSSM(d_model, d_state, device=device)
+        self.shift_ssm = ShiftSSM(d_model, d_state if num_taps is None else num_taps, device=device)
         self.diagonal_ssm = DiagonalSSM(
             d_model // head_dim,
             d_state,
@@ -318,7 +320,10 @@ class H3(PreparingModule):
 
     def extra_repr(self) -> str:
         """Sizes, for print."""
-        return f"d_model={self.d_model}, d_state={self.d_state}, head_dim={self.head_dim}"
+        return (
+            f"d_model={self.d_model}, d_state={self.d_state}, head_dim={self.head_dim}, "
+            f"num_taps={self.shift_ssm.d_state}"
+        )
 
 
 def _where_row(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ class MixerSizes:
         d_model: Width D.
         d_state: State size of the state space models.
         h3_head_dim: Channels of an H3 head.
+        h3_num_taps: Taps of H3's shift SSM; d_state if None.
         num_heads: Heads of attention.
         rotary_dim: Rotated features of an attention head; 0 for none.
         attention_dropout: Dropout on the attention weights.
@@ -36,6 +37,7 @@ class MixerSizes:
     d_model: int
     d_state: int = 64
     h3_head_dim: int = 1
+    h3_num_taps: int | None = None
     num_heads: int = 1
     rotary_dim: int = 0
     attention_dropout: float = 0.0
@@ -71,7 +73,7 @@ class Mixer:
 def _h3(s: MixerSizes) -> nn.Module:
     return H3(
         s.d_model, s.d_state, s.h3_head_dim,
-        bidirectional=s.bidirectional, dt_min=s.dt_min, dt_max=s.dt_max,
+        num_taps=s.h3_num_taps, bidirectional=s.bidirectional, dt_min=s.dt_min, dt_max=s.dt_max,
     )  # fmt: skip
 
 

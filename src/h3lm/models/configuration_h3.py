@@ -32,8 +32,10 @@ class H3Config(PreTrainedConfig):
             default.
         rotary_dim: Rotated features of each attention head; 0 for no rotary embedding.
         num_learned_positions: Rows of a learned position table at the embedding; 0 for none.
-        d_state: State size of the SSMs, and taps of the shift SSM.
+        d_state: State size of the SSMs.
         h3_head_dim: Channels of an H3 head.
+        h3_num_taps: Taps of H3's shift SSM, its state size; `d_state` if None, as in the paper.
+            Few are enough to compare neighbours, and generalise better from little data.
         gss_mlp: Whether the block of a GSS layer has an MLP. The published layer has none: its wide
             gate takes the MLP's place, and presets leave it out.
         embedding_dropout: Dropout on the embedding.
@@ -66,6 +68,7 @@ class H3Config(PreTrainedConfig):
     num_learned_positions: int = 0
     d_state: int = 64
     h3_head_dim: int = 1
+    h3_num_taps: int | None = None
     gss_mlp: bool = True
     embedding_dropout: float = 0.0
     residual_dropout: float = 0.0
@@ -102,6 +105,8 @@ class H3Config(PreTrainedConfig):
             )
         if self.d_state < 2 or self.d_state % 2:
             raise ValueError(f"d_state={self.d_state} must be even and positive")
+        if self.h3_num_taps is not None and self.h3_num_taps < 1:
+            raise ValueError(f"h3_num_taps={self.h3_num_taps} must be positive")
         head_dim = self.hidden_size // self.num_attention_heads
         if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= head_dim:
             raise ValueError(
@@ -145,6 +150,7 @@ class H3Config(PreTrainedConfig):
             d_model=self.hidden_size,
             d_state=self.d_state,
             h3_head_dim=self.h3_head_dim,
+            h3_num_taps=self.h3_num_taps,
             num_heads=self.num_attention_heads,
             rotary_dim=self.rotary_dim,
             attention_dropout=self.attention_dropout,

@@ -155,7 +155,7 @@ def bytes_of_row(model: Any, capacity: int) -> int:
     config = model.config
     width = model.lm_head.weight.dtype.itemsize
     attention = len(config.attention_layers) * 2 * capacity * config.hidden_size * width
-    shift = config.d_state * config.hidden_size * width
+    shift = (config.h3_num_taps or config.d_state) * config.hidden_size * width
     diagonal = config.hidden_size * config.h3_head_dim * config.d_state * 4
     return attention + config.mixers.count("h3") * (shift + diagonal)
 

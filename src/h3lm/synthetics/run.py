@@ -48,7 +48,8 @@ class Plan:
     Attributes:
         settings: Names of `SETTINGS`, or settings of one's own.
         mixers: Mixer of the models: a name, "hybrid", "NAME-hybrid", "h3:2" for H3 with heads of
-            two channels, or one for each layer joined by "+".
+            two channels, "h3:1:8" for heads of one channel and 8 taps, or one for each layer
+            joined by "+".
         seeds: Seeds of data and start.
         search: Whether to run the small search over rates, at twice the steps, as well.
         learning_rate: Rate in place of the recipe's.
@@ -135,9 +136,9 @@ def model_config(mixer: str, setting: Setting) -> H3Config:
     Raises:
         UserError: if there is no such mixer, or it does not fit two layers.
     """
-    names, head_dim = [], 1
+    names, head_dim, num_taps = [], 1, None
     for part in mixer.split("+"):
-        name, _, heads = part.partition(":")
+        name, *sizes = part.split(":")
         if "bidirectional" in name:
             raise UserError(
                 f"{name!r}: a bidirectional layer sees what it is asked to predict; it does not "
@@ -145,10 +146,13 @@ def model_config(mixer: str, setting: Setting) -> H3Config:
             )
         known = [*MIXERS, "hybrid", *(f"{m}{HYBRID}" for m in MIXERS if m != "attention")]
         check_known("mixer", name, known)
-        if heads:
-            if not heads.isdigit() or name not in ("h3", "hybrid"):
+        if sizes:
+            if not all(size.isdigit() for size in sizes) or name not in ("h3", "hybrid"):
                 raise UserError(f"{part!r}: a number of channels goes with h3 or hybrid, as h3:2")
-            head_dim = int(heads)
+            if len(sizes) > 2:
+                raise UserError(f"{part!r}: channels of a head and taps are all there is: h3:1:8")
+            head_dim = int(sizes[0])
+            num_taps = int(sizes[1]) if len(sizes) == 2 else None
         names.append(name)
     attention_only = names == ["attention"] or set(names) == {"attention"}
     length = setting.task.length + 2  # the recall rows hold two more inputs than the pairs
@@ -161,6 +165,7 @@ def model_config(mixer: str, setting: Setting) -> H3Config:
             mixers=names[0] if len(names) == 1 else names,
             num_learned_positions=length if attention_only else 0,
             h3_head_dim=head_dim,
+            h3_num_taps=num_taps,
             embedding_dropout=0.1,
             attention_dropout=0.1,
         )
