@@ -10,6 +10,7 @@ from torch import Tensor
 
 from h3lm.flashconv import KeptFilter, dispatch, fft, fft_conv, fft_library
 from h3lm.flashconv.dispatch import Problem, choose, conv_algorithm
+from h3lm.flashconv.filters import Filter
 from h3lm.flashconv.kernels import conv_plan
 
 GPU = torch.cuda.is_available()
@@ -343,20 +344,20 @@ def test_any_strides_of_rows_and_channels() -> None:
     _check(case, torch.bfloat16, leaves=leaves, allowed=ALLOWED_TOEPLITZ)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_opcheck_where_torch_fft_takes_over(gated: bool, monkeypatch) -> None:
+@pytest.mark.parametrize(("gated", "circular"), [(False, True), (True, False)])
+def test_opcheck_where_torch_fft_takes_over(gated: bool, circular: bool, monkeypatch) -> None:
     monkeypatch.setattr(conv_plan, "works", lambda algorithm, device, length: False)
-    leaves = _leaves((2, 3, 100, 100, 7, "ab"), torch.float32)
+    leaves = _leaves((2, 3, 100, 100, 7, "sab"), torch.float32)
     gates = (leaves["pre_gate"], leaves["post_gate"]) if gated else (None, None)
-    inputs = (leaves["u"], leaves["f"], leaves["f_reverse"], *gates)
+    inputs = (leaves["u"], leaves["f"], leaves["f_reverse"], leaves["skip"], *gates)
     inputs = tuple(None if x is None else x.requires_grad_() for x in inputs)
-    torch.library.opcheck(torch.ops.h3lm.fft_conv_fwd.default, inputs)
+    torch.library.opcheck(torch.ops.h3lm.fft_conv_fwd.default, (*inputs, circular))
 
 
 def test_opcheck_of_a_kept_filter() -> None:
     leaves = _leaves((2, 3, 100, 100, 7, "ab"), torch.float32)
     made = fft_library._prepare(
-        leaves["u"], leaves["f"], leaves["f_reverse"], None, "causal", "torch", True
+        leaves["u"], Filter(leaves["f"], leaves["f_reverse"]), "torch", True
     )
     inputs = (leaves["u"], made.tensors, made.algorithm, made.taps, made.taps_reverse)
     torch.library.opcheck(
@@ -365,13 +366,13 @@ def test_opcheck_of_a_kept_filter() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gated", [False, True])
-def test_opcheck(gated: bool) -> None:
-    leaves = _leaves((2, 3, 100, 100, 7, "ab"), torch.bfloat16)
+@pytest.mark.parametrize(("gated", "circular"), [(False, True), (True, False)])
+def test_opcheck(gated: bool, circular: bool) -> None:
+    leaves = _leaves((2, 3, 100, 100, 7, "sab"), torch.bfloat16)
     gates = (leaves["pre_gate"], leaves["post_gate"]) if gated else (None, None)
-    inputs = (leaves["u"], leaves["f"], leaves["f_reverse"], *gates)
+    inputs = (leaves["u"], leaves["f"], leaves["f_reverse"], leaves["skip"], *gates)
     inputs = tuple(None if x is None else x.requires_grad_() for x in inputs)
-    torch.library.opcheck(torch.ops.h3lm.fft_conv_fwd.default, inputs)
+    torch.library.opcheck(torch.ops.h3lm.fft_conv_fwd.default, (*inputs, circular))
 
 
 @pytest.mark.gpu
