@@ -1,6 +1,7 @@
 """What every mixer promises, whatever it is made of."""
 
 import copy
+import inspect
 from itertools import pairwise
 
 import pytest
@@ -56,6 +57,18 @@ def test_causal_by_gradient(layer, u):
         (grad,) = torch.autograd.grad(y[:, t].sum(), u)
         assert not (grad[:, t + 1 :].abs() > leak * grad.abs().max()).any()
         assert grad[:, t].abs().max() > 0
+
+
+def test_a_state_that_is_not_wanted_is_not_made(layer, u):
+    if "with_state" not in inspect.signature(layer.forward).parameters:
+        pytest.skip("its state costs nothing")
+    mask = torch.ones(2, LENGTH)
+    mask[0, :9] = 0
+    for masked in (None, mask):
+        expected, _ = layer(u, mask=masked)
+        found, none = layer(u, mask=masked, with_state=False)
+        assert_close(found, expected)
+        assert none is None
 
 
 def test_parallel_equals_recurrent(layer, u):

@@ -67,6 +67,7 @@ class S4(Recurrence):
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
         lengths: Integer[Tensor, " B"] | None = None,
         residual: Float[Tensor, "B L D"] | None = None,
+        with_state: bool = True,
     ) -> tuple[Float[Tensor, "B L D"], RecurrentState | None]:
         """Mix positions; arguments as in `H3.forward`, and a residual that the output is added to.
 
@@ -75,7 +76,7 @@ class S4(Recurrence):
         """
         x = u.transpose(1, 2)
         if self.backward_readout is None:
-            y, end = self.mix(x, state, mask, cu_seqlens)
+            y, end = self.mix(x, state, mask, cu_seqlens, with_state)
             return finish(self.output_proj, y, self.output, residual), end
         refuse_state(state)
         y = convolve_both_ways(

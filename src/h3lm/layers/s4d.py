@@ -88,6 +88,7 @@ class S4D(Recurrence):
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
         lengths: Integer[Tensor, " B"] | None = None,
         residual: Float[Tensor, "B L D"] | None = None,
+        with_state: bool = True,
     ) -> tuple[Float[Tensor, "B L D"], RecurrentState | None]:
         """Mix positions; arguments as in `H3.forward`, and a residual that the output is added to.
 
@@ -96,7 +97,7 @@ class S4D(Recurrence):
         """
         x = u.transpose(1, 2)
         if self.backward_readout is None:
-            y, end = self.mix(x, state, mask, cu_seqlens)
+            y, end = self.mix(x, state, mask, cu_seqlens, with_state)
             return finish(self.output_proj, y, self.output, residual), end
         refuse_state(state)
         y = convolve_both_ways(
