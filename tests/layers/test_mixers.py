@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from h3lm import flashconv
 from h3lm.layers import MIXERS, MixerSizes, mixer
 from h3lm.layers.long_conv import LongConv
 from h3lm.layers.s4 import S4
@@ -186,3 +187,23 @@ def assert_states_close(actual, expected):
     for a, b in zip(actual, expected, strict=True):
         if a.is_floating_point() or a.is_complex():
             assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d", "long_conv", "gss"])
+def test_a_layer_under_autocast_convolves_in_its_dtype(name, monkeypatch):
+    seen = []
+    for op in ("ssm_conv", "fft_conv"):
+        right = getattr(flashconv, op)
+
+        def spy(u, *rest, right=right, **options):
+            seen.append(u.dtype)
+            return right(u, *rest, **options)
+
+        monkeypatch.setattr(flashconv, op, spy)
+    layer = mixer(name).build(MixerSizes(d_model=8, d_state=16, filter_length=11))
+    u = torch.randn(2, 30, 8)
+    plain, _ = layer(u)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow, _ = layer(u)
+    assert seen == [torch.float32, torch.bfloat16]
+    assert (narrow.float() - plain).norm() < 5e-2 * plain.norm()  # projections are narrow, too

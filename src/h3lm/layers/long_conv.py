@@ -11,6 +11,7 @@ from h3lm import flashconv
 from h3lm.flashconv import KeptFilter
 from h3lm.layers.both_ways import NoState, hide_padding, refuse_state
 from h3lm.layers.prepared import Prepared, PreparingModule
+from h3lm.layers.projection import dtype_of_products
 from h3lm.layers.recurrence import spans_of
 from h3lm.layers.s4d import check_output, finish
 from h3lm.layers.unpad import Unpadded
@@ -135,7 +136,7 @@ class LongConv(PreparingModule):
         """
         if mask is not None and cu_seqlens is not None:
             raise ValueError("give mask or cu_seqlens, not both")
-        x = u.transpose(1, 2)
+        x = u.to(dtype_of_products(u)).transpose(1, 2)
         y: Tensor
         end: LongConvState | None = None
         if self.backward_filter is not None:

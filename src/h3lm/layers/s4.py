@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from h3lm.flashconv import KeptFilter
 from h3lm.layers.both_ways import BackwardReadout, convolve_both_ways, refuse_state
 from h3lm.layers.prepared import Prepared
+from h3lm.layers.projection import dtype_of_products
 from h3lm.layers.recurrence import Recurrence, RecurrentState
 from h3lm.layers.s4d import check_output, finish
 from h3lm.ssm.dplr import DPLRSSM, DPLRSystem
@@ -74,7 +75,7 @@ class S4(Recurrence):
         Raises:
             ValueError: if a bidirectional layer is given a state.
         """
-        x = u.transpose(1, 2)
+        x = u.to(dtype_of_products(u)).transpose(1, 2)
         if self.backward_readout is None:
             y, end = self.mix(x, state, mask, cu_seqlens, with_state)
             return finish(self.output_proj, y, self.output, residual), end

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from h3lm.layers import border
 from h3lm.layers.both_ways import BackwardReadout, convolve_both_ways, refuse_state
-from h3lm.layers.projection import project_channel_last
+from h3lm.layers.projection import dtype_of_products, project_channel_last
 from h3lm.layers.recurrence import Recurrence, RecurrentState
 from h3lm.ssm import ChunkOperators, DiagonalSSM
 from h3lm.ssm.shared_modes import TiedDiagonalSSM
@@ -95,7 +95,7 @@ class S4D(Recurrence):
         Raises:
             ValueError: if a bidirectional layer is given a state.
         """
-        x = u.transpose(1, 2)
+        x = u.to(dtype_of_products(u)).transpose(1, 2)
         if self.backward_readout is None:
             y, end = self.mix(x, state, mask, cu_seqlens, with_state)
             return finish(self.output_proj, y, self.output, residual), end
