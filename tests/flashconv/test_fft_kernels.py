@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from h3lm.flashconv import KeptFilter, dispatch, fft, fft_conv, fft_library
 from h3lm.flashconv.dispatch import Problem, choose, conv_algorithm
@@ -159,6 +160,48 @@ def test_backward_has_a_table_of_its_own() -> None:
     problem = Problem(length=1024, capability=(9, 0))
     chosen = [conv_algorithm(torch.bfloat16, problem, backward) for backward in (False, True)]
     assert chosen == ["Toeplitz blocks", "block FFT"]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("algorithm", "forward", "backward"), [("Toeplitz blocks", 2, 5), ("block FFT", 2, 4)]
+)
+def test_short_rows_take_few_launches_and_no_eager_pass(
+    algorithm: str, forward: int, backward: int, monkeypatch
+) -> None:
+    from h3lm.flashconv.kernels import fft_filter, fft_triton, toeplitz_triton
+
+    launched: list[str] = []
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda *inputs, **constants: launched.append(self.name)
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    for module in (fft_filter, fft_triton, toeplitz_triton):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Kernel(name))
+    monkeypatch.setattr(fft_library, "conv_algorithm", lambda *problem: algorithm)
+    leaves = _leaves((3, 2, 300, 300, 20, "sab"), torch.float16)
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    seen: set[str] = set()
+    fft_library.fft_conv(**leaves)  # makes the factors
+    launched.clear()
+    with Ops():
+        y = fft_library.fft_conv(**leaves)
+        assert len(launched) == forward
+        launched.clear()
+        torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y.detach()))
+    assert len(launched) == backward
+    allocations = {"empty", "empty_like", "new_empty", "ones_like", "detach"}
+    assert seen <= allocations | {"fft_conv_fwd", "fft_conv_bwd"}
 
 
 @pytest.mark.gpu
