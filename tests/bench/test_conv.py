@@ -46,7 +46,7 @@ def test_floors_of_the_block_fft(N1, N2, forward, both):
 
 def test_floors_of_toeplitz_blocks_and_gates():
     pytest.importorskip("triton")
-    from h3lm.flashconv.kernels import toeplitz_triton as toeplitz
+    from h3lm.flashconv.kernels import toeplitz_size as toeplitz
 
     forward, backward = conv_work(toeplitz.ToeplitzSize(255), 2)
     assert forward == Work(bytes=8, flop=256 + 128)

@@ -72,6 +72,7 @@ def problems() -> Iterator[tuple[str, Problem]]:
     blocks, fft = "Toeplitz blocks", "block FFT"
     yield f"conv: {blocks}", Problem(blocks, 3, 2, 301, 301, options="gs")
     yield f"conv: {blocks}", Problem(blocks, 5, 2, 1000, 200, 30, "s")
+    yield f"conv: {blocks}", Problem(blocks, 70, 2, 250, 250, options="s")
     yield f"conv: {blocks}", Problem(blocks, 2, 2, 130, 70, 20, "c")
     for points in SIZES:
         name = f"conv: {fft}, {points}"

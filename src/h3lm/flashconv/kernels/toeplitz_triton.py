@@ -18,7 +18,6 @@ Operands are rounded to the dtype of the rows, sums are float32.
 Source: Fu et al. 2023 (arXiv 2212.14052v3), section 4.1, whose block FFT this replaces there.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,68 +26,13 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.filters import Filter, FilterGradients
+from h3lm.flashconv.kernels import toeplitz_rows
 from h3lm.flashconv.kernels.lags import load_lags, parts
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
+from h3lm.flashconv.kernels.toeplitz_rows import store_diagonals
+from h3lm.flashconv.kernels.toeplitz_size import ToeplitzSize
 
 COPIES = 8  # values of 2 bytes in 16 bytes
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How the kernels are launched.
-
-    Attributes:
-        T: Outputs of a piece.
-        K: Inputs of a block, a power of two from 16 on.
-        pieces: Most pieces of a tile.
-        warps: Warps of a program.
-        stages: Blocks in flight.
-        filter_pieces: Pieces of a tile where the filter's gradient is made.
-    """
-
-    T: int = 128
-    K: int = 64
-    pieces: int = 128
-    warps: int = 8
-    stages: int = 3
-    filter_pieces: int = 32
-
-
-# with Hopper's shared memory, and with the 99 KB that every GPU from 8.0 on has; see docs/log.md
-LARGE, SMALL = Tile(), Tile(stages=2)
-
-
-@dataclass(frozen=True)
-class ToeplitzSize:
-    """What a filter reaches, lags -ahead .. behind, and how its products are cut.
-
-    Attributes:
-        behind: The largest lag.
-        ahead: The largest lag of the reverse filter, 0 without one.
-        tile: How the kernels are launched.
-    """
-
-    behind: int
-    ahead: int = 0
-    tile: Tile = LARGE
-
-    def blocks(self, K: int) -> tuple[int, int]:
-        """The first and the last m with a lag in m K - (K - 1) .. m K + (T - 1)."""
-        return -((self.ahead + self.tile.T - 1) // K), (self.behind + K - 1) // K
-
-    @property
-    def origin(self) -> int:
-        """Where lag 0 stands in the table's first copy."""
-        return self.tile.K * (1 - self.blocks(self.tile.K)[0])
-
-    def reversed(self) -> "ToeplitzSize":
-        """That of the transposed convolution."""
-        return ToeplitzSize(self.ahead, self.behind, self.tile)
-
-
-def size_for(taps: int, taps_reverse: int | None, large: bool) -> ToeplitzSize:
-    """The size for filters, on a GPU with as much shared memory as Hopper or with less."""
-    return ToeplitzSize(taps - 1, (taps_reverse or 1) - 1, LARGE if large else SMALL)
 
 
 @triton.jit
@@ -189,12 +133,7 @@ def differentiate_kernel(
         g = load_inside(dy, row * dy_row + to, valid & (to < L), post, row * post_row + to)
         sum_ = tl.dot(tl.trans(value), g, sum_)
 
-    turned = (i[:, None] + i[None, :]) % T
-    diagonals = tl.gather(sum_, turned, 1)  # [u, s]: what stands at t = (u + s) mod T
-    upper = i[:, None] + i[None, :] < T
-    sums += ((group * D + channel) * blocks + block) * (2 * T)
-    tl.store(sums + i, tl.sum(tl.where(upper, diagonals, 0.0), 0))
-    tl.store(sums + T + i, tl.sum(tl.where(upper, 0.0, diagonals), 0))
+    store_diagonals(sums + ((group * D + channel) * blocks + block) * (2 * T), sum_, T)
 
 
 @triton.jit(do_not_specialize=["taps", "taps_reverse", "period"])
@@ -291,6 +230,8 @@ def forward(
     u: Tensor, table: Prepared, size: ToeplitzSize, pre: Tensor | None, post: Tensor | None
 ) -> Tensor:
     """Convolve rows; positions are contiguous."""
+    if toeplitz_rows.takes(u, size, pre, post):
+        return toeplitz_rows.forward(u, table.copies, size)
     return _convolve(u, table.copies, size, pre, post, None)[0]
 
 
@@ -307,6 +248,10 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of rows and first gate (`data`), partial sums for the filter's (`filters`)."""
     du, dpre = None, None
+    if data and filters and toeplitz_rows.takes(u, size, pre, post):
+        assert table.turned is not None
+        du, sums = toeplitz_rows.backward(dy, u, table.turned, size)
+        return du, None, sums
     if data:
         assert table.turned is not None
         other = None if pre is None else u
