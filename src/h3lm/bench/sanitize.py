@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -278,18 +278,20 @@ def main() -> int:
             failed += 1
             sys.stdout.write("\n".join(ran.output.splitlines()[-60:]) + "\n")
         sys.stdout.flush()
+        if given.out is not None:  # each time: what was found stays, whatever ends the run
+            _write(given.out, given.program, program, rows)
     sys.stdout.write(f"{len(rows) - failed} of {len(rows)} clean\n")
-    if given.out is not None:
-        command = "python -m h3lm.bench.sanitize " + " ".join(
-            f"--program {p}" for p in given.program
-        )
-        environment = measure.environment(command.strip()) | {
-            "compute-sanitizer": _version(program)
-        }
-        report.write(f"sanitizer_{measure.gpu_name()}", given.out, environment, NOTES, rows)
     return int(failed > 0)
 
 
+def _write(folder: Path, programs: list[str], sanitizer: str, rows: list[report.Row]) -> None:
+    more = "".join(f" --program {program}" for program in programs)
+    environment = measure.environment(f"python -m h3lm.bench.sanitize{more}")
+    environment["compute-sanitizer"] = _version(sanitizer)
+    report.write(f"sanitizer_{measure.gpu_name()}", folder, environment, NOTES, rows)
+
+
+@cache
 def _version(program: str) -> str:
     said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     found = re.search(r"Version (\S+)", said.stdout)
