@@ -354,7 +354,8 @@ def _method_rows() -> Iterator[report.Row]:
     for rows, length in METHOD_SHAPES:
         shape = Shape(rows, CORE_CHANNELS, length)
         for method in ("scan", "fft_chunks"):
-            yield {"shape": str(shape), "method": method} | time_method(shape, method, "cuda")
+            row: report.Row = {"shape": str(shape), "method": method}
+            yield row | time_method(shape, method, "cuda")
 
 
 def time_method(shape: Shape, method: str, device: str) -> report.Row:

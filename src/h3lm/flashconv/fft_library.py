@@ -246,7 +246,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
         wanted = (needs[0] or needs[4], needs[1] or needs[2] or needs[3], needs[5])
-        run = _backward if _nobody_looks(dy) else torch.ops.h3lm.fft_conv_bwd
+        run: Any = _backward if _nobody_looks(dy) else torch.ops.h3lm.fft_conv_bwd
         grads = iter(run(dy, *tensors, ctx.circular, *wanted))
         present = _present(tensors, *wanted)
         return *(next(grads) if there else None for there in present), None
