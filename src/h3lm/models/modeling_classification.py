@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 
 from h3lm.layers import MLP, mixer
 from h3lm.layers.batch_norm import BatchNorm
+from h3lm.layers.projection import dtype_of_products
 from h3lm.models.configuration_classification import H3ClassificationConfig
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3PreTrainedModel
@@ -62,7 +63,7 @@ class H3EncoderLayer(GradientCheckpointingLayer):
             return _normalise(norm, self._added(r, r, sublayer, lengths), lengths)
         # in what the sublayer reads, so that it turns and casts nothing
         last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
-        u = _normalise(norm, r, lengths, dtype=_dtype_of_mixing(r), positions_last=last)
+        u = _normalise(norm, r, lengths, dtype=dtype_of_products(r), positions_last=last)
         return self._added(r, u, sublayer, lengths)
 
     def _added(self, r: Tensor, u: Tensor, sublayer: Any, lengths: Tensor | None) -> Tensor:
@@ -73,7 +74,7 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         return r + self.dropout(sublayer(u, lengths))
 
     def _mix(self, u: Tensor, lengths: Tensor | None, **residual: Tensor) -> Tensor:
-        u = u.to(_dtype_of_mixing(u))
+        u = u.to(dtype_of_products(u))
         # a causal mixer never sees the padding, since it stands behind
         where = {"lengths": lengths} if self.both_ways else {}
         return self.mixer(u, **where, **residual)[0]
@@ -348,13 +349,6 @@ def _norm(config: H3ClassificationConfig) -> nn.Module:
 
 def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None, **form: Any) -> Tensor:
     return norm(r, lengths, **form) if isinstance(norm, BatchNorm) else norm(r)
-
-
-def _dtype_of_mixing(x: Tensor) -> torch.dtype:
-    """As for a linear map: autocast knows no convolutions, and would leave them in float32."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def _to_the_front(
