@@ -418,7 +418,10 @@ def backward_kernel(
     B, D, L, rows_per_program, tiles, total, segments,
     ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr,
 ):  # fmt: skip
-    """Every gradient in one launch, tiles from last to first; arguments as in plain Triton."""
+    """Every gradient in one launch, tiles from last to first; arguments as in plain Triton.
+
+    But strides of dq, dk and dv count rows of L: as wide numbers they would spill.
+    """
     STAGES: gl.constexpr = 2
     CHUNKS: gl.constexpr = C // ROWS
     dtype: gl.constexpr = k.dtype.element_ty
@@ -627,9 +630,8 @@ def backward_kernel(
         at_last = warpgroup_mma(ds_tile.permute((1, 0)), h_tile, zero, use_acc=False, is_async=True)
         position = tile * (CHUNKS * T)
         mask, _ = tile_masks(tile_row, position, begin, B, length, row_in_tile, inner, ROWS, EVEN)
-        out_at = in_tile_offsets(row_in_tile, inner, d_row, ROWS)
-        out_base = source.to(gl.int64) * d_row + channel.to(gl.int64) * d_channel
-        out_base += begin + position
+        out_at = in_tile_offsets(row_in_tile, inner, d_row * total, ROWS)
+        out_base = (source * d_row + channel * d_channel).to(gl.int64) * total + begin + position
         store_tile(dq_tile, dq + out_base + out_at, mask, COPY_8, EVEN)
         store_tile(dv_tile, dv + out_base + out_at, mask, COPY_8, EVEN)
         d_k = warpgroup_mma_wait(2, deps=[d_k])
@@ -711,7 +713,8 @@ def backward(
         q, k, v, do, grads.q, grads.k, grads.v, *operators, carry, start,
         states if states.numel() else None, dend,
         grads.F, grads.M, grads.K, grads.P, grads.decay, grads.carry, grads.start,
-        *strides(q), *strides(k), *strides(v), *strides(do), *strides(grads.k),
+        *strides(q), *strides(k), *strides(v), *strides(do),
+        *(stride // total for stride in strides(grads.k)),
         B, D, L, walk.rows_per_program, walk.tiles,
         total, segments, ROWS=walk.rows_per_tile,
         EVEN=walk.is_even(B, L, C.value) and total == segments * L, SEGMENTED=segments > 1,
