@@ -298,9 +298,9 @@ def _measure(rank: int, job: Job, place: str) -> report.Row:
     taken = [step(*_timed(lambda: next(batches))) for _ in range(WARM_UP + job.repeats)]
     spent = _milliseconds(taken[WARM_UP:], device)
     if step.graphs is not None:  # which tell the points of their last replay alone
-        alone = [_phases(step(next(batches), 0.0), device) for _ in range(ALONE)]
-        times = map(median, zip(*alone, strict=True))
-        spent |= dict(zip(PHASES, times, strict=True))
+        replays = [_phases(step(next(batches), 0.0), device) for _ in range(ALONE)]
+        medians = [median(times) for times in zip(*replays, strict=True)]
+        spent |= dict(zip(PHASES, medians, strict=True))
     held = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     peak = _largest(held, device)
     rate = 1000 * job.tokens / spent["step"]

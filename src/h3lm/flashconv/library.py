@@ -540,8 +540,10 @@ def _forward_qkv(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`h3_core_fwd` of the thirds of a tensor, (B, 3 D, L)."""
-    others = (filters, M, K, P, decay, carry, start, bounds)
-    return _launch(*qkv.chunk(3, 1), *others, True, with_end, save_states, backend)
+    q, k, v = qkv.chunk(3, 1)
+    return _launch(
+        q, k, v, filters, M, K, P, decay, carry, start, bounds, True, with_end, save_states, backend
+    )
 
 
 @_forward_qkv.register_fake
@@ -590,7 +592,7 @@ def _backward_qkv(
     )
     made, others = grads.in_order()[:3], grads.in_order()[3:]
     for third, grad in zip(thirds, made, strict=True):
-        if grad is not third:
+        if grad is not None and grad is not third:
             third.copy_(grad)
     return [whole, *(x for x in others if x is not None)]
 

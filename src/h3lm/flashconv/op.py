@@ -128,7 +128,8 @@ def h3_core_qkv(
         raise ValueError(
             f"qkv has {qkv.shape[1]} channels, not 3 times the {len(taps)} of the taps"
         )
-    return _h3_core(*qkv.chunk(3, 1), taps, system, qkv=qkv, **options)
+    q, k, v = qkv.chunk(3, 1)
+    return _h3_core(q, k, v, taps, system, qkv=qkv, **options)
 
 
 def _h3_core(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,7 +157,9 @@ class Gradients:
         the one before.
         """
         B, D, _ = k.shape
-        data: Any = into or [None if x is None else empty_rows(k) for x in (q, k, v)]
+        if into is None:
+            into = tuple(empty_rows(k) for x in (q, k, v) if x is not None)
+        data = iter(into)
 
         def partial(x: Tensor) -> Tensor:
             shape = (walk.programs_per_channel, *x.shape)
@@ -173,7 +175,8 @@ class Gradients:
             reach = (filter_blocks(operators) - 1) * CHUNK_LENGTH
             dcarry = k.new_empty(B * segments, D, reach, dtype=torch.float32)
         return cls(
-            *data, None if F is None else partial(F), partial(M), partial(K), partial(P),
+            None if q is None else next(data), next(data), None if v is None else next(data),
+            None if F is None else partial(F), partial(M), partial(K), partial(P),
             partial(decay), dcarry, like(start),
         )  # fmt: skip
 
