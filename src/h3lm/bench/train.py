@@ -40,7 +40,7 @@ from h3lm.train.compiling import compile_model
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
 from h3lm.train.memory import Estimate
 from h3lm.train.mesh import Mesh
-from h3lm.train.parallel import shard_model
+from h3lm.train.parallel import ShardAdamW, clip_gradients, is_sharded, shard_model
 from h3lm.train.profiling import communication_ms
 from h3lm.train.recipe import Recipe
 from h3lm.train.throughput import FORMULA, flops_per_token, peak_flops
@@ -282,7 +282,7 @@ def _measure(rank: int, job: Job, place: str) -> report.Row:
     with device:
         model = H3ForCausalLM(config).train()
     parameters, work = model.num_parameters(), flops_per_token(model, job.length)
-    call = _prepare(model, job, recomputed)
+    call = _prepare(model, job, recomputed, estimate.keeps_gathered(recomputed))
     attention = _fastest_attention(config, job, device)
     batches = _batches(job, Path(place), rank, device)
     step = _Step(call, model, job, attention)
@@ -322,14 +322,14 @@ def _estimate(job: Job, config: H3Config, device: torch.device) -> Estimate:
     return Estimate.of(config, recipe, job.mesh, device, half=True)
 
 
-def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool) -> nn.Module:
+def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool, gathered: bool) -> nn.Module:
     """The model as the trainer would have it."""
     if recomputed:
         new = "activation_checkpointing_enable"  # in transformers 5.23
         enable: Any = getattr(model, new, model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if job.world > 1 and job.way == "fsdp":
-        shard_model(model, compute_dtype=torch.bfloat16)
+        shard_model(model, compute_dtype=torch.bfloat16, keep_gathered=gathered)
     if job.compiled:
         torch._dynamo.reset()
         compile_model(model, "blocks")
@@ -347,7 +347,7 @@ class _Step:
         self, call: nn.Module, model: H3ForCausalLM, job: Job, attention: SDPBackend | None
     ) -> None:
         self.call, self.model, self.job, self.attention = call, model, job, attention
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        self.optimizer = ShardAdamW(model.parameters(), lr=1e-4, fused=True)
 
     def __call__(self, batch: dict[str, Tensor], waited: float) -> "_Marks":
         marks = _Marks(self.job.device, waited)
@@ -357,7 +357,10 @@ class _Step:
         marks.set()
         loss.backward()
         marks.set()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if is_sharded(self.model):
+            clip_gradients(self.model, 1.0)
+        else:
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         marks.set()

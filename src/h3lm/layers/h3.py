@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from h3lm import flashconv
-from h3lm.flashconv import H3State, RingState, StepOperators
+from h3lm.flashconv import H3State, RingState, StepOperators, sequence_parallel
 from h3lm.flashconv.state import as_real_pairs, from_real_pairs
 from h3lm.layers.both_ways import (
     BackwardReadout,
@@ -96,6 +96,9 @@ class H3(PreparingModule):
         )
         self.output_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
         self._prepared: Prepared[tuple[Tensor, ChunkOperators]] = Prepared()
+        # The diagonal SSM's largest |a|, while somebody who knows it keeps it true: what slices of
+        # a process group would otherwise wait for the device for
+        self.slowest: float | None = None
 
     def forward(
         self,
@@ -181,7 +184,31 @@ class H3(PreparingModule):
                 return o, new
 
             return rows.run(run, state, (q, k, v))
-        return self._h3_core(q, k, v, taps, operators, state, cu_seqlens, process_group, with_state)
+        if process_group is not None:
+            return self._core_of_slice(
+                q, k, v, taps, operators, state, cu_seqlens, process_group, with_state
+            )
+        return self._h3_core(q, k, v, taps, operators, state, cu_seqlens, with_state)
+
+    @torch.compiler.disable  # what it knows of the decay is another number in each step
+    def _core_of_slice(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        taps: Tensor,
+        operators: ChunkOperators,
+        state: H3State | None,
+        cu_seqlens: Tensor | None,
+        process_group: ProcessGroup,
+        with_state: bool,
+    ) -> tuple[Tensor, H3State | None]:
+        return sequence_parallel.h3_core(
+            q, k, v, taps, operators,
+            process_group=process_group, head_dim=self.head_dim, initial_state=state,
+            cu_seqlens=cu_seqlens, backend=self.backend, with_state=with_state,
+            slowest=self.slowest,
+        )  # fmt: skip
 
     def _h3_core(
         self,
@@ -192,13 +219,12 @@ class H3(PreparingModule):
         operators: ChunkOperators,
         state: H3State | None,
         cu_seqlens: Tensor | None,
-        process_group: ProcessGroup | None = None,
         with_state: bool = True,
     ) -> tuple[Tensor, H3State | None]:
         return flashconv.h3_core(
             q, k, v, taps, operators,
             head_dim=self.head_dim, initial_state=state, return_final_state=with_state,
-            cu_seqlens=cu_seqlens, backend=self.backend, process_group=process_group,
+            cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
 
     def _both_ways(

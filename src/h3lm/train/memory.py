@@ -171,6 +171,13 @@ class Estimate:
             return False, f"they fit {room / GB:.1f}, {USABLE:.0%} of the device's"
         return True, f"without that it would take {self.needs(False) / GB:.1f} of {room / GB:.1f}"
 
+    def keeps_gathered(self, recomputed: bool) -> bool:
+        """Whether a sharded model's blocks may stay whole from forward to backward pass."""
+        if self.parts == 1 or self.total is None:
+            return False
+        whole = (2.0 if self.half else 4.0) * (self.parameters - self.vocab * self.width)
+        return self.needs(recomputed) + whole <= USABLE * self.total
+
     def check(self, recipe: Recipe) -> None:
         """Refuse what cannot fit even with recomputation.
 
