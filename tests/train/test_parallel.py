@@ -99,6 +99,16 @@ def test_two_processes_train_as_one_does(together, way):
 
 
 @pytest.mark.slow
+def test_blocks_that_stay_gathered_train_alike_and_are_clipped_alike(together):
+    folder, _ = together
+    assert min(log(folder / "gathered", "grad_norm")) > 0.1
+    for key in ("loss", "grad_norm"):
+        found = log(folder / "gathered", key)
+        assert found == pytest.approx(log(folder / "gathered-ddp", key), abs=1e-5)
+    assert log(folder / "gathered") != pytest.approx(log(folder / "fsdp"), abs=1e-5)
+
+
+@pytest.mark.slow
 def test_two_processes_start_sharded_from_a_folder_as_one_does(together, tiny):
     folder, _ = together
     start = str(folder / "ddp" / "model")

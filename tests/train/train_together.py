@@ -147,6 +147,11 @@ def main(recipe_file: str, place: str) -> None:
         run(to(parallel, parallel=parallel))
         report[parallel] = run_cut(to(f"{parallel}-cut", parallel=parallel))
     run(to("recomputed", parallel="fsdp", gradient_checkpointing=True, micro_batch_size=1))
+    keeps = h3lm.train.memory.Estimate.keeps_gathered  # a CPU has no room that is known
+    h3lm.train.memory.Estimate.keeps_gathered = lambda *_: True
+    run(to("gathered", parallel="fsdp", max_grad_norm=0.1))
+    run(to("gathered-ddp", max_grad_norm=0.1))
+    h3lm.train.memory.Estimate.keeps_gathered = keeps
     # traced and differentiated by the compiler; no code is generated, which takes a minute
     compiler = torch.compile
     torch.compile = lambda f: compiler(f, backend="aot_eager")

@@ -278,11 +278,12 @@ def _measure(rank: int, job: Job, place: str) -> report.Row:
     config = job.contender.config(job.preset)
     estimate = _estimate(job, config, device)
     recomputed, _ = estimate.choose(job.recomputed)
+    gathered = estimate.keeps_gathered(recomputed)
     torch.manual_seed(0)
     with device:
         model = H3ForCausalLM(config).train()
     parameters, work = model.num_parameters(), flops_per_token(model, job.length)
-    call = _prepare(model, job, recomputed, estimate.keeps_gathered(recomputed))
+    call = _prepare(model, job, recomputed, gathered)
     attention = _fastest_attention(config, job, device)
     batches = _batches(job, Path(place), rank, device)
     step = _Step(call, model, job, attention)
@@ -308,7 +309,7 @@ def _measure(rank: int, job: Job, place: str) -> report.Row:
         row["all-reduce GB/s"] = _bandwidth(device)
     if peak:
         row["peak GiB"] = peak / 2**30
-    row["estimate GiB"] = estimate.needs(recomputed) / 2**30
+    row["estimate GiB"] = estimate.needs(recomputed, gathered) / 2**30
     if attention is not None:
         row["attention"] = attention.name.lower()
     return row
@@ -337,7 +338,7 @@ def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool, gathered: bool) -
         return model
     if job.way == "seq":
         share_rows(model, distributed.group.WORLD)
-    return nn.parallel.DistributedDataParallel(model)
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 class _Step:

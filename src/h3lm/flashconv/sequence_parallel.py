@@ -57,7 +57,8 @@ def h3_core(
     """`flashconv.h3_core` of this process's slice; see there.
 
     Args:
-        q, k, v, taps, system, process_group, head_dim, initial_state, cu_seqlens, backend: As there.
+        q, k, v, taps, system, process_group, head_dim: As there.
+        initial_state, cu_seqlens, backend: As there.
         with_state: As `return_final_state` there.
         slowest: The largest |a| of the system; without it, it is asked for, and the host waits for
             all that the device has to do.

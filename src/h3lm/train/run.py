@@ -228,11 +228,11 @@ def _choose_memory(
     estimate.check(recipe)
     chosen, why = estimate.choose(recipe.gradient_checkpointing)
     chosen = bool(largest(int(chosen)))  # all processes alike
-    console.print(estimate.words(chosen), highlight=False)
+    gathered = not largest(int(not estimate.keeps_gathered(chosen)))
+    console.print(estimate.words(chosen, gathered), highlight=False)
     how = "recomputed in the backward pass" if chosen else "kept, not recomputed"
     if estimate.total is not None or chosen:
         console.print(f"activations of blocks are {how}: {why}", highlight=False, soft_wrap=True)
-    gathered = not largest(int(not estimate.keeps_gathered(chosen)))
     if gathered:
         console.print("sharded blocks stay whole from forward to backward pass: there is room")
     return chosen, gathered
