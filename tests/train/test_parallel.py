@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 from h3lm.errors import UserError
 from h3lm.models import H3ForCausalLM
 from h3lm.train.arguments import training_arguments
+from h3lm.train.parallel import clip_gradients
 from h3lm.train.processes import one_voice
 from h3lm.train.recipe import make_recipe
 from h3lm.train.run import train
@@ -105,7 +106,18 @@ def test_blocks_that_stay_gathered_train_alike_and_are_clipped_alike(together):
     for key in ("loss", "grad_norm"):
         found = log(folder / "gathered", key)
         assert found == pytest.approx(log(folder / "gathered-ddp", key), abs=1e-5)
-    assert log(folder / "gathered") != pytest.approx(log(folder / "fsdp"), abs=1e-5)
+
+
+def test_gradients_are_clipped_as_torch_clips_them():
+    models = [torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)) for _ in range(2)]
+    for model in models:
+        for number, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.full_like(parameter, number + 1.0)
+    for bound in (float("inf"), 1e3, 0.5):
+        norm = torch.nn.utils.clip_grad_norm_(models[0].parameters(), bound)
+        torch.testing.assert_close(clip_gradients(models[1], bound), norm)
+        for a, b in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
 
 
 @pytest.mark.slow

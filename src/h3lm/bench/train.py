@@ -38,6 +38,7 @@ from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.slices import share_rows
 from h3lm.train.compiling import compile_model
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
+from h3lm.train.graphs import GraphedSteps
 from h3lm.train.memory import Estimate
 from h3lm.train.mesh import Mesh
 from h3lm.train.parallel import ShardAdamW, clip_gradients, is_sharded, shard_model
@@ -46,7 +47,8 @@ from h3lm.train.recipe import Recipe
 from h3lm.train.throughput import FORMULA, flops_per_token, peak_flops
 
 WAYS = ("fsdp", "ddp", "seq")
-WARM_UP = 3
+WARM_UP = 5
+ALONE = 3  # steps timed one by one, for the phases of graphs
 PHASES = ("forward", "backward", "optimizer")
 NOTES = (
     "Training steps on random tokens read from memory-mapped blocks: float32 weights, bfloat16 "
@@ -105,6 +107,7 @@ class Job:
         recomputed: Whether blocks are recomputed; None for what the estimate of the memory says.
         device: "cuda", or "cpu".
         repeats: Steps that are timed.
+        graphs: Whether one GPU replays steps as CUDA graphs, unless blocks are recomputed.
     """
 
     preset: str
@@ -117,6 +120,7 @@ class Job:
     recomputed: bool | None = None
     device: str = "cuda"
     repeats: int = 8
+    graphs: bool = True
 
     @property
     def readers(self) -> int:
@@ -150,6 +154,7 @@ def run(
     recomputed: bool | None = None,
     contenders: tuple[Contender, ...] = CONTENDERS,
     device: str = "cuda",
+    graphs: bool = True,
 ) -> Path:
     """Check the kernels, time training steps, and write a report into a folder.
 
@@ -165,6 +170,7 @@ def run(
         recomputed: Whether blocks are recomputed; None for what the estimate of the memory says.
         contenders: What is compared; the first is what the others are divided by.
         device: "cuda", or "cpu" to see that it runs.
+        graphs: Whether one GPU replays steps as CUDA graphs, unless blocks are recomputed.
 
     Raises:
         UserError: without so many CUDA devices, or if there is no such way.
@@ -182,7 +188,7 @@ def run(
                 times = number if way == "seq" else 1
                 job = Job(
                     preset, contender, max(1, tokens // length), length * times, number, way,
-                    compiled, recomputed, device,
+                    compiled, recomputed, device, graphs=graphs,
                 )  # fmt: skip
                 row = _row(job)
                 speed = row["tokens/s"]
@@ -195,13 +201,14 @@ def run(
                 rows.append(row)
                 words = (f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items())
                 say("  ".join(words))
-    how = "compiled" if compiled else "eager"
+    how = ("compiled" if compiled else "eager") + ("" if graphs else "_launched")
     several = f"_{way}{world}" if world > 1 else ""
     gpu = measure.gpu_name() if device == "cuda" else "cpu"
     name = f"train_{preset}_{how}{several}_{gpu}"
     command = f"h3lm bench train --preset {preset} --world {world} --parallel {way}"
     command += "".join(f" --length {length}" for length in lengths or ())
     command += f" --tokens {tokens}" + ("" if compiled else " --no-compile")
+    command += "" if graphs else " --no-graphs"
     command += {None: "", True: " --recompute", False: " --keep"}[recomputed]
     plot_phases(folder / f"{name}.png", rows)
     environment = measure.environment(command) if device == "cuda" else {"command": command}
@@ -286,17 +293,22 @@ def _measure(rank: int, job: Job, place: str) -> report.Row:
     call = _prepare(model, job, recomputed, gathered)
     attention = _fastest_attention(config, job, device)
     batches = _batches(job, Path(place), rank, device)
-    step = _Step(call, model, job, attention)
+    step = _Step(call, model, job, attention, graphs=job.graphs and not recomputed)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     taken = [step(*_timed(lambda: next(batches))) for _ in range(WARM_UP + job.repeats)]
     spent = _milliseconds(taken[WARM_UP:], device)
+    if step.graphs is not None:  # which tell the points of their last replay alone
+        replays = [_phases(step(next(batches), 0.0), device) for _ in range(ALONE)]
+        medians = [median(times) for times in zip(*replays, strict=True)]
+        spent |= dict(zip(PHASES, medians, strict=True))
     held = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     peak = _largest(held, device)
     rate = 1000 * job.tokens / spent["step"]
     row: report.Row = {
         "parameters": f"{parameters:,}",
         "recomputed": "yes" if recomputed else "no",
+        "graphs": "yes" if step.graphs is not None else "no",
         "tokens/s": rate,
     }
     roof = peak_flops(device)
@@ -345,18 +357,31 @@ class _Step:
     """A training step and the marks of time that it leaves."""
 
     def __init__(
-        self, call: nn.Module, model: H3ForCausalLM, job: Job, attention: SDPBackend | None
+        self,
+        call: nn.Module,
+        model: H3ForCausalLM,
+        job: Job,
+        attention: SDPBackend | None,
+        *,
+        graphs: bool,
     ) -> None:
         self.call, self.model, self.job, self.attention = call, model, job, attention
         self.optimizer = ShardAdamW(model.parameters(), lr=1e-4, fused=True)
+        captured = graphs and job.device == "cuda" and job.world == 1
+        self.graphs = GraphedSteps(model.parameters()) if captured else None
+        # within a graph it is the same event in every step
+        self.between = torch.cuda.Event(enable_timing=True, external=True) if captured else None
 
     def __call__(self, batch: dict[str, Tensor], waited: float) -> "_Marks":
         marks = _Marks(self.job.device, waited)
         marks.set()
-        with self._attending(), torch.autocast(self.job.device, torch.bfloat16):
-            loss = self.call(**batch, use_cache=False, skip_logits=True).loss
-        marks.set()
-        loss.backward()
+        if self.graphs is None:
+            self._passes(batch, marks.set)
+        else:
+            assert self.between is not None
+            between = self.between
+            self.graphs(batch, lambda held: self._passes(held, between.record))
+            marks.points.append(between)
         marks.set()
         if is_sharded(self.model):
             clip_gradients(self.model, 1.0)
@@ -366,6 +391,14 @@ class _Step:
         self.optimizer.zero_grad(set_to_none=True)
         marks.set()
         return marks
+
+    def _passes(self, batch: dict[str, Tensor], turned: Callable[[], object]) -> Tensor:
+        """Forward and backward; `turned` is called between them."""
+        with self._attending(), torch.autocast(self.job.device, torch.bfloat16):
+            loss = self.call(**batch, use_cache=False, skip_logits=True).loss
+        turned()
+        loss.backward()
+        return loss.detach()
 
     def _attending(self) -> AbstractContextManager:
         return nullcontext() if self.attention is None else sdpa_kernel(self.attention)
@@ -394,14 +427,18 @@ class _Marks:
 
 def _milliseconds(taken: list[_Marks], device: torch.device) -> dict[str, float]:
     """Medians of the phases and of whole steps, from one's beginning to the next's."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    phases = zip(*([m.between(*two) for two in itertools.pairwise(m.points)]
-                   for m in taken), strict=True)  # fmt: skip
+    phases = zip(*(_phases(marks, device) for marks in taken), strict=True)
     steps = [m.between(m.points[0], n.points[0]) for m, n in itertools.pairwise(taken)]
     found = {"step": median(steps)}
     found |= {name: median(times) for name, times in zip(PHASES, phases, strict=True)}
     return found | {"data": median(marks.waited for marks in taken)}
+
+
+def _phases(marks: _Marks, device: torch.device) -> list[float]:
+    """Durations of a step's phases, when the device has done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return [marks.between(*two) for two in itertools.pairwise(marks.points)]
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -438,11 +475,12 @@ def _batches(
         collate_fn=BlockCollator(row_slice=row_slice),
         pin_memory=device.type == "cuda",
     )
+    # of all processes; what divides the sum is a constant here, which would stall the GPU
+    number_of_tokens = torch.tensor(job.tokens, device=device)
     for number, batch in enumerate(loader):
         if job.readers == 1 or number % job.readers == rank:
             yield {name: x.to(device, non_blocking=True) for name, x in batch.items()} | {
-                # of all processes; what divides the sum is a constant here
-                "num_items_in_batch": torch.tensor(job.tokens, device=device)
+                "num_items_in_batch": number_of_tokens
             }
 
 

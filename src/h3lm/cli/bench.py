@@ -48,6 +48,9 @@ def train(
     ] = None,
     tokens: Annotated[int | None, Option(help="Tokens of a step on each GPU.")] = None,
     compiled: Annotated[bool, Option("--compile/--no-compile", help="By torch.compile.")] = True,
+    graphs: Annotated[
+        bool, Option(help="Replay the steps of one GPU as CUDA graphs, unless it recomputes.")
+    ] = True,
     recompute: Annotated[
         bool | None,
         Option(
@@ -62,7 +65,7 @@ def train(
     print(
         run(
             out, print, preset=preset, world=world, way=parallel, lengths=length, tokens=tokens,
-            compiled=compiled, recomputed=recompute,
+            compiled=compiled, recomputed=recompute, graphs=graphs,
         )
     )  # fmt: skip
 

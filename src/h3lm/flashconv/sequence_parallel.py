@@ -14,7 +14,9 @@ Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 2, over processes in plac
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +55,7 @@ def h3_core(
     backend: str,
     with_state: bool = True,
     slowest: float | None = None,
+    qkv: Tensor | None = None,
 ) -> tuple[Tensor, H3State | None]:
     """`flashconv.h3_core` of this process's slice; see there.
 
@@ -62,6 +65,7 @@ def h3_core(
         with_state: As `return_final_state` there.
         slowest: The largest |a| of the system; without it, it is asked for, and the host waits for
             all that the device has to do.
+        qkv: What q, k and v are thirds of, as in `flashconv.h3_core_qkv`.
     """
     slice_ = _Slice.of(k.shape[-1], cu_seqlens, process_group)
     slice_.check_start(initial_state)
@@ -71,8 +75,16 @@ def h3_core(
     # Every process takes the same steps, needed or not: what one skips, another would wait for
     begin = slice_.remembered(slice_.reach(modes, slowest), count)
     tail = max(slice_.last_start, slice_.length - count)
-    k, k_tail, k_end = _WithEnds.apply(k, tail, begin)
-    v, v_end = _WithEnds.apply(v, begin)
+    D = k.shape[1]
+    run: Callable[..., tuple[Tensor, H3State | None]]
+    if qkv is None:
+        k, k_tail, k_end = _WithEnds.apply(k, (0, D, tail), (0, D, begin))
+        v, v_end = _WithEnds.apply(v, (0, D, begin))
+        run = partial(op.h3_core, q, k, v)
+    else:
+        ends = (D, 2 * D, tail), (D, 2 * D, begin), (2 * D, 3 * D, begin)
+        qkv, k_tail, k_end, v_end = _WithEnds.apply(qkv, *ends)
+        run = partial(op.h3_core_qkv, qkv)
     history = _send_on(k_tail, count, slice_)
     start = op.zero_state(slice_.rows(k), k, taps, system, head_dim)
     start = H3State(_add_to_first(start.shift, history), start.diagonal)
@@ -84,12 +96,11 @@ def h3_core(
         k_end, v_end, taps, system, head_dim=head_dim, initial_state=known, backend=backend
     )
     before = _state_before(end.diagonal, modes, slice_)
-    o, final = op.h3_core(
-        q, k, v, taps, system, head_dim=head_dim,
+    return run(
+        taps, system, head_dim=head_dim,
         initial_state=H3State(start.shift, _add_to_first(start.diagonal, before)),
         return_final_state=with_state, cu_seqlens=slice_.cu_seqlens, backend=backend,
     )  # fmt: skip
-    return o, final
 
 
 @torch.compiler.disable
@@ -297,23 +308,23 @@ def _add_to_first(states: Tensor, more: Tensor) -> Tensor:
 
 
 class _WithEnds(torch.autograd.Function):
-    """x, and its ends from some positions on; their gradients are added where that of x lies.
+    """x, and ends of some channels; their gradients are added where that of x lies.
 
     So x must be given to an operator whose gradient nobody else has: autograd by itself would
-    write a whole x of zeros for each end.
+    write a whole x of zeros for each end. An end is (first channel, one past the last, position).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *begins: int) -> tuple[Tensor, ...]:
-        ctx.begins = begins
-        return x.view_as(x), *(x[..., begin:] for begin in begins)
+    def forward(ctx: Any, x: Tensor, *ends: tuple[int, int, int]) -> tuple[Tensor, ...]:
+        ctx.ends = ends
+        return x.view_as(x), *(x[:, first:stop, begin:] for first, stop, begin in ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, *ends = grads
-        for begin, end in zip(ctx.begins, ends, strict=True):
-            grad[..., begin:] += end
-        return grad, *[None] * len(ends)
+        grad, *of_ends = grads
+        for (first, stop, begin), end in zip(ctx.ends, of_ends, strict=True):
+            grad[:, first:stop, begin:] += end
+        return grad, *[None] * len(of_ends)
 
 
 class _AddToBeginning(torch.autograd.Function):
