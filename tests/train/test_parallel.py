@@ -256,6 +256,17 @@ def test_a_sharded_run_that_is_killed_goes_on_by_the_same_recipe(tiny, recipe_fi
     assert log(tmp_path / "run") == pytest.approx(log(tmp_path / "straight"), abs=1e-5)
 
 
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_one_has_written(tiny, recipe_file, tmp_path):
+    run(tiny(**RECIPE, output_dir=str(tmp_path / "straight")))
+    shutil.copytree(tmp_path / "straight", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
+    shown = output_of(torchrun(2, "-m", "h3lm", "train", recipe_file(**RECIPE, parallel="fsdp")))
+    assert "resuming at step 4" in shown
+    assert "written by 1 process and read by 2: " in shown
+    assert log(tmp_path / "run") == pytest.approx(log(tmp_path / "straight"), abs=1e-5)
+
+
 def _children(parent: int) -> list[int]:
     """The processes that another has started, in sessions of their own."""
     found = []

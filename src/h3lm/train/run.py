@@ -309,7 +309,8 @@ def say_resumed(checkpoint: Checkpoint, precision: str, console: Console) -> Non
     words = f"resuming at step {point.step:,} from {checkpoint.folder}"
     if point.processes != world_size():
         words += (
-            f", written by {point.processes} processes and read by {world_size()}: "
+            f", written by {point.processes} process{'es' * (point.processes != 1)} and read by "
+            f"{world_size()}: "
             "random numbers (dropout) will be others"
         )
     if point.precision not in ("", precision):
