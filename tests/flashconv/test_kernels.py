@@ -186,6 +186,9 @@ def test_ssm_conv_and_end_state_run_by_the_same_kernels() -> None:
     end = library.h3_end_state(k, v, operators, backend="triton", initial_state=state)
     expected = chunked.h3_end_state(k, v, operators, initial_state=state)
     torch.testing.assert_close(end, expected, rtol=1e-4, atol=1e-5)
+    inputs = [k, v]
+    grads, right = (torch.autograd.grad(x.diagonal.abs().sum(), inputs) for x in (end, expected))
+    torch.testing.assert_close(grads, right, rtol=1e-3, atol=1e-4)
     bounds = torch.tensor([0, 70, 200], device=DEVICE)
     one = {"initial_state": leaves["x"], "cu_seqlens": bounds}
     found = library.ssm_conv(k[:1], plain, backend="triton", pre_gate=v[:1], **one)
@@ -433,6 +436,15 @@ def test_two_halves_with_a_state_equal_one_run() -> None:
     )  # fmt: skip
     torch.testing.assert_close(rest, whole[..., 400:], rtol=5e-2, atol=5e-2)
     torch.testing.assert_close(last.diagonal, end.diagonal, rtol=2e-2, atol=2e-2)
+    weight = torch.randn_like(end.diagonal.abs())
+    _, of_whole = h3_core(q[..., :400], k[..., :400], v[..., :400], taps, system,
+                          return_final_state=True)  # fmt: skip
+    ways = [
+        torch.autograd.grad((x.diagonal.real * weight).sum(), (k, v), retain_graph=True)
+        for x in (state, of_whole)
+    ]
+    for found, expected in zip(*ways, strict=True):
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
 
 
 @pytest.mark.gpu

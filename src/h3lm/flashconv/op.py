@@ -154,11 +154,11 @@ def _h3_core(
         from h3lm.flashconv import sequence_parallel  # it runs this op on each slice
 
         _check_slice(reverse)
-        o, end = sequence_parallel.h3_core(
+        return sequence_parallel.h3_core(
             q, k, v, taps, system, process_group=process_group, head_dim=head_dim,
             initial_state=initial_state, cu_seqlens=cu_seqlens, backend=backend,
+            with_state=return_final_state, qkv=qkv,
         )  # fmt: skip
-        return o, end if return_final_state else None
     sequences = _check_sequences(q, cu_seqlens)
     _check_h3_state(initial_state, sequences, k, taps, system, head_dim)
     problem = _problem(system, taps.shape[1], head_dim, cu_seqlens, q, k, v)

@@ -99,7 +99,9 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
             mixed = self.mixer.attend(q, k, v, where.bias)
         elif where.slice is not None:
             group = where.slice.group
-            mixed, _ = self.mixer(u, cu_seqlens=where.cu_seqlens, process_group=group)
+            mixed, _ = self.mixer(
+                u, cu_seqlens=where.cu_seqlens, process_group=group, with_state=False
+            )
         elif where.cu_seqlens is not None:
             mixed, _ = self.mixer(u.reshape(1, -1, u.shape[2]), cu_seqlens=where.cu_seqlens)
             mixed = mixed.view_as(u)
@@ -372,12 +374,14 @@ class H3Model(H3PreTrainedModel):
                 "cu_seq_lens_q: position_ids that restart mark packed documents"
             )
         assert self.process_group is not None
-        part = RowSlice.of(embeds, self.process_group)
-        if position_ids is None:
+        part = RowSlice.of(embeds, self.process_group, self.layers)
+        boundaries = bias = None
+        if position_ids is None:  # nothing is packed, and no device need be asked
             position_ids = part.positions(embeds.device)
-        boundaries = part.boundaries(position_ids, len(embeds))
-        attends = "full_attention" in self.config.layer_types
-        bias = part.attention_mask(position_ids) if attends else None
+        else:
+            boundaries = part.boundaries(position_ids, len(embeds))
+            if "full_attention" in self.config.layer_types:
+                bias = part.attention_mask(position_ids)
         rotation = self._rotation(position_ids)
         return Where(None, boundaries, bias, rotation, slice=part), position_ids
 
