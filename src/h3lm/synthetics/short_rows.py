@@ -25,7 +25,8 @@ from h3lm.layers.s4 import S4
 from h3lm.ssm import DiagonalSystem, ShiftSSM
 from h3lm.ssm.dplr import DPLRSystem
 
-MAX_LENGTH = 64
+MAX_LENGTH = 256
+_BY_PRODUCT = 64  # longest filter whose matrix is cheaper as a product than as a shifted copy
 
 
 def shorten(model: nn.Module) -> None:
@@ -64,6 +65,8 @@ def response(system: DiagonalSystem | DPLRSystem, length: int) -> Float[Tensor, 
     """The impulse response, skip term included."""
     if isinstance(system, DPLRSystem):
         return _with_skip(_krylov(system, length), system.skip)
+    if length > _BY_PRODUCT:
+        return _with_skip(system.filter(length), system.skip)
     powers = system.powers(torch.arange(length, device=system.a.device)).mT  # [H, L, N/2]
     weights = (2 * (system.b * system.c)).to(powers.dtype)
     # Re(w a^l) as a product of real rows and columns
@@ -74,9 +77,20 @@ def response(system: DiagonalSystem | DPLRSystem, length: int) -> Float[Tensor, 
 
 def convolve(taps: Float[Tensor, "H L"], x: Float[Tensor, "H rows L"]) -> Float[Tensor, "H rows L"]:
     """Causal convolution of each channel's rows with its taps, as one matrix product."""
-    L = x.shape[-1]
-    # the matrix by a product too: the gradient of an index is a sum of scattered elements
-    return x @ (taps.to(x.dtype) @ _shifts(L, x.dtype, x.device)).unflatten(-1, (L, L))
+    return x @ _toeplitz(taps.to(x.dtype))
+
+
+def _toeplitz(taps: Float[Tensor, "H L"]) -> Float[Tensor, "H L L"]:
+    """[u, t] = taps[t - u], zero below the diagonal.
+
+    By a product, or by laying a row of 2 L out again and again at a distance of 2 L - 1: the
+    gradient of an index would be a sum of scattered elements.
+    """
+    L = taps.shape[-1]
+    if L <= _BY_PRODUCT:
+        return (taps @ _shifts(L, taps.dtype, taps.device)).unflatten(-1, (L, L))
+    rows = F.pad(taps, (0, L))[:, None].expand(-1, L, -1).flatten(1)
+    return rows[:, : L * (2 * L - 1)].unflatten(1, (L, 2 * L - 1))[..., :L]
 
 
 def _for_short(
@@ -119,8 +133,10 @@ def _h3(mixer: H3, u: Tensor) -> Tensor:
 
 def _shift_response(ssm: ShiftSSM, length: int) -> Tensor:
     """`ShiftSSM.taps` by its definition, f_j = sum_n B_n C_{n+j}, without a transform."""
-    windows = F.pad(ssm.C, (0, length)).unfold(1, ssm.d_state, 1)[:, :length]
-    return _with_skip((windows @ ssm.B[..., None])[..., 0], ssm.D)
+    known = min(length, ssm.d_state)
+    windows = F.pad(ssm.C, (0, known)).unfold(1, ssm.d_state, 1)[:, :known]
+    taps = (windows @ ssm.B[..., None])[..., 0]
+    return _with_skip(F.pad(taps, (0, length - known)), ssm.D)
 
 
 def _krylov(system: DPLRSystem, length: int) -> Tensor:
