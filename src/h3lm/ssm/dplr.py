@@ -166,10 +166,10 @@ class DPLRSystem:
         """
         if can_fuse(self.eigenvalues, self.B, self.c[None]):
             return self.filter(length)
-        wide = (_widen(x) for x in (self.eigenvalues, self.P))
-        c, B = _widen(self.c), _widen(self.B)
-        wound = _generate(*wide, self.dt.to(c.real.dtype), c, B, length, WRAPPED ** (1 / length))
-        lags = torch.arange(length, device=c.device, dtype=c.real.dtype)
+        eigenvalues, P, B, c = (_widen(x) for x in (self.eigenvalues, self.P, self.B, self.c))
+        dt, radius = self.dt.to(c.real.dtype), WRAPPED ** (1 / length)
+        wound = _generate(eigenvalues, P, dt, c, B, length, radius)
+        lags = torch.arange(length, device=c.device, dtype=dt.dtype)
         return (wound * WRAPPED ** (-lags / length)).to(self.skip.dtype)
 
     def initial_response(
