@@ -18,6 +18,7 @@ from h3lm.bench.registry import Shape, core_shapes, length_shapes, width_shapes
 from h3lm.bench.roofline import both_roof_ms, forward_roof_ms
 from h3lm.errors import UserError
 from h3lm.flashconv import h3_core, library
+from h3lm.flashconv.dispatch import HOPPER_HEAD_DIMS
 from h3lm.ssm import DiagonalSSM, ShiftSSM
 from h3lm.ssm.operators import ChunkOperators
 
@@ -59,7 +60,7 @@ def run(folder: Path, say: Callable[[str], None], shapes: list[Shape] | None = N
     name, environment = "core_" + measure.gpu_name(), measure.environment("h3lm bench core")
     rows = _measure_all(shapes or core_shapes(), partial(measure_shape, backends=backends), say)
     if shapes is None:
-        rows += _measure_all(core_shapes()[:1], measure_heads, say)
+        rows += _measure_all(core_shapes()[:1], partial(measure_heads, backends=backends), say)
     path = report.write(name, folder, environment, NOTES, rows)
     if shapes is None:
         _write_growth(f"{name}_growth", folder, environment, backends[:1], say)
@@ -141,15 +142,18 @@ def measure_shape(shape: Shape, backends: list[str]) -> Iterator[report.Row]:
         yield _row(shape, "retention (fla)", _retention, rows, roof, repeats=9)
 
 
-def measure_heads(shape: Shape) -> Iterator[report.Row]:
-    """Heads of several channels by their kernel, and one size of them by plain PyTorch."""
+def measure_heads(shape: Shape, backends: list[str]) -> Iterator[report.Row]:
+    """Heads of several channels by their kernels, and one size of them by plain PyTorch."""
     size = (shape.rows, shape.channels, shape.length)
     q, k, v, do = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     roof = forward_roof_ms(q, k, v)
     for head_dim in (2, 4, 8):
         operators = _operators(shape.channels, head_dim)
-        row = _kernel_row(shape, "triton", operators, (q, k, v, do), roof)
-        yield row | {"path": f"triton, head_dim {head_dim}"}
+        for backend in backends:
+            if backend == "gluon" and head_dim not in HOPPER_HEAD_DIMS:
+                continue
+            row = _kernel_row(shape, backend, operators, (q, k, v, do), roof)
+            yield row | {"path": f"{backend}, head_dim {head_dim}"}
     path = _torch_path(operators, head_dim)
     with suppress(torch.cuda.OutOfMemoryError):  # it holds every pair of channels in float32
         yield _row(shape, f"torch, head_dim {head_dim}", path, (q, k, v, do), roof, repeats=1)
