@@ -189,9 +189,10 @@ def forward_kernel(
     zero = gl.zeros([T, PAIRS], gl.float32, PRODUCT)
 
     step = 0
-    for batch_row in range(first_row, behind):
-        states = (batch_row.to(gl.int64) * H + head) * (PAIRS * N)
-        o_base = o + (batch_row.to(gl.int64) * H + head) * HEAD_DIM * L
+    for n in range(behind - first_row):
+        member = (first_row + n).to(gl.int64) * H + head
+        states = member * (PAIRS * N)
+        o_base = o + member * HEAD_DIM * L
         if start is not None:
             x = gl.load(start + states + state_at)
         else:

@@ -6,10 +6,11 @@ head. For chunk c, with s = taps * k from `filter_triton` and operators M, K, P 
 
     w_ij = s_i v_j;   y_ij = M w_ij + P x_ij;   o_j = sum_i q_i y_ij;   x_ij <- decay x_ij + K w_ij
 
-Here the pairs are the rows of a matrix product, [64 pairs, time or state]: one head of 8 channels,
-or heads of 4 or 2 of as many rows of the batch as fill it. The state is an accumulator that never
-leaves the registers; the decay multiplies it between two products. Modes lie with both parts side
-by side, as states do in memory.
+Here the pairs are a side of a matrix product, 64 of them: one head of 8 channels, or heads of 4 or
+2 of as many rows of the batch as fill it. The state is an accumulator that never leaves the
+registers; the decay multiplies it between two products. The forward pass lies [time or state,
+pair], with states in the order of `tile`; the backward pass [pair, time or state], with both parts
+of a mode side by side, as states do in memory.
 
 Backwards there are two sweeps, and no state is kept for them. From left to right, with states made
 again, what the read-out needs, dy_ij = q_i do_j being the gradient of y:
