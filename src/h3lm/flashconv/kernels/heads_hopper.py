@@ -91,6 +91,14 @@ def time_of_row(row):
 
 
 @gluon.jit
+def state_offsets():
+    """Where the states of a product [state, pair] lie in memory, (pairs, N/2, 2)."""
+    state = gl.arange(0, N, gl.SliceLayout(1, PRODUCT))
+    state = (2 * mode_of_row(state) + part_of_row(state))[:, None]
+    return gl.arange(0, PAIRS, gl.SliceLayout(0, PRODUCT))[None, :] * N + state
+
+
+@gluon.jit
 def turned(x, re, im):
     """States [N, pairs] times a complex number for each mode."""
     parts = gl.permute(gl.reshape(x, [N // 16, 2, 8, PAIRS]), (0, 2, 3, 1))
@@ -164,9 +172,6 @@ def forward_kernel(
     modes = gl.arange(0, N // 2, gl.SliceLayout(1, MODES))[:, None]
     decay_re = gl.load(decay + head * N + 2 * modes)
     decay_im = gl.load(decay + head * N + 2 * modes + 1)
-    state = gl.arange(0, N, gl.SliceLayout(1, PRODUCT))
-    state = (2 * mode_of_row(state) + part_of_row(state))[:, None]
-    state_at = gl.arange(0, PAIRS, gl.SliceLayout(0, PRODUCT))[None, :] * N + state
     time = gl.arange(0, T, gl.SliceLayout(1, OUTPUT))[:, None]
     value = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, OUTPUT))[None, :]
     o_at = value * L + time
@@ -194,7 +199,7 @@ def forward_kernel(
         states = member * (PAIRS * N)
         o_base = o + member * HEAD_DIM * L
         if start is not None:
-            x = gl.load(start + states + state_at)
+            x = gl.load(start + states + state_offsets())
         else:
             x = zero
         for chunk in range(chunks):
@@ -223,7 +228,7 @@ def forward_kernel(
             gl.store(o_base + chunk * T + o_at, out)
             x = warpgroup_mma_wait(0, deps=[x])
         if end is not None:
-            gl.store(end + states + state_at, x)
+            gl.store(end + states + state_offsets(), x)
 
 
 def takes(D: int, length: int, operators: Operators, segments: int) -> bool:
