@@ -224,6 +224,16 @@ def test_choice_follows_from_the_problem_and_says_why(
     assert word in choice.reason
 
 
+@pytest.mark.parametrize(
+    ("L", "row", "first", "aligned"),
+    [(4096, 2**28, 0, True), (2048, 2**28, 0, False), (2048, 4096, 0, True), (4096, 4104, 0, False)]
+    + [(4096, 8192, 8, False)],
+)
+def test_rows_that_the_hopper_kernels_can_copy(L: int, row: int, first: int, aligned: bool) -> None:
+    x = torch.empty(0, device="meta").as_strided((2, 1, L), (row, L, 1), first)
+    assert dispatch.is_aligned(x) is aligned
+
+
 def test_asking_for_what_a_backend_cannot_do_is_an_error() -> None:
     for backend in ("triton", "gluon"):
         with pytest.raises(ValueError, match=r"cannot run h3_core here: kernels need a CUDA"):
