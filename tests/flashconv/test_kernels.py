@@ -226,8 +226,13 @@ def test_choice_follows_from_the_problem_and_says_why(
 
 @pytest.mark.parametrize(
     ("L", "row", "first", "aligned"),
-    [(4096, 2**28, 0, True), (2048, 2**28, 0, False), (2048, 4096, 0, True), (4096, 4104, 0, False)]
-    + [(4096, 8192, 8, False)],
+    [
+        (4096, 2**28, 0, True),
+        (2048, 2**28, 0, False),
+        (2048, 4096, 0, True),
+        (4096, 4104, 0, False),
+        (4096, 8192, 8, False),
+    ],
 )
 def test_rows_that_the_hopper_kernels_can_copy(L: int, row: int, first: int, aligned: bool) -> None:
     x = torch.empty(0, device="meta").as_strided((2, 1, L), (row, L, 1), first)
