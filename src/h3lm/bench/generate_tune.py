@@ -117,22 +117,32 @@ def product_sizes(rows: int, name: str) -> Iterator[ProductSize]:
         ):  # fmt: skip
             yield ProductSize(columns, depth, parts, warps=warps)
         return
+    whole = name in ("qkv", "up", "head")
     for parts, columns, depth, stages, warps in (
         ((1, 64, 128, 4, 4), (1, 64, 128, 5, 4), (1, 64, 128, 6, 4), (1, 64, 128, 3, 4),
          (1, 64, 64, 6, 4), (1, 64, 64, 8, 4), (1, 64, 128, 4, 8), (1, 32, 128, 4, 4),
-         (1, 32, 128, 5, 4), (1, 64, 256, 3, 4), (1, 128, 64, 4, 4), (1, 128, 64, 6, 8),
-         (1, 128, 64, 8, 8), (1, 128, 128, 4, 8), (1, 128, 128, 4, 4))
-        if name in ("qkv", "up", "head") else
-        ((4, 64, 128, 4, 4), (2, 64, 128, 4, 4), (8, 128, 64, 4, 4), (4, 32, 128, 4, 4),
-         (4, 64, 128, 3, 4), (2, 32, 128, 4, 4), (8, 128, 128, 2, 4), (4, 128, 128, 4, 8),
-         (8, 64, 64, 4, 4), (4, 64, 64, 6, 4))
+         (1, 64, 256, 3, 4), (1, 128, 64, 4, 4), (1, 128, 64, 8, 8), (1, 128, 128, 4, 8))
+        if whole else
+        ((4, 64, 128, 4, 4), (2, 64, 128, 4, 4), (4, 32, 128, 4, 4), (4, 64, 128, 3, 4),
+         (8, 128, 128, 2, 4), (8, 64, 64, 4, 4), (4, 64, 64, 6, 4))
         if name == "out" else
         ((4, 64, 128, 4, 4), (8, 64, 128, 3, 4), (8, 128, 128, 3, 4), (4, 64, 128, 5, 4),
-         (4, 64, 256, 3, 4), (4, 64, 128, 6, 4), (8, 128, 128, 4, 4), (8, 128, 128, 4, 8),
-         (8, 128, 64, 6, 4), (8, 128, 64, 8, 8), (16, 128, 64, 4, 4), (4, 64, 64, 8, 4),
-         (8, 64, 64, 6, 4), (16, 256, 64, 5, 8), (4, 64, 128, 3, 4))
+         (4, 64, 128, 6, 4), (8, 128, 128, 4, 8), (8, 128, 64, 6, 4), (8, 64, 64, 6, 4),
+         (4, 64, 128, 3, 4))
     ):  # fmt: skip
         yield ProductSize(columns, depth, parts, stages, warps)
+    for parts, columns, depth, stages, warps in (
+        ((1, 64, 128, 3, 4), (1, 64, 128, 4, 4), (1, 64, 128, 6, 4), (1, 64, 64, 6, 4),
+         (1, 64, 64, 12, 4), (1, 128, 64, 4, 4), (1, 128, 64, 8, 4), (1, 128, 64, 8, 8),
+         (1, 128, 128, 4, 8), (1, 32, 128, 4, 4))
+        if whole else
+        ((4, 64, 128, 3, 4), (4, 64, 128, 4, 4), (4, 64, 64, 8, 4), (8, 128, 64, 4, 4),
+         (2, 32, 128, 4, 4), (2, 64, 128, 6, 4))
+        if name == "out" else
+        ((4, 64, 128, 3, 4), (4, 64, 128, 4, 4), (4, 64, 128, 6, 4), (4, 64, 64, 12, 4),
+         (8, 128, 64, 4, 4), (8, 128, 64, 8, 4), (8, 128, 128, 4, 8), (16, 256, 64, 5, 8))
+    ):  # fmt: skip
+        yield ProductSize(columns, depth, parts, stages, warps, tma=True)
 
 
 def attend_sizes() -> Iterator[AttendSize]:
@@ -309,7 +319,7 @@ def search(
         times = {}
         for size in sizes:
             table[key] = size
-            times[size] = 1e3 * median_ms(decoder.record().replay, 25)
+            times[size] = 1e3 * median_ms(decoder.record().replay, 41)
         best = table[key] = min(times, key=lambda size: times[size])
         chosen[f"{name} {rows}"] = best
         _say(f"{name} {rows}: {best}; " + ", ".join(f"{us:.1f}" for us in times.values()) + " us")
@@ -350,7 +360,7 @@ def table_lines() -> Iterator[str]:
             continue
         extra = "".join(
             f", {name}={getattr(size, name)}"
-            for name in ("parts", "stages", "warps", "ahead")
+            for name in ("parts", "stages", "warps", "ahead", "tma")
             if getattr(size, name) != getattr(plain, name)
         )
         yield f"    {key}: ProductSize({size.columns}, {size.depth}{extra}),"

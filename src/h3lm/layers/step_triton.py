@@ -48,6 +48,7 @@ class ProductSize:
         stages: How many tiles of weights are on their way; of several rows alone.
         warps: Warps of a program.
         ahead: Inputs whose weights are on their way to the L2 cache before x is there.
+        tma: Whether tiles come by TMA (`step_hopper`), the first `stages` of weights before x.
     """
 
     columns: int
@@ -56,6 +57,7 @@ class ProductSize:
     stages: int = 3
     warps: int = 4
     ahead: int = 8192
+    tma: bool = False
 
 
 ATTEND = AttendSize()
@@ -490,7 +492,14 @@ def product(
         "EARLY": early,
     }  # fmt: skip
     launch = {"num_warps": size.warps, **launch_options(early)}
-    if M == 1:
+    if size.tma and early and 1 < M <= 64 and K % 8 == 0:
+        from h3lm.layers import step_hopper
+
+        step_hopper.launch(
+            (columns, parts), *tensors, depth_of_part, size.columns, size.depth, size.stages,
+            choices, launch,
+        )  # fmt: skip
+    elif M == 1:
         row_product_kernel[(columns, parts)](
             *tensors, N, K, depth_of_part,
             COLUMNS=size.columns, DEPTH=size.depth, **choices, **launch,
