@@ -153,6 +153,20 @@ def test_kernel_equals_the_definition_on_the_gpu(case, dtype):
     check(*case, dtype, 5, "triton")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("size", [(4, 1, 1), (16, 4, 4), (16, 2, 4)], ids=str)
+@pytest.mark.parametrize("case", [(1, 48, 1, 32, 64), (7, 2048, 1, 32, 64), (64, 112, 1, 32, 64)])
+def test_the_lean_kernel_equals_the_definition(case, size, alike, dtype):
+    from h3lm.flashconv.kernels.step_triton import StepSize
+
+    start = torch.full(case[:1], 70) if alike else None
+    rows, stages, warps = size
+    size = StepSize(4 * warps, rows, warps, stages=stages, lean=True)
+    check(*case, dtype, 3, "kernel", size, start)
+
+
 def test_a_strided_state_is_refused_by_kernels(monkeypatch):
     taps, system, state, qkv = problem(2, 8, 1, 8, 16, torch.float32, 1)
     strided = as_real_pairs(state.diagonal).transpose(0, 1).contiguous().transpose(0, 1)

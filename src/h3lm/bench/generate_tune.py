@@ -100,6 +100,13 @@ def core_sizes(rows: int) -> Iterator[StepSize]:
     ):  # fmt: skip
         if at_once * groups <= rows:
             yield StepSize(columns, at_once, warps, groups, stages)
+    for at_once, stages, warps in (
+        (1, 1, 1), (2, 2, 1), (2, 2, 4), (4, 2, 1), (4, 4, 1), (4, 4, 4), (8, 2, 4), (8, 4, 1),
+        (8, 4, 4), (16, 2, 1), (16, 2, 4), (16, 3, 4), (16, 4, 1), (16, 4, 4), (32, 4, 1),
+        (32, 4, 4), (32, 6, 2), (16, 6, 1),
+    ):  # fmt: skip
+        if at_once <= rows:
+            yield StepSize(4 * warps, at_once, warps, stages=stages, lean=True)
 
 
 def product_sizes(rows: int, name: str) -> Iterator[ProductSize]:
@@ -206,7 +213,7 @@ def _product(rows: int, name: str, layers: int, size: object) -> Callable[[int],
         if in_parts:
             return lambda i: product(x, weights[i], None, False, True, early, size)
         return lambda i: product(x, weights[i], bias, gelu, False, early, size)
-    if gelu:
+    if bias is not None and gelu:
         return lambda i: torch._addmm_activation(bias, x, weights[i].T, use_gelu=True)
     return lambda i: F.linear(x, weights[i], None if in_parts else bias)
 

@@ -32,6 +32,8 @@ class StepSize:
         warps: Warps of a program; a single one needs no barrier.
         groups: Groups of so many rows that a program walks over, for heads of one channel.
         stages: How many of these groups are on their way through shared memory.
+        lean: Whether it is the kernel of `step_gluon`, for the shapes that it takes: `columns` are
+            4 for each warp, a program walks over `rows`, `stages` of them on their way.
     """
 
     columns: int = 4
@@ -39,6 +41,7 @@ class StepSize:
     warps: int = 1
     groups: int = 1
     stages: int = 1
+    lean: bool = False
 
 
 SIZES = {1: StepSize(), 16: StepSize(), 64: StepSize()}  # by rows at most; the last for more
@@ -343,8 +346,18 @@ def step(
     Everything but q, k and v is contiguous; these have contiguous channels and any row stride.
     """
     B, D = q.shape
+    n_taps, modes = taps.shape[1], a.shape[1]
     size = size or SIZES[1 if B == 1 else 16 if B <= 16 else 64]
-    H, modes, n_taps = D // head_dim, a.shape[1], taps.shape[1]
+    if size.lean:
+        from h3lm.flashconv.kernels import step_gluon
+
+        if step_gluon.takes(head_dim, D, modes, n_taps, size.warps):
+            return step_gluon.step(
+                q, k, v, taps, a, b, c, skip, ring, position, diagonal,
+                min(size.rows, triton.next_power_of_2(B)), size.stages, size.warps, early,
+            )  # fmt: skip
+        size = StepSize()
+    H = D // head_dim
     heads = max(1, size.columns // head_dim)
     rows = min(size.rows, triton.next_power_of_2(B))
     warps = size.warps * max(1, head_dim // size.columns)  # a head is not divided
