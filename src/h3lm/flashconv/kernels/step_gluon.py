@@ -18,6 +18,12 @@ TAPS, MODES, PER_WARP = 64, 32, 4  # of a channel, and channels of a warp
 
 
 @gluon.jit
+def no_rows():
+    """What is on its way at first."""
+    return ()
+
+
+@gluon.jit
 def load_state(ring, diagonal, position, row, B, D, at):
     """Ring, diagonal state and next slot of the program's channels in a row."""
     last = gl.minimum(row, B - 1)
@@ -62,7 +68,7 @@ def h3_step_kernel(
     slot = gl.arange(0, 64, gl.SliceLayout(0, tile))
     at = channel[:, None] * 64 + slot[None, :]
     first = gl.program_id(1) * ROWS
-    coming = ()
+    coming = no_rows()
     for i in gl.static_range(AHEAD):
         coming += (load_state(ring, diagonal, position, first + i, B, D, at),)
     kept_write = coming[0][2]
@@ -72,7 +78,7 @@ def h3_step_kernel(
     c_re, c_im = load_pairs(c, at, CHANNELS)
     direct = gl.load(skip + channel)
     wait_for_inputs(EARLY)
-    inputs = ()
+    inputs = no_rows()
     for i in gl.static_range(min(2, ROWS)):
         inputs += (load_inputs(q, k, v, first + i, B, channel, q_stride, k_stride, v_stride),)
     for i in gl.static_range(ROWS):
