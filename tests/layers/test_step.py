@@ -218,13 +218,16 @@ def test_the_self_test_passes_and_finds_a_wrong_kernel(monkeypatch, triton_step)
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.half)
         monkeypatch.setattr(torch.nn.Module, "bfloat16", torch.nn.Module.half)
         monkeypatch.setattr(torch.random, "fork_rng", lambda devices: torch.no_grad())
-    self_test.step_fault.cache_clear()
+        monkeypatch.setattr(self_test, "ROWS", {1: 1, 64: 2})  # many rows take long there
+    self_test._known.clear()
     assert self_test.step_fault(DEVICE) == ""
+    assert [key[1] for key in self_test._known] == list(self_test.ROWS)
+    assert self_test.known_fault(DEVICE, 40) == ""
     right = triton_step.product
     monkeypatch.setattr(triton_step, "product", lambda *a: 1.2 * right(*a))
-    self_test.step_fault.cache_clear()
+    self_test._known.clear()
     assert "a step of h3 differs" in self_test.step_fault(DEVICE)
     monkeypatch.setattr(triton_step, "product", lambda *a: 1 / 0)
-    self_test.step_fault.cache_clear()
+    self_test._known.clear()
     assert "ZeroDivisionError" in self_test.step_fault(DEVICE)
-    self_test.step_fault.cache_clear()
+    self_test._known.clear()

@@ -40,8 +40,8 @@ def has_kernels(x: Tensor) -> bool:
     from h3lm.layers.self_test import known_fault, step_fault
 
     if torch.cuda.is_current_stream_capturing():  # no test inside of a CUDA graph
-        return known_fault(x.device) == ""
-    return not step_fault(x.device)
+        return known_fault(x.device, len(x)) == ""
+    return not step_fault(x.device, len(x))
 
 
 def can_advance(block: Any, r: Tensor) -> bool:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.kernels.overlap import fetch, launch_options, wait_for_inputs
+from h3lm.flashconv.step import rows_class
 
 LOG2_E = 1.4426950408889634
 
@@ -90,7 +91,7 @@ def product_kind(rows: int, weight: Tensor, gelu: bool, in_parts: bool) -> tuple
         kind = "down" if K > N else "out"
     else:
         kind = "up" if gelu else "head" if N >= 8 * K else "qkv"
-    return (1 if rows == 1 else 16 if rows <= 16 else MAX_ROWS), kind
+    return rows_class(rows), kind
 
 
 @triton.jit

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.kernels.overlap import fetch, launch_options, wait_for_inputs
+from h3lm.flashconv.step import rows_class
 
 
 @dataclass(frozen=True)
@@ -347,7 +348,7 @@ def step(
     """
     B, D = q.shape
     n_taps, modes = taps.shape[1], a.shape[1]
-    size = size or SIZES[1 if B == 1 else 16 if B <= 16 else 64]
+    size = size or SIZES[rows_class(B)]
     if size.lean:
         from h3lm.flashconv.kernels import step_gluon
 
