@@ -16,7 +16,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -270,12 +269,15 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def check_sizes(only: set[str], names: set[str] | None = None) -> dict[tuple[str, object], str]:
+def check_sizes(
+    only: set[str], names: set[str] | None = None, seconds: float = 90
+) -> dict[tuple[str, object], str]:
     """Compile all sizes and compare them with plain PyTorch, by many processes.
 
     Args:
         only: Which kernels.
         names: Which cases of these; all if None.
+        seconds: What has no answer by then, a kernel that hangs perhaps, is not to be used.
 
     Returns:
         What is wrong with a size, or nothing, by name of the case and size.
@@ -285,8 +287,14 @@ def check_sizes(only: set[str], names: set[str] | None = None) -> dict[tuple[str
     jobs = [(case.name, size) for case in todo for size in case.sizes]
     context = multiprocessing.get_context("spawn")
     workers = max(1, min(WORKERS, len(jobs), (os.cpu_count() or 2) - 1))
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        faults = dict(zip(jobs, pool.map(_fault, jobs, chunksize=2), strict=True))
+    faults = {}
+    with context.Pool(workers) as pool:
+        answers = [pool.apply_async(_fault, (job,)) for job in jobs]
+        for job, answer in zip(jobs, answers, strict=True):
+            try:
+                faults[job] = answer.get(max(0.0, start + seconds - time.monotonic()))
+            except multiprocessing.TimeoutError:
+                faults[job] = "no answer"
     for (name, size), fault in faults.items():
         if fault:
             _say(f"{name} {size}: {fault}")
