@@ -62,7 +62,11 @@ class H3EncoderLayer(GradientCheckpointingLayer):
             return _normalise(norm, self._added(r, r, sublayer, lengths), lengths)
         # in what the sublayer reads, so that it turns and casts nothing
         last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
-        u = _normalise(norm, r, lengths, dtype=_dtype_of_mixing(r), positions_last=last)
+        if isinstance(norm, BatchNorm):
+            form = {"dtype": _dtype_of_mixing(r), "positions_last": last}
+            u, r = norm.beside(r, lengths, **form)
+        else:
+            u = norm(r)
         return self._added(r, u, sublayer, lengths)
 
     def _added(self, r: Tensor, u: Tensor, sublayer: Any, lengths: Tensor | None) -> Tensor:
@@ -346,8 +350,8 @@ def _norm(config: H3ClassificationConfig) -> nn.Module:
     return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
-def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None, **form: Any) -> Tensor:
-    return norm(r, lengths, **form) if isinstance(norm, BatchNorm) else norm(r)
+def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None) -> Tensor:
+    return norm(r, lengths) if isinstance(norm, BatchNorm) else norm(r)
 
 
 def _dtype_of_mixing(x: Tensor) -> torch.dtype:

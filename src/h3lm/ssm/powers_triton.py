@@ -417,7 +417,8 @@ def make(
     tiles = [triton.cdiv(1 << turns, tile) for turns in (shape.right_turns, shape.left_turns)]
     filters_kernel[(H, *tiles)](
         tables.left, tables.right, skip, filters, H, length, shape.left_turns, shape.right_turns,
-        READOUTS=readouts, N=2 * shape.modes, DELAYED=delayed, TILE=tile, num_warps=warps, num_stages=stages,
+        READOUTS=readouts, N=2 * shape.modes, DELAYED=delayed, TILE=tile, num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
     return filters
 
@@ -450,7 +451,8 @@ def make_backward(
     tile, warps, stages = launch.backward
     powers_backward_kernel[(H,)](
         tables.powers, tables.left, tables.right, dleft, dright, dpowers,
-        shape.left_turns, shape.right_turns, READOUTS=readouts, N=N, TILE=tile, num_warps=warps, num_stages=stages,
+        shape.left_turns, shape.right_turns,
+        READOUTS=readouts, N=N, TILE=tile, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     parameters_kernel[(H,)](
         eigenvalues, P, B, dt, dleft, dright, dpowers, dl, dP, dB, dC, ddt, H, modes,
