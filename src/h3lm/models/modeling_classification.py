@@ -63,8 +63,7 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         # in what the sublayer reads, so that it turns and casts nothing
         last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
         if isinstance(norm, BatchNorm):
-            form = {"dtype": _dtype_of_mixing(r), "positions_last": last}
-            u, r = norm.beside(r, lengths, **form)
+            u, r = norm.beside(r, lengths, dtype=_dtype_of_mixing(r), positions_last=last)
         else:
             u = norm(r)
         return self._added(r, u, sublayer, lengths)
