@@ -29,10 +29,10 @@ def filter_gradients(
         taps: Taps of the filter.
         taps_reverse: Taps of the reverse one.
     """
-    if u.dtype != torch.float32:
-        return gradients(sums, taps, taps_reverse, size)
     total = sums[0] if len(sums) == 1 else sums.sum(0)
-    return gradients_by_library(total, taps, taps_reverse)
+    if taps_reverse is not None or u.dtype == torch.float32:
+        return gradients_by_library(total, taps, taps_reverse)
+    return gradients(total, taps, size, factors(size, torch.float16, u.device, True)), None
 
 
 def forward(
@@ -97,15 +97,11 @@ def backward(
 
 def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: Size) -> Prepared:
     """The spectrum of a filter that reaches both ways, for rows like u."""
-    if u.dtype == torch.float32:
-        return prepare_by_library(f, f_reverse, size)
-    if f_reverse is not None:
-        f_reverse = _taps_last(f_reverse)
-    return transform(_taps_last(f), f_reverse, size)
-
-
-def _taps_last(f: Tensor) -> Tensor:
-    return f if f.stride(1) == 1 else f.contiguous()
+    half = u.dtype != torch.float32
+    if f_reverse is not None or not half:
+        return prepare_by_library(f, f_reverse, size, half)
+    f = f if f.stride(1) == 1 else f.contiguous()
+    return transform(f, size, factors(size, torch.float16, f.device, True))
 
 
 class _Run:

@@ -30,7 +30,7 @@ from h3lm.flashconv.kernels.fft_filter import (
     Prepared,
     imaginary_row,
     reverse_gradient,
-    transform_planes,
+    transform,
 )
 from h3lm.flashconv.kernels.fft_launch import rows_per_program
 from h3lm.flashconv.kernels.fft_size import SHIFT, Size, factors, unitary_dft
@@ -311,7 +311,7 @@ def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: LongSize) -> P
         exponents = torch.maximum(exponents, run.exponents(ahead, None, more))
         sums += more
     planes = run.outward(rows, None, exponents, ahead)
-    return transform_planes(planes, exponents, sums, size.inner, size.outer)
+    return transform(planes, size.inner, run.tables, size.outer, exponents, sums)
 
 
 def filter_gradients(

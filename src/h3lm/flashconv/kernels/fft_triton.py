@@ -175,18 +175,8 @@ def to_spectrum(
 ):  # fmt: skip
     """Transform a tile of a row, (part, l1) by l2; both parts of the spectrum, float32."""
     re, im = split_stacked(tl.dot(F, x, input_precision=PRECISION), N1, N2)
-    return second_factor(re, im, W, kept, zero, N1, N2, REAL, FAST, KEEP, PRECISION)
-
-
-@triton.jit
-def second_factor(
-    re, im, W, kept, zero,
-    N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
-    KEEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What `to_spectrum` does behind its first product."""
     cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
-    turned = join_columns(re * cos + im * sin, im * cos - re * sin, N1, N2).to(W.dtype)
+    turned = join_columns(re * cos + im * sin, im * cos - re * sin, N1, N2).to(F.dtype)
     return split_columns(tl.dot(turned, W, input_precision=PRECISION), N1, N2)
 
 
@@ -197,22 +187,11 @@ def from_spectrum(
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `to_spectrum`, float32."""
-    re, im = undo_second_factor(re, im, W, kept, zero, N1, N2, REAL, FAST, KEEP, PRECISION)
-    turned = join_stacked(re, im, N1, N2).to(F.dtype)
-    return tl.dot(tl.trans(F), turned, input_precision=PRECISION)
-
-
-@triton.jit
-def undo_second_factor(
-    re, im, W, kept, zero,
-    N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
-    KEEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What `from_spectrum` does before its last product."""
-    columns = join_columns(re, im, N1, N2).to(W.dtype)
+    columns = join_columns(re, im, N1, N2).to(F.dtype)
     re, im = split_columns(tl.dot(columns, tl.trans(W), input_precision=PRECISION), N1, N2)
     cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
-    return re * cos - im * sin, re * sin + im * cos
+    turned = join_stacked(re * cos - im * sin, re * sin + im * cos, N1, N2).to(F.dtype)
+    return tl.dot(tl.trans(F), turned, input_precision=PRECISION)
 
 
 @triton.jit
