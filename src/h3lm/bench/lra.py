@@ -270,16 +270,9 @@ def _time_batch(task: Task, path: Runner, repeats: int) -> Timed:
         eager_ms = measure.median_ms(step, repeats)
     peak = torch.cuda.max_memory_allocated()
     torch.cuda.empty_cache()  # a graph has memory of its own
-    graph_ms, note = eager_ms, ""
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        graph_ms = measure.median_ms(graph.replay, repeats)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        note = f"launched, not captured: {str(error).splitlines()[0]}"
+    graph_ms, note = measure.replayed_ms(step, repeats)
+    if note:
+        graph_ms = eager_ms
     return Timed(task.batch, graph_ms, eager_ms, peak, model.num_parameters(), note)
 
 

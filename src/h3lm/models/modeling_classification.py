@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 
 from h3lm.layers import MLP, mixer
 from h3lm.layers.batch_norm import BatchNorm
+from h3lm.layers.projection import dtype_of_products
 from h3lm.models.configuration_classification import H3ClassificationConfig
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3PreTrainedModel
@@ -63,7 +64,7 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         # in what the sublayer reads, so that it turns and casts nothing
         last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
         if isinstance(norm, BatchNorm):
-            u, r = norm.beside(r, lengths, dtype=_dtype_of_mixing(r), positions_last=last)
+            u, r = norm.beside(r, lengths, dtype=dtype_of_products(r), positions_last=last)
         else:
             u = norm(r)
         return self._added(r, u, sublayer, lengths)
@@ -76,7 +77,7 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         return r + self.dropout(sublayer(u, lengths))
 
     def _mix(self, u: Tensor, lengths: Tensor | None, **residual: Tensor) -> Tensor:
-        u = u.to(_dtype_of_mixing(u))
+        u = u.to(dtype_of_products(u))
         # a causal mixer never sees the padding, since it stands behind
         where = {"lengths": lengths} if self.both_ways else {}
         return self.mixer(u, **where, **residual)[0]
@@ -351,13 +352,6 @@ def _norm(config: H3ClassificationConfig) -> nn.Module:
 
 def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None) -> Tensor:
     return norm(r, lengths) if isinstance(norm, BatchNorm) else norm(r)
-
-
-def _dtype_of_mixing(x: Tensor) -> torch.dtype:
-    """As for a linear map: autocast knows no convolutions, and would leave them in float32."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def _to_the_front(

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from h3lm.layers import H3, Block, CausalAttention
 from h3lm.layers.attention import Rotation
 from h3lm.layers.long_conv import LongConv
+from h3lm.layers.recurrence import Recurrence
 from h3lm.layers.step import Stream, add_norm, attend_step, can_advance, can_norm
 from h3lm.models import decoding, kept
 from h3lm.models.cache import DecodingCache, RingLayer, check_room, prepare_cache
@@ -153,7 +154,8 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
         return mixed
 
     def _mix_and_forget(self, u: Tensor, state: Any, where: Where) -> Tensor:
-        unneeded = {"with_state": False} if isinstance(self.mixer, H3) else {}
+        may_forget = isinstance(self.mixer, H3 | Recurrence | LongConv)
+        unneeded = {"with_state": False} if may_forget else {}
         return self.mixer(u, state, mask=where.padding, **unneeded)[0]
 
 
