@@ -63,7 +63,7 @@ class BatchNorm(nn.BatchNorm1d):
         if lengths is None or not self.training:
             return self._normalise_all(wide.flatten(0, 1)).view_as(x).to(x.dtype)
         valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        count = lengths.sum()
+        count = lengths.sum().clamp(min=1)
         mean = wide.masked_fill(~valid[..., None], 0).sum((0, 1)) / count
         centred = wide - mean
         variance = centred.masked_fill(~valid[..., None], 0).square().sum((0, 1)) / count

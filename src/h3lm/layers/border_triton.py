@@ -69,7 +69,7 @@ def statistics_kernel(
     count = (B * L).to(tl.float64)
     if lengths is not None:
         row = tl.arange(0, ROWS)
-        count = tl.sum(tl.load(lengths + row, row < B, 0), 0).to(tl.float64)
+        count = tl.maximum(tl.sum(tl.load(lengths + row, row < B, 0), 0), 1).to(tl.float64)
     first = tl.zeros((CHANNELS,), tl.float64)
     second = first
     for start in range(0, programs, PART):
