@@ -275,6 +275,15 @@ def test_another_task_and_another_seed_are_added_to_the_folders_report(finished,
         assert found["accuracy"] == pytest.approx(np.mean([b.accuracy for b in same]))
 
 
+def test_few_taps_are_a_mixer_of_their_own_in_report_and_picture(tmp_path):
+    run(Plan({"recall": SMALL}, ("h3:1:3",), seeds=(0,)), tmp_path, lambda line: None)
+    model = H3ForCausalLM.from_pretrained(tmp_path / "models" / "recall-h3-1-3")
+    assert model.config.h3_num_taps == 3
+    assert model.model.layers[0].mixer.shift_ssm.taps().shape == (8, 3)
+    assert (tmp_path / "trace-recall-h3-1-3.png").exists()
+    assert "| h3:1:3 | - |" in (tmp_path / "report.md").read_text()  # not the paper's model
+
+
 def test_reports_of_several_folders_become_one_without_training(finished, tmp_path):
     folder, chosen, _ = finished
     one = replace(chosen, mixers=("attention",), seeds=(2,), search=False)

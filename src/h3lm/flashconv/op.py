@@ -673,8 +673,7 @@ def _check_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
             f"cu_seqlens must be at least two integers, got {tuple(cu_seqlens.shape)} "
             f"{cu_seqlens.dtype}"
         )
-    capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not (torch.compiler.is_compiling() or capturing):
+    if not (torch.compiler.is_compiling() or _is_capturing(cu_seqlens)):
         bounds = cu_seqlens.tolist()
         increasing = all(b > a for a, b in pairwise(bounds))
         if bounds[0] != 0 or bounds[-1] != x.shape[-1] or not increasing:
@@ -682,6 +681,10 @@ def _check_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
                 f"cu_seqlens must increase from 0 to the length {x.shape[-1]}, got {bounds}"
             )
     return len(cu_seqlens) - 1
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_h3_state(

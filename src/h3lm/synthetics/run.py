@@ -418,8 +418,11 @@ def _outcome(job: Job, members: list[Member], longer: dict[int, list[float]]) ->
     best = max(members, key=lambda m: (m.finished, m.last, -m.test_loss))
     assert best.model is not None
     _save(best.model, job.out / "models" / f"{job.name}-{_file_name(job.mixer)}")
-    if set(job.mixer.split("+")) == {"h3"} and not job.name.startswith("mqar"):
-        plots.plot_trace(trace(best.model, best.data), job.out / f"trace-{job.name}.png")
+    config = best.model.config
+    one_channel = set(config.mixers) == {"h3"} and config.h3_head_dim == 1
+    if one_channel and not job.name.startswith("mqar"):
+        which = "" if job.mixer == "h3" else f"-{_file_name(job.mixer)}"
+        plots.plot_trace(trace(best.model, best.data), job.out / f"trace-{job.name}{which}.png")
     steps = -(-job.setting.num_train // job.setting.recipe.batch_size)
     runs = [
         Run(
