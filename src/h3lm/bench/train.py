@@ -6,6 +6,7 @@ of the memory asks for it, gradients clipped, fused AdamW. On several GPUs by FS
 slices of each row.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -42,6 +43,7 @@ from h3lm.train.graphs import GraphedSteps
 from h3lm.train.memory import Estimate
 from h3lm.train.mesh import Mesh
 from h3lm.train.parallel import ShardAdamW, clip_gradients, is_sharded, shard_model
+from h3lm.train.processes import is_first, rank, world_size
 from h3lm.train.profiling import communication_ms
 from h3lm.train.recipe import Recipe
 from h3lm.train.throughput import FORMULA, flops_per_token, peak_flops
@@ -165,6 +167,9 @@ def run(
 ) -> Path:
     """Check the kernels, time training steps, and write a report into a folder.
 
+    Several processes are started for each measurement, or are those of `torchrun`, where it has
+    started this one: then all must come here, the first measures one GPU, and it writes.
+
     Args:
         folder: Where the report goes.
         say: Called with a line for each result.
@@ -180,10 +185,14 @@ def run(
         graphs: Whether one GPU replays steps as CUDA graphs, unless blocks are recomputed.
 
     Raises:
-        UserError: without so many CUDA devices, or if there is no such way.
+        UserError: without so many CUDA devices, if there is no such way, or if `torchrun` has
+            started another number of processes.
         RuntimeError: if a kernel is wrong: a fast wrong one is not timed.
     """
     _check(world, way, device)
+    if world_size() > 1:
+        _meet(rank(), device)
+        say = say if is_first() else _nothing
     if device == "cuda":
         list(checked_backends(say))
     tokens = tokens or TRAIN_TOKENS.get(preset, 16384)
@@ -221,6 +230,8 @@ def run(
     if contenders != CONTENDERS:
         command += "".join(f" --model {contender.word}" for contender in contenders)
     command += {None: "", True: " --recompute", False: " --keep"}[recomputed]
+    if not is_first():
+        return folder / f"{name}.md"
     plot_phases(folder / f"{name}.png", rows)
     environment = measure.environment(command) if device == "cuda" else {"command": command}
     return report.write(name, folder, environment, NOTES, rows)
@@ -244,6 +255,8 @@ def _check(world: int, way: str, device: str) -> None:
         raise UserError(f"parallel={way!r} is not one of {', '.join(WAYS)}")
     if world < 1:
         raise UserError(f"world={world} must be a number of GPUs")
+    if world_size() not in (1, world):
+        raise UserError(f"torchrun has started {world_size()} processes, not world={world}")
     there = torch.cuda.device_count()
     if device == "cuda" and world > there:
         found = f"there {'is' if there == 1 else 'are'} {there or 'no'} CUDA device"
@@ -272,11 +285,13 @@ def _row(job: Job) -> report.Row:
 
 
 def measure_job(job: Job) -> report.Row:
-    """Measure in processes of their own where there are several.
+    """Measure in the processes of `torchrun`, or where there are several, in some of their own.
 
     Raises:
         OutOfMemoryError: if the memory of one does not suffice.
     """
+    if distributed.is_initialized():
+        return _measure_together(job)
     with tempfile.TemporaryDirectory() as place:
         _write_blocks(Path(place), job)
         if job.world == 1:
@@ -297,24 +312,55 @@ def measure_job(job: Job) -> report.Row:
         return json.loads((Path(place) / "row.json").read_text(encoding="utf-8"))
 
 
-def _in_process(rank: int, job: Job, place: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.world)}
-    backend = "gloo"
-    if job.device == "cuda":
-        torch.cuda.set_device(rank)
-        backend = "nccl"
-    else:
-        torch.set_num_threads(1)
-    distributed.init_process_group(backend, rank=rank, world_size=job.world)
-    row = _measure(rank, job, place)
-    if rank == 0:
+def _in_process(number: int, job: Job, place: str) -> None:
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(job.world)}
+    _meet(number, job.device)
+    row = _measure(number, job, place)
+    if number == 0:
         (Path(place) / "row.json").write_text(json.dumps(row), encoding="utf-8")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def _measure(rank: int, job: Job, place: str) -> report.Row:
+def _meet(number: int, device: str) -> None:
+    """Find the other processes, if that is not done."""
+    if device == "cuda":
+        torch.cuda.set_device(number)
+    else:
+        torch.set_num_threads(1)
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def _measure_together(job: Job) -> report.Row:
+    """One process's part of a measurement among those of `torchrun`; the row is the first's."""
+    with tempfile.TemporaryDirectory() as mine:
+        if is_first():
+            _write_blocks(Path(mine), job)
+        (place,) = _first_tells(mine)
+        row: report.Row | None = None
+        with suppress(torch.cuda.OutOfMemoryError) if job.world == 1 else nullcontext():
+            if job.world > 1 or is_first():
+                row = _measure(rank(), job, place)
+        (row,) = _first_tells(row)
+    if row is None:
+        raise torch.cuda.OutOfMemoryError
+    return row
+
+
+def _first_tells(what: Any) -> list[Any]:
+    told = [what]
+    distributed.broadcast_object_list(told)
+    return told
+
+
+def _nothing(_: str) -> None:
+    """Said by processes that are not the first."""
+
+
+def _measure(number: int, job: Job, place: str) -> report.Row:
     """One process's part of a measurement; the row is the first's."""
+    gc.collect()  # what was measured before
     device = torch.device(job.device)
     config = job.contender.config(job.preset)
     estimate = _estimate(job, config, device)
@@ -326,7 +372,7 @@ def _measure(rank: int, job: Job, place: str) -> report.Row:
     parameters, work = model.num_parameters(), flops_per_token(model, job.length)
     call = _prepare(model, job, recomputed, gathered)
     attention = _fastest_attention(config, job, device)
-    batches = _batches(job, Path(place), rank, device)
+    batches = _batches(job, Path(place), number, device)
     step = _Step(call, model, job, attention, graphs=job.graphs and not recomputed)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -340,7 +386,7 @@ def _measure(rank: int, job: Job, place: str) -> report.Row:
     for _ in range((WARM_UP_LAUNCHED if step.graphs is None else WARM_UP) - 1):
         take()
     _, last = _timed(lambda: _phases(take(), device))
-    repeats = max(2, min(job.repeats, int(LONGEST_MS / _largest(last, device))))
+    repeats = max(2, min(job.repeats, int(LONGEST_MS / _largest(last, job, device))))
     taken = [take() for _ in range(repeats)]
     spent = _milliseconds(taken, device)
     if step.graphs is not None:  # which tell the points of their last replay alone
@@ -348,7 +394,7 @@ def _measure(rank: int, job: Job, place: str) -> report.Row:
         medians = [median(times) for times in zip(*replays, strict=True)]
         spent |= dict(zip(PHASES, medians, strict=True))
     held = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    peak = _largest(held, device)
+    peak = _largest(held, job, device)
     rate = 1000 * job.tokens / spent["step"]
     row: report.Row = {
         "parameters": f"{parameters:,}",
@@ -507,12 +553,12 @@ def _write_blocks(folder: Path, job: Job) -> None:
 
 
 def _batches(
-    job: Job, folder: Path, rank: int, device: torch.device
+    job: Job, folder: Path, mine: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """This process's part of each batch, on its device."""
     blocks = JoinedBlocks({"": folder}, "train", job.length)
     order = Order([len(blocks)], 0)
-    row_slice = (rank, job.world) if job.way == "seq" and job.world > 1 else (0, 1)
+    row_slice = (mine, job.world) if job.way == "seq" and job.world > 1 else (0, 1)
     loader = DataLoader(
         BlockDataset(blocks),
         batch_size=job.rows,
@@ -523,7 +569,7 @@ def _batches(
     # of all processes; what divides the sum is a constant here, which would stall the GPU
     number_of_tokens = torch.tensor(job.tokens, device=device)
     for number, batch in enumerate(loader):
-        if job.readers == 1 or number % job.readers == rank:
+        if job.readers == 1 or number % job.readers == mine:
             yield {name: x.to(device, non_blocking=True) for name, x in batch.items()} | {
                 "num_items_in_batch": number_of_tokens
             }
@@ -558,8 +604,8 @@ def _fastest_attention(config: H3Config, job: Job, device: torch.device) -> SDPB
     return min(times, key=lambda backend: times[backend]) if times else None
 
 
-def _largest(number: float, device: torch.device) -> float:
-    if not distributed.is_initialized():
+def _largest(number: float, job: Job, device: torch.device) -> float:
+    if job.world == 1:
         return number
     told = torch.tensor(number, dtype=torch.float64, device=device)
     distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
