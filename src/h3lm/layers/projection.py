@@ -17,7 +17,9 @@ def project_channel_first(linear: nn.Module, u: Tensor) -> Tensor:
     if not is_plain(linear):
         return linear(u).permute(2, 0, 1).contiguous().transpose(0, 1)
     assert isinstance(linear, nn.Linear)
-    rows, weight, bias = u.reshape(B * L, d_in), linear.weight, linear.bias
+    rows = u.reshape(B * L, d_in)
+    weight: Tensor = linear.weight
+    bias: Tensor | None = linear.bias
     if bias is not None and _adds_in_product(u):
         rows, weight, bias = *bias_as_input(rows, weight, bias, _product_dtype(u)), None
     y = weight @ rows.T
