@@ -1,6 +1,7 @@
 """What can be said of `h3lm bench generate` without a GPU."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -50,12 +51,14 @@ def test_the_committed_sizes_are_among_those_that_are_timed():
     from h3lm.flashconv.kernels import step_triton as core
     from h3lm.layers import step_triton as step
 
-    assert core.SIZE in tune.core_sizes(64)
+    assert all(size in tune.core_sizes(rows) for rows, size in core.SIZES.items() if rows > 1)
     assert step.ATTEND in tune.attend_sizes()
     for (rows, kind), size in step.SIZES.items():
-        assert size is None or size in tune.product_sizes(rows, kind)
+        plain = size and replace(size, ahead=step.ProductSize.ahead)
+        assert size is None or plain in tune.product_sizes(rows, kind)
+        assert size is None or size.ahead in (*tune.AHEAD, step.ProductSize.ahead)
     names = [case.name for case in tune.cases({"core", "product", "attend"})]
-    assert len(names) == len(set(names)) == 19
+    assert len(names) == len(set(names)) == 22
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -65,7 +68,9 @@ def test_the_search_leaves_the_fastest_sizes_in_the_tables(monkeypatch):
     def cost(rows):
         """Sizes with few warps are fast here, those of one wrong kernel fastest."""
         sizes = [size for key, size in tune.step.SIZES.items() if key[0] == rows]
-        return tune.core.SIZE.warps + sum(50 if size is None else size.warps for size in sizes)
+        return tune.core.SIZES[rows].warps + sum(
+            50 if size is None else size.warps + size.ahead / 1e5 for size in sizes
+        )
 
     class Decoder:
         def __init__(self, rows):
@@ -81,14 +86,21 @@ def test_the_search_leaves_the_fastest_sizes_in_the_tables(monkeypatch):
     monkeypatch.setattr(tune, "filled_decoder", lambda model, rows, context: Decoder(rows))
     monkeypatch.setattr(tune, "median_ms", lambda call, repeats: call())
     monkeypatch.setattr(tune.step, "SIZES", dict(tune.step.SIZES))
-    monkeypatch.setattr(tune.core, "SIZE", tune.core.SIZE)
+    monkeypatch.setattr(tune.core, "SIZES", dict(tune.core.SIZES))
     monkeypatch.setattr(tune.step, "ATTEND", tune.step.ATTEND)
     monkeypatch.setattr(tune, "_us", lambda case, size: case.bytes / size.keys)
-    wrong = next(s for s in tune.product_sizes(1, "square") if s.warps == 1)
+    wrong = next(s for s in tune.product_sizes(1, "out") if s.warps == 1)
     chosen = tune.search({("out 1", wrong)})
-    assert chosen["core"].warps == 1
-    assert chosen["core"] == tune.core.SIZE
-    assert chosen["1 square"] == tune.step.SIZES[1, "square"] != wrong
-    assert chosen["1 square"].warps == 2
+    assert chosen["core 64"].warps == 1
+    assert chosen["core 64"] == tune.core.SIZES[64]
+    assert chosen["out 1"] == tune.step.SIZES[1, "out"] != wrong
+    assert (chosen["out 1"].warps, chosen["out 1"].ahead) == (2, 0)
     assert chosen["attend"].keys == tune.step.ATTEND.keys == 64
-    assert set(chosen) == {"core", "attend", *(f"{rows} {kind}" for rows, kind in tune.step.SIZES)}
+    names = {f"core {rows}" for rows in tune.core.SIZES}
+    assert set(chosen) == {"attend", *names, *(f"{kind} {rows}" for rows, kind in tune.step.SIZES)}
+    lines = "\n".join(tune.table_lines())
+    table = lines[lines.index("{", lines.index("layers")) : lines.rindex("}") + 1]
+    assert eval(table, {"ProductSize": tune.ProductSize}) == tune.step.SIZES
+    tune.step.SIZES[1, "out"] = before = tune.ProductSize(8, 64)
+    assert tune.search(set(), deadline=0.0) == {}
+    assert tune.step.SIZES[1, "out"] is before

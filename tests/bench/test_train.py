@@ -57,6 +57,21 @@ def test_several_processes_stand_beside_one(tmp_path, way):
     assert two["all-reduce GB/s"] > 0
 
 
+def test_slices_stand_beside_one_gpu_with_the_same_rows(monkeypatch):
+    job = Job("125m", CONTENDERS[1], 1, 64, world=2, way="seq")
+    asked = []
+    monkeypatch.setattr(train, "measure_job", lambda job: asked.append(job) or {"peak GiB": 8.0})
+    found = train._beside_whole({"peak GiB": 4.0}, job)
+    assert found == {"peak of one GPU": 8.0, "peak ratio": 0.5}
+    assert (asked[0].world, asked[0].length, asked[0].repeats) == (1, 64, 0)
+
+    def fails(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(train, "measure_job", fails)
+    assert train._beside_whole({"peak GiB": 4.0}, job) == {"peak of one GPU": "out of memory"}
+
+
 def test_what_a_process_cannot_hold_is_said(monkeypatch):
     def fails(*_):
         raise torch.cuda.OutOfMemoryError
@@ -69,6 +84,10 @@ def test_what_a_process_cannot_hold_is_said(monkeypatch):
 def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(UserError, match="parallel='tensor' is not one of fsdp, ddp, seq"):
         run(tmp_path, print, way="tensor", device="cpu")
+    with pytest.raises(UserError, match="model='gpt' is not one of transformer, hybrid, h3"):
+        train.contenders_of(["gpt"])
+    assert [c.word for c in train.contenders_of(["h3", "transformer"])] == ["transformer", "h3"]
+    assert train.contenders_of(None) == train.CONTENDERS
     with pytest.raises(UserError, match="world=0 must be a number of GPUs"):
         run(tmp_path, print, world=0, device="cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

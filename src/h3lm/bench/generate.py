@@ -114,6 +114,7 @@ def _jobs(
         yield partial(_fitting, name, model, bandwidth)
     for rows, prompt in LIBRARY_SHAPES:
         yield partial(_library, preset, rows, prompt)
+    yield partial(_steps_by_turns, "pure H3", models["pure H3"], bandwidth)
     for rows, prompt in CONTEXTS:
         yield partial(_row, "pure H3", models["pure H3"], rows, prompt, bandwidth)
 
@@ -266,6 +267,29 @@ def _row(
         "MiB a sequence": decoding.bytes_of_row(model, prompt + NEW_TOKENS) / 2**20,
         "peak GiB": peak / 2**30,
     }  # fmt: skip
+
+
+@torch.no_grad()
+def _steps_by_turns(name: str, model: H3ForCausalLM, bandwidth: float) -> Iterator[report.Row]:
+    """The step alone at all of `CONTEXTS`, by turns: clocks fall behind a long prompt."""
+    _clean()
+    decoders = []
+    for rows, prompt in CONTEXTS:
+        decoder = filled_decoder(model, rows, prompt + NEW_TOKENS)
+        decoder.cache.start_steps(prompt)
+        decoder.graph = decoder.record()
+        decoders.append(decoder)
+    turns = [
+        [measure.median_ms(decoder.graph.replay, 15) for decoder in decoders] for _ in range(9)
+    ]
+    for (rows, prompt), times in zip(CONTEXTS, zip(*turns, strict=True), strict=True):
+        step = sorted(times)[len(times) // 2] / 1e3
+        floor = floor_bytes(model, rows, prompt) / bandwidth
+        yield {
+            "model": name + ", the step alone, by turns", "batch": rows, "prompt": prompt,
+            "tokens/s": rows / step, "step ms": 1e3 * step, "floor ms": 1e3 * floor,
+            "% of floor": 100 * floor / step,
+        }  # fmt: skip
 
 
 @torch.no_grad()

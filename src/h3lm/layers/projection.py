@@ -1,6 +1,17 @@
 """The border between (B, L, D) and (B, D, L)."""
 
+import torch
 from torch import Tensor, nn
+
+
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """The dtype that a linear map of x computes in: autocast's where it is on, else that of x.
+
+    Autocast knows no convolutions of ours, and would leave them in float32.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def project_channel_first(linear: nn.Module, u: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.kernels.overlap import fetch, launch_options, wait_for_inputs
+from h3lm.flashconv.step import rows_class
 
 LOG2_E = 1.4426950408889634
 
@@ -47,6 +48,8 @@ class ProductSize:
         parts: Programs that share the inputs of an output.
         stages: How many tiles of weights are on their way; of several rows alone.
         warps: Warps of a program.
+        ahead: Inputs whose weights are on their way to the L2 cache before x is there.
+        tma: Whether tiles come by TMA (`step_hopper`), the first `stages` of weights before x.
     """
 
     columns: int
@@ -54,29 +57,41 @@ class ProductSize:
     parts: int = 1
     stages: int = 3
     warps: int = 4
+    ahead: int = 8192
+    tma: bool = False
 
 
 ATTEND = AttendSize()
 MAX_ROWS = 64  # of products; with more, the libraries' kernels are as good
-# By rows at most and kind of product; None for the library's. Those of 64 rows were timed by
-# themselves (docs/benchmarks/generate_step_nvidia_h200.md), the others not yet.
+# By rows at most and kind of product; None for the library's. Chosen by the time of whole steps
+# (`h3lm.bench.generate_tune --steps`).
 SIZES: dict[tuple[int, str], ProductSize | None] = {
-    (1, "whole"): ProductSize(8, 1024),
-    (1, "square"): ProductSize(8, 1024, parts=2),
-    (1, "deep"): ProductSize(8, 1024, parts=4),
-    (16, "whole"): ProductSize(64, 128, stages=4),
-    (16, "square"): ProductSize(64, 128, parts=4, stages=4),
-    (16, "deep"): ProductSize(64, 128, parts=4, stages=4),
-    (64, "whole"): ProductSize(64, 128, stages=4),
-    (64, "square"): ProductSize(64, 128, parts=4, stages=4),
-    (64, "deep"): ProductSize(64, 128, parts=4, stages=4),
+    (1, "head"): ProductSize(8, 1024),
+    (1, "qkv"): ProductSize(8, 1024),
+    (1, "up"): ProductSize(8, 1024),
+    (1, "out"): ProductSize(8, 1024, parts=2),
+    (1, "down"): ProductSize(8, 1024, parts=4),
+    (16, "head"): None,
+    (16, "qkv"): ProductSize(64, 128, stages=4),
+    (16, "up"): ProductSize(64, 128, stages=4),
+    (16, "out"): ProductSize(64, 128, parts=4, stages=4),
+    (16, "down"): ProductSize(64, 128, parts=4, stages=4),
+    (64, "head"): None,
+    (64, "qkv"): ProductSize(64, 128, stages=4),
+    (64, "up"): ProductSize(64, 128, stages=4),
+    (64, "out"): ProductSize(64, 128, parts=4, stages=4),
+    (64, "down"): ProductSize(64, 128, parts=4, stages=4),
 }
 
 
-def product_kind(rows: int, weight: Tensor, in_parts: bool) -> tuple[int, str]:
-    """The key of `SIZES` for a product."""
-    kind = "whole" if not in_parts else "deep" if weight.shape[1] > weight.shape[0] else "square"
-    return (1 if rows == 1 else 16 if rows <= 16 else MAX_ROWS), kind
+def product_kind(rows: int, weight: Tensor, gelu: bool, in_parts: bool) -> tuple[int, str]:
+    """The key of `SIZES` for a product; kinds are named after what they are in a block."""
+    N, K = weight.shape
+    if in_parts:
+        kind = "down" if K > N else "out"
+    else:
+        kind = "up" if gelu else "head" if N >= 8 * K else "qkv"
+    return rows_class(rows), kind
 
 
 @triton.jit
@@ -344,11 +359,12 @@ def product_kernel(
     BIAS: tl.constexpr,
     GELU: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Product x weight^T, with bias and GELU if WHOLE; else a part of the sum, in float32.
 
-    The program asks for all of its weights before it waits for x.
+    The program asks for weights of AHEAD inputs before it waits for x.
     """
     part = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -360,7 +376,7 @@ def product_kernel(
     if EARLY:
         line = tl.arange(0, DEPTH // 64) * 64  # one in each line of 128 bytes
         safe = weight + tl.minimum(column, N - 1).to(tl.int64)[:, None] * K
-        for start in range(begin, end, DEPTH):
+        for start in range(begin, tl.minimum(begin + AHEAD, end), DEPTH):
             fetch(safe + tl.minimum(start + line, K - 1)[None, :], EARLY)
         wait_for_inputs(EARLY)
 
@@ -400,11 +416,12 @@ def row_product_kernel(
     WHOLE: tl.constexpr,
     BIAS: tl.constexpr,
     GELU: tl.constexpr,
+    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """`product_kernel` for one row, without matrix units: weights go from memory to registers.
 
-    The first of them are on their way before the program waits for x.
+    The first of them are in registers before the program waits for x, others in the L2 cache.
     """
     part = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -415,7 +432,12 @@ def row_product_kernel(
     weight_row = weight + column.to(tl.int64)[:, None] * K
     at = begin + depth
     weights = tl.load(weight_row + at[None, :], mask=inside & (at < end)[None, :], other=0.0)
-    wait_for_inputs(EARLY)
+    if EARLY:
+        line = tl.arange(0, DEPTH // 64) * 64
+        safe = weight + tl.minimum(column, N - 1).to(tl.int64)[:, None] * K
+        for start in range(begin + DEPTH, tl.minimum(begin + AHEAD, end), DEPTH):
+            fetch(safe + tl.minimum(start + line, K - 1)[None, :], EARLY)
+        wait_for_inputs(EARLY)
     total = tl.zeros((COLUMNS,), tl.float32)
     for start in tl.range(begin, end, DEPTH, num_stages=1):
         at = start + depth
@@ -466,9 +488,19 @@ def product(
     y = torch.empty(shape, dtype=dtype, device=x.device)
     columns = triton.cdiv(N, size.columns)
     tensors = x, weight, weight if bias is None else bias, y
-    choices = {"WHOLE": not in_parts, "BIAS": bias is not None, "GELU": gelu, "EARLY": early}
+    choices = {
+        "WHOLE": not in_parts, "BIAS": bias is not None, "GELU": gelu, "AHEAD": size.ahead,
+        "EARLY": early,
+    }  # fmt: skip
     launch = {"num_warps": size.warps, **launch_options(early)}
-    if M == 1:
+    if size.tma and early and 1 < M <= 64 and K % 8 == 0:
+        from h3lm.layers import step_hopper
+
+        step_hopper.launch(
+            (columns, parts), *tensors, depth_of_part, size.columns, size.depth, size.stages,
+            choices, launch,
+        )  # fmt: skip
+    elif M == 1:
         row_product_kernel[(columns, parts)](
             *tensors, N, K, depth_of_part,
             COLUMNS=size.columns, DEPTH=size.depth, **choices, **launch,

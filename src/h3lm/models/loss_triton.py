@@ -90,7 +90,7 @@ def head_loss_sum(
 
     Args:
         hidden: (rows, D), the dtype of the products.
-        weight: (V, D), the same dtype.
+        weight: (V, D), rounded to that dtype here: its gradient is not.
         targets: (rows,) ids, -100 where there is none.
         chunk_bytes: What the logits of one part take, at most, but for those of one row.
         with_grad: Whether gradients are wanted; they are empty otherwise.
@@ -99,6 +99,7 @@ def head_loss_sum(
         Scalar in float32; its gradients by `hidden`, in its dtype, and by `weight`, in float32.
     """
     rows, (V, D) = len(hidden), weight.shape
+    weight = weight.to(hidden.dtype)
     size = max(1, chunk_bytes // (V * weight.element_size()))
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if with_grad else hidden.new_empty(0)

@@ -147,7 +147,8 @@ class DPLRSystem:
                 self.eigenvalues, self.P, self.B, readouts, self.dt, length,
                 skip=self.skip, delayed=True,
             )  # fmt: skip
-            return made[0], made[1]
+            behind, ahead = made.unbind(0)  # whose gradient is one copy
+            return behind, ahead
         behind, ahead = self.plain_filters(readouts, length)
         behind = torch.cat([behind[:, :1] + self.skip[:, None], behind[:, 1:]], 1)
         return behind, F.pad(ahead[:, :-1], (1, 0))

@@ -4,8 +4,10 @@ A step is a chain of kernels of 3 to 10 microseconds. With programmatic dependen
 and later) programs of the next kernel start in multiprocessors that are free already, and may
 bring what no earlier kernel writes, weights above all, closer before they wait.
 
-A kernel lets the next one start only behind its own wait. So what runs before a wait sees
-everything but the writes of the one kernel before it.
+A kernel lets the next one start before its own wait, so several of a chain may be under way. Each
+waits for the one before it, which ends only behind its own wait: behind a wait, everything that
+was launched earlier is done. What runs before a wait may read only what no kernel of the chain
+writes: what was written before the last plain kernel in front of it.
 """
 
 from functools import cache
@@ -31,10 +33,10 @@ def launch_options(early: bool) -> dict[str, bool]:
 
 @triton.jit
 def wait_for_inputs(EARLY: tl.constexpr):
-    """Wait for the kernel before this one, then let the next one start."""
+    """Let the next kernel start, and wait for the one before this."""
     if EARLY:
-        cuda.gdc_wait()
         cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
 
 
 @triton.jit
