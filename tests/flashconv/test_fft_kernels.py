@@ -519,3 +519,15 @@ def test_runs_under_a_cuda_graph_and_autocast() -> None:
     kept = KeptFilter(f)
     with torch.no_grad():
         torch.testing.assert_close(fft_conv(u, kept), expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+def test_rows_on_another_than_the_current_device() -> None:
+    u, f = torch.randn(2, 3, 300).bfloat16(), torch.randn(3, 300)
+    leaves = [x.to("cuda:1").requires_grad_() for x in (u, f)]
+    y = fft_conv(*leaves, backend="triton")
+    grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert y.device == grads[0].device == torch.device("cuda", 1)
+    expected = fft.fft_conv(u.double(), f.double())
+    assert (y.cpu().double() - expected).norm() < 4e-3 * expected.norm()

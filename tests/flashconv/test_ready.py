@@ -64,6 +64,14 @@ def test_whatever_a_kernel_is_compiled_for_tells_calls_apart(other):
     assert jitted.compiled == 2
 
 
+def test_constants_are_told_apart_by_their_names():
+    jitted = Jitted()
+    kernel = Ready(jitted)
+    for constants in ({"BLOCK": 1, "DOUBLE": 2}, {"DOUBLE": 1, "BLOCK": 2}):
+        kernel[(7,)](torch.zeros(8), 5, None, **constants)
+    assert jitted.compiled == 2
+
+
 def test_kinds_of_calls_do_not_pile_up(monkeypatch):
     monkeypatch.setattr(ready, "MAX_KEPT", 3)
     kernel = Ready(Jitted())

@@ -67,6 +67,7 @@ _CHANGES: list[dict[str, Any]] = [
     {"registers": 168},
 ]
 _TILES = [
+    Tile(resident=False),
     Tile(filter_pieces=16),
     Tile(filter_pieces=64),
     Tile(stages=2),
@@ -102,7 +103,8 @@ def main() -> None:
 def _name(size: AnySize) -> str:
     if isinstance(size, ToeplitzSize):
         t = size.tile
-        return f"{t.T}x{t.K} p{t.pieces} w{t.warps} s{t.stages} f{t.filter_pieces} Toeplitz"
+        stay = " resident" * t.resident
+        return f"{t.T}x{t.K} p{t.pieces} w{t.warps} s{t.stages} f{t.filter_pieces} Toeplitz{stay}"
     if isinstance(size, LongSize):
         cut = f"c{size.columns} w{size.warps} o{size.rows_out} i{size.rows_in}"
         return f"{size.outer} {cut} * {_name(size.inner)}"

@@ -7,6 +7,7 @@ The operators are defined by hand, not by `torch.library.custom_op`: on short ro
 each call, 0.1 ms forward and backward, took longer than the kernels.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -115,7 +116,8 @@ def _prepare(u: Tensor, filter: Filter, backend: str, gated: bool) -> _Prepared:
     taps, taps_reverse = filter.taps, filter.taps_reverse
     algorithm = _algorithm(u, filter, gated) if backend == "triton" else "torch.fft"
     kernels, size = plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
-    tensors = [x for x in kernels.prepare(u, filter, size) if x is not None]
+    with _device_of(u):
+        tensors = [x for x in kernels.prepare(u, filter, size) if x is not None]
     return _Prepared(algorithm, tensors, taps, taps_reverse)
 
 
@@ -169,11 +171,12 @@ def _forward(
     post: Tensor | None,
     circular: bool,
 ) -> Tensor:
-    filter = _filter(u, f, f_reverse, skip, circular)
-    kernels, size = _plan(u, filter, pre is not None or post is not None)
-    u, pre, post = _positions_last(u), _optional(pre), _optional(post)
-    y: Tensor = kernels.forward(u, kernels.prepare(u, filter, size), size, pre, post)
-    return y
+    with _device_of(u):
+        filter = _filter(u, f, f_reverse, skip, circular)
+        kernels, size = _plan(u, filter, pre is not None or post is not None)
+        u, pre, post = _positions_last(u), _optional(pre), _optional(post)
+        y: Tensor = kernels.forward(u, kernels.prepare(u, filter, size), size, pre, post)
+        return y
 
 
 def _forward_fake(u: Tensor, *rest: Any) -> Tensor:
@@ -193,17 +196,20 @@ def _backward(
     filters: bool,
     gate: bool,
 ) -> list[Tensor]:
-    filter = _filter(u, f, f_reverse, skip, circular)
-    kernels, size = _plan(u, filter, pre is not None or post is not None, backward=True)
-    dy, u, pre, post = _positions_last(dy), _positions_last(u), _optional(pre), _optional(post)
-    prepared = kernels.prepare(u, filter, size, True)
-    du, dpre, sums = kernels.backward(dy, u, prepared, size, pre, post, data=data, filters=filters)
-    parts = (None, None, None)
-    if sums is not None:
-        parts = kernels.filter_gradients(u, sums, filter, size)
-    # y = post conv, so that its gradient is a forward pass behind another gate
-    dpost = kernels.forward(u, prepared, size, pre, dy) if gate and post is not None else None
-    return [x for x in (du, *parts, dpre, dpost) if x is not None]
+    with _device_of(u):
+        filter = _filter(u, f, f_reverse, skip, circular)
+        kernels, size = _plan(u, filter, pre is not None or post is not None, backward=True)
+        dy, u, pre, post = _positions_last(dy), _positions_last(u), _optional(pre), _optional(post)
+        prepared = kernels.prepare(u, filter, size, True)
+        du, dpre, sums = kernels.backward(
+            dy, u, prepared, size, pre, post, data=data, filters=filters
+        )
+        parts = (None, None, None)
+        if sums is not None:
+            parts = kernels.filter_gradients(u, sums, filter, size)
+        # y = post conv, so that its gradient is a forward pass behind another gate
+        dpost = kernels.forward(u, prepared, size, pre, dy) if gate and post is not None else None
+        return [x for x in (du, *parts, dpre, dpost) if x is not None]
 
 
 def _backward_fake(
@@ -296,9 +302,10 @@ def _run_prepared(
 ) -> Tensor:
     from h3lm.flashconv.kernels.conv_plan import plan
 
-    kernels, size = plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
-    u, pre, post = _positions_last(u), _optional(pre), _optional(post)
-    return kernels.forward(u, kernels.Prepared(*tensors), size, pre, post)
+    with _device_of(u):
+        kernels, size = plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
+        u, pre, post = _positions_last(u), _optional(pre), _optional(post)
+        return kernels.forward(u, kernels.Prepared(*tensors), size, pre, post)
 
 
 @_run_prepared.register_fake
@@ -312,6 +319,11 @@ def _(
     post: Tensor | None,
 ) -> Tensor:
     return u.new_empty(u.shape)
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever its tensors are."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _positions_last(x: Tensor) -> Tensor:

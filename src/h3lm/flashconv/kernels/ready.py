@@ -33,7 +33,7 @@ class Ready:
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         key = (
             *((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in arguments),
-            *constants.values(),
+            *constants.items(),
             torch.cuda.current_device() if torch.cuda.is_initialized() else None,
         )
         found = self._kept.get(key)
