@@ -305,6 +305,13 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of an NVIDIA GPU, None for any other device."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
+    if torch.compiler.is_compiling():  # it does not look into a cache
+        return torch.cuda.get_device_capability(device)
+    return _cuda_capability(device)
+
+
+@cache
+def _cuda_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 

@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
-from h3lm.flashconv.kernels.ready import ready
 from h3lm.flashconv.kernels.toeplitz_size import ToeplitzSize
 
 
@@ -57,7 +56,6 @@ def store_diagonals(sums, sum_, T: tl.constexpr):
     tl.store(sums + T + i, tl.sum(tl.where(upper, 0.0, diagonals), 0))
 
 
-@ready
 @triton.jit(do_not_specialize=["B", "rows_per_program", "origin", "width"])
 def forward_kernel(
     x, y, table, x_row, x_channel, y_row, y_channel, B, channels, L, rows_per_program,
@@ -86,7 +84,6 @@ def forward_kernel(
         tl.store(y + to + T, out.to(y.dtype.element_ty), later)
 
 
-@ready
 @triton.jit(do_not_specialize=["B", "rows_per_program", "origin", "width"])
 def backward_kernel(
     dy, x, dx, sums, table, dy_row, dy_channel, x_row, x_channel, dx_row, dx_channel,
@@ -157,7 +154,7 @@ def backward(dy: Tensor, x: Tensor, turned: Tensor, size: ToeplitzSize) -> tuple
     sums = x.new_empty((groups, D, 2, 2, T), dtype=torch.float32)
     backward_kernel[(D * groups,)](
         dy, x, dx, sums, turned, *strides(dy), *strides(x), *strides(dx), B, D, L, each,
-        size.reversed().origin, turned.shape[-1], T=T,
+        size.reversed.origin, turned.shape[-1], T=T,
         ROWS=BACKWARD.rows, STAGES=BACKWARD.stages, num_warps=BACKWARD.warps,
     )  # fmt: skip
     return dx, sums

@@ -1,6 +1,7 @@
 """How the products with blocks of a Toeplitz matrix are cut, see `toeplitz_triton`."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ class ToeplitzSize:
         """The first and the last m with a lag in m K - (K - 1) .. m K + (T - 1)."""
         return -((self.ahead + self.tile.T - 1) // K), (self.behind + K - 1) // K
 
-    @property
+    @cached_property
     def origin(self) -> int:
         """Where lag 0 stands in the table's first copy."""
         return self.tile.K * (1 - self.blocks(self.tile.K)[0])
 
+    @cached_property
     def reversed(self) -> "ToeplitzSize":
         """That of the transposed convolution."""
         return ToeplitzSize(self.ahead, self.behind, self.tile)

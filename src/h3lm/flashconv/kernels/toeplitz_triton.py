@@ -29,7 +29,6 @@ from h3lm.flashconv.filters import Filter, FilterGradients
 from h3lm.flashconv.kernels import toeplitz_rows
 from h3lm.flashconv.kernels.lags import load_lags, parts
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
-from h3lm.flashconv.kernels.ready import ready
 from h3lm.flashconv.kernels.toeplitz_rows import store_diagonals
 from h3lm.flashconv.kernels.toeplitz_size import ToeplitzSize
 
@@ -46,7 +45,6 @@ def load_inside(base, offsets, inside, gate, gate_offsets):
     return x
 
 
-@ready
 @triton.jit(do_not_specialize=["B", "pieces", "lowest", "highest"])
 def convolve_kernel(
     x, pre, y, post, other, factor, table,
@@ -97,7 +95,6 @@ def convolve_kernel(
     tl.store(y + to, out.to(y.dtype.element_ty), inside)
 
 
-@ready
 @triton.jit(do_not_specialize=["B", "pieces", "pieces_per_program", "lowest"])
 def differentiate_kernel(
     x, pre, dy, post, sums,
@@ -139,7 +136,6 @@ def differentiate_kernel(
     store_diagonals(sums + ((group * D + channel) * blocks + block) * (2 * T), sum_, T)
 
 
-@ready
 @triton.jit(do_not_specialize=["taps", "taps_reverse", "period"])
 def table_kernel(
     f, reverse, skip, f_channel, reverse_channel, taps, taps_reverse, period,
@@ -180,7 +176,6 @@ def sum_of_lags(sums, of_group, groups, lag, inside, lowest, blocks, T: tl.const
     return total
 
 
-@ready
 @triton.jit(do_not_specialize=["taps", "taps_reverse", "period", "groups", "lowest", "blocks"])
 def collect_kernel(
     sums, df, dback, dskip, taps, taps_reverse, period, channels, groups, lowest, blocks,
@@ -211,7 +206,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         copies: (D, 8, width), dtype of the rows; copy r holds lag l at `size.origin` + l - r.
-        turned: The same of the filter turned round, for `size.reversed()`; None if not wanted.
+        turned: The same of the filter turned round, for `size.reversed`; None if not wanted.
     """
 
     copies: Tensor
@@ -226,7 +221,7 @@ def prepare(u: Tensor, filter: Filter, size: ToeplitzSize, backward: bool = Fals
     copies = u.new_empty((D, COPIES, width))
     turned = torch.empty_like(copies) if backward else None
     table_kernel[(D * (1 + backward), -(-width // 128))](
-        *parts(filter), copies, turned, D, width, size.origin, size.reversed().origin, BLOCK=128
+        *parts(filter), copies, turned, D, width, size.origin, size.reversed.origin, BLOCK=128
     )
     return Prepared(copies, turned)
 
@@ -260,7 +255,7 @@ def backward(
     if data:
         assert table.turned is not None
         other = None if pre is None else u
-        du, dpre = _convolve(dy, table.turned, size.reversed(), post, pre, other)
+        du, dpre = _convolve(dy, table.turned, size.reversed, post, pre, other)
     return du, dpre, _differentiate(u, pre, dy, post, size) if filters else None
 
 
