@@ -163,11 +163,25 @@ def test_backward_has_a_table_of_its_own() -> None:
 
 
 @needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT", "torch.fft"])
+def test_what_is_kept_until_backward_changes_nothing(algorithm: str, monkeypatch) -> None:
+    monkeypatch.setattr(fft_library, "conv_algorithm", lambda *problem: algorithm)
+    leaves = _leaves((2, 2, 150, 150, 9, "sab"), torch.float16)
+    found = []
+    for share in (0, 1 << 30):
+        monkeypatch.setattr(fft_library, "KEPT_SHARE", share)
+        found.append(_everything(fft_library.fft_conv, leaves, "causal", torch.float16))
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("algorithm", "forward", "backward"), [("Toeplitz blocks", 2, 5), ("block FFT", 2, 4)]
 )
+@pytest.mark.parametrize("many", [False, True])
 def test_short_rows_take_few_launches_and_no_eager_pass(
-    algorithm: str, forward: int, backward: int, monkeypatch
+    algorithm: str, forward: int, backward: int, many: bool, monkeypatch
 ) -> None:
     from h3lm.flashconv.kernels import fft_filter, fft_triton, toeplitz_triton
 
@@ -189,17 +203,21 @@ def test_short_rows_take_few_launches_and_no_eager_pass(
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(name))
     monkeypatch.setattr(fft_library, "conv_algorithm", lambda *problem: algorithm)
-    leaves = _leaves((3, 2, 300, 300, 20, "sab"), torch.float16)
+    leaves = _leaves((200 if many else 3, 2, 300, 300, 20, "sab"), torch.float16)
     leaves = {name: x.requires_grad_() for name, x in leaves.items()}
     seen: set[str] = set()
     fft_library.fft_conv(**leaves)  # makes the factors
     launched.clear()
-    with Ops():
+    with Ops():  # operators one by one, as a compiler sees them
         y = fft_library.fft_conv(**leaves)
         assert len(launched) == forward
         launched.clear()
         torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y.detach()))
     assert len(launched) == backward
+    launched.clear()
+    y = fft_library.fft_conv(**leaves)
+    torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y.detach()))
+    assert len(launched) == forward + backward - many  # what was made of the filter is kept
     allocations = {"empty", "empty_like", "new_empty", "ones_like", "detach"}
     assert seen <= allocations | {"fft_conv_fwd", "fft_conv_bwd"}
 

@@ -19,6 +19,7 @@ from h3lm.flashconv import fft
 from h3lm.flashconv.dispatch import Problem, capability, conv_algorithm
 from h3lm.flashconv.filters import Filter
 
+KEPT_SHARE = 4  # of the rows' memory, one part in so many, for a filter's spectrum until backward
 MAX_KEPT = 8  # lengths of rows for which a kept filter keeps its spectrum
 
 
@@ -111,14 +112,11 @@ def fft_conv_kept(
 
 
 def _prepare(u: Tensor, filter: Filter, backend: str, gated: bool) -> _Prepared:
-    from h3lm.flashconv.kernels.conv_plan import plan
-
-    taps, taps_reverse = filter.taps, filter.taps_reverse
-    algorithm = _algorithm(u, filter, gated) if backend == "triton" else "torch.fft"
-    kernels, size = plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
     with _device_of(u):
-        tensors = [x for x in kernels.prepare(u, filter, size) if x is not None]
-    return _Prepared(algorithm, tensors, taps, taps_reverse)
+        algorithm = _algorithms(u, filter, gated)[0] if backend == "triton" else "torch.fft"
+        made = _Made.of(algorithm, u, filter, backward=False).prepared
+    tensors = [x for x in made if x is not None]
+    return _Prepared(algorithm, tensors, filter.taps, filter.taps_reverse)
 
 
 def _filter(
@@ -130,8 +128,8 @@ def _filter(
     return Filter(_positions_last(f), back, skip, u.shape[-1] if circular else 0)
 
 
-def _algorithm(u: Tensor, filter: Filter, gated: bool, backward: bool = False) -> str:
-    """The algorithm for rows like u; torch.fft in the place of one that fails its check."""
+def _algorithms(u: Tensor, filter: Filter, gated: bool) -> tuple[str, str]:
+    """Those for rows like u, forward and backward; torch.fft in the place of one that is faulty."""
     from h3lm.flashconv.kernels.conv_plan import works
 
     problem = Problem(
@@ -140,15 +138,34 @@ def _algorithm(u: Tensor, filter: Filter, gated: bool, backward: bool = False) -
         lags=filter.taps + (filter.taps_reverse or 1) - 1,
         gated=gated,
     )
-    algorithm = conv_algorithm(u.dtype, problem, backward)
-    return algorithm if works(algorithm, u.device, u.shape[-1]) else "torch.fft"
+    found = [conv_algorithm(u.dtype, problem, backward) for backward in (False, True)]
+    fine = {name: works(name, u.device, u.shape[-1]) for name in found}
+    forward, backward = (name if fine[name] else "torch.fft" for name in found)
+    return forward, backward
 
 
-def _plan(u: Tensor, filter: Filter, gated: bool, backward: bool = False) -> Any:
-    from h3lm.flashconv.kernels.conv_plan import plan
+class _Made(NamedTuple):
+    """What was made of a filter for some rows, forward, that backward takes too.
 
-    algorithm = _algorithm(u, filter, gated, backward)
-    return plan(algorithm, u.device, u.shape[-1], filter.taps, filter.taps_reverse)
+    Attributes:
+        plan: The algorithm's module and size.
+        prepared: What its `prepare` returned.
+    """
+
+    plan: Any
+    prepared: Any
+
+    @classmethod
+    def of(cls, algorithm: str, u: Tensor, filter: Filter, backward: bool) -> "_Made":
+        """Make it."""
+        from h3lm.flashconv.kernels.conv_plan import plan
+
+        made = plan(algorithm, u.device, u.shape[-1], filter.taps, filter.taps_reverse)
+        return cls(made, made.kernels.prepare(u, filter, made.size, backward))
+
+    def is_small(self, u: Tensor) -> bool:
+        """Whether it may stay until the backward pass: beside the rows it hardly counts."""
+        return KEPT_SHARE * sum(x.nbytes for x in self.prepared if x is not None) <= u.nbytes
 
 
 _FILTER = "Tensor f, Tensor? f_reverse, Tensor? skip"
@@ -171,12 +188,30 @@ def _forward(
     post: Tensor | None,
     circular: bool,
 ) -> Tensor:
+    return _convolve(u, f, f_reverse, skip, pre, post, circular, keep=False)[0]
+
+
+def _convolve(
+    u: Tensor,
+    f: Tensor,
+    f_reverse: Tensor | None,
+    skip: Tensor | None,
+    pre: Tensor | None,
+    post: Tensor | None,
+    circular: bool,
+    *,
+    keep: bool,
+) -> tuple[Tensor, _Made | None]:
+    """The result, and what `_backward` may take from it if it is to be kept."""
     with _device_of(u):
         filter = _filter(u, f, f_reverse, skip, circular)
-        kernels, size = _plan(u, filter, pre is not None or post is not None)
+        algorithm, backward = _algorithms(u, filter, pre is not None or post is not None)
+        keep = keep and algorithm == backward
         u, pre, post = _positions_last(u), _optional(pre), _optional(post)
-        y: Tensor = kernels.forward(u, kernels.prepare(u, filter, size), size, pre, post)
-        return y
+        made = _Made.of(algorithm, u, filter, keep)
+        kernels, size = made.plan
+        y = kernels.forward(u, made.prepared, size, pre, post)
+        return y, made if keep and made.is_small(u) else None
 
 
 def _forward_fake(u: Tensor, *rest: Any) -> Tensor:
@@ -195,12 +230,15 @@ def _backward(
     data: bool,
     filters: bool,
     gate: bool,
+    made: _Made | None = None,
 ) -> list[Tensor]:
     with _device_of(u):
         filter = _filter(u, f, f_reverse, skip, circular)
-        kernels, size = _plan(u, filter, pre is not None or post is not None, backward=True)
+        if made is None:
+            algorithm = _algorithms(u, filter, pre is not None or post is not None)[1]
+            made = _Made.of(algorithm, u, filter, backward=True)
+        (kernels, size), prepared = made
         dy, u, pre, post = _positions_last(dy), _positions_last(u), _optional(pre), _optional(post)
-        prepared = kernels.prepare(u, filter, size, True)
         du, dpre, sums = kernels.backward(
             dy, u, prepared, size, pre, post, data=data, filters=filters
         )
@@ -245,15 +283,22 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, ctx.circular = inputs
         ctx.save_for_backward(*tensors)
-        return _below_autograd(*inputs)
+        if not _nobody_looks(tensors[0]):
+            ctx.made = None
+            return _below_autograd(*inputs)
+        y, ctx.made = _convolve(*inputs, keep=True)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
         wanted = (needs[0] or needs[4], needs[1] or needs[2] or needs[3], needs[5])
-        run: Any = _backward if _nobody_looks(dy) else torch.ops.h3lm.fft_conv_bwd
-        grads = iter(run(dy, *tensors, ctx.circular, *wanted))
+        given: tuple[Any, ...] = (dy, *tensors, ctx.circular, *wanted)
+        if _nobody_looks(dy):
+            grads = iter(_backward(*given, ctx.made))
+        else:
+            grads = iter(torch.ops.h3lm.fft_conv_bwd(*given))
         present = _present(tensors, *wanted)
         return *(next(grads) if there else None for there in present), None
 
@@ -266,11 +311,11 @@ def _nobody_looks(x: Tensor) -> bool:
     return type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0
 
 
-def _below_autograd(u: Tensor, *rest: Any) -> Tensor:
-    if _nobody_looks(u):
-        return _forward(u, *rest)
+def _below_autograd(*inputs: Any) -> Tensor:
+    if _nobody_looks(inputs[0]):
+        return _forward(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
-        y: Tensor = torch.ops.h3lm.fft_conv_fwd(u, *rest)
+        y: Tensor = torch.ops.h3lm.fft_conv_fwd(*inputs)
     return y
 
 
