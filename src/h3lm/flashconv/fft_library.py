@@ -9,6 +9,7 @@ each call, 0.1 ms forward and backward, took longer than the kernels.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -294,11 +295,10 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
         wanted = (needs[0] or needs[4], needs[1] or needs[2] or needs[3], needs[5])
-        given: tuple[Any, ...] = (dy, *tensors, ctx.circular, *wanted)
+        run: Any = torch.ops.h3lm.fft_conv_bwd
         if _nobody_looks(dy):
-            grads = iter(_backward(*given, ctx.made))
-        else:
-            grads = iter(torch.ops.h3lm.fft_conv_bwd(*given))
+            run = partial(_backward, made=ctx.made)
+        grads = iter(run(dy, *tensors, ctx.circular, *wanted))
         present = _present(tensors, *wanted)
         return *(next(grads) if there else None for there in present), None
 
