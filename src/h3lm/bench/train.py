@@ -2,8 +2,8 @@
 
 As the trainer takes them: blocks from memory-mapped shards, bfloat16 autocast over float32 weights,
 the loss without whole logits, blocks compiled one by one, activations recomputed where the estimate
-of the memory asks for it, gradients clipped, fused AdamW; on one GPU as CUDA graphs. On several by FSDP2, by DDP, or with
-slices of each row.
+of the memory asks for it, gradients clipped, fused AdamW; on one GPU as CUDA graphs.
+On several GPUs by FSDP2, by DDP, or with slices of each row.
 """
 
 import itertools
