@@ -88,6 +88,7 @@ NAMES: dict[str, Callable[[], None]] = {
     "triton_packed": lambda: _core("triton", 1, 2, 401, bounds=(0, 100, 101, 229, 401)),
     "heads_2": lambda: _core("triton", 3, 4, 301, head_dim=2),
     "heads_8": lambda: _core("triton", 3, 16, 256, head_dim=8),
+    "gluon_heads": lambda: _core("gluon", 3, 16, 320, head_dim=8),
     "heads_8_segments": lambda: _segments("triton", 8),
     "heads_8_packed": lambda: _core(
         "triton", 1, 8, 401, head_dim=8, n_taps=128, bounds=(0, 100, 101, 229, 401)

@@ -186,6 +186,9 @@ def test_ssm_conv_and_end_state_run_by_the_same_kernels() -> None:
     end = library.h3_end_state(k, v, operators, backend="triton", initial_state=state)
     expected = chunked.h3_end_state(k, v, operators, initial_state=state)
     torch.testing.assert_close(end, expected, rtol=1e-4, atol=1e-5)
+    inputs = [k, v]
+    grads, right = (torch.autograd.grad(x.diagonal.abs().sum(), inputs) for x in (end, expected))
+    torch.testing.assert_close(grads, right, rtol=1e-3, atol=1e-4)
     bounds = torch.tensor([0, 70, 200], device=DEVICE)
     one = {"initial_state": leaves["x"], "cu_seqlens": bounds}
     found = library.ssm_conv(k[:1], plain, backend="triton", pre_gate=v[:1], **one)
@@ -213,7 +216,9 @@ def test_ssm_conv_and_end_state_run_by_the_same_kernels() -> None:
         ({"num_modes": 16}, "triton", "d_state 64"),
         ({"n_taps": 128}, "triton", "64 taps"),
         ({"n_taps": 129}, "torch", "128 taps"),
-        ({"head_dim": 8}, "triton", "head_dim 1"),
+        ({"head_dim": 8, "n_taps": 128}, "gluon", "Hopper"),
+        ({"head_dim": 8, "length": 4080}, "triton", "multiples of 64"),
+        ({"head_dim": 4}, "triton", "head_dim 1 and 8"),
         ({"head_dim": 3}, "torch", "head_dim"),
         ({"packed": True}, "triton", "cu_seqlens"),
         ({"chunk_length": 32}, "torch", "chunks of 64"),
@@ -228,6 +233,21 @@ def test_choice_follows_from_the_problem_and_says_why(
     choice = choose("h3_core", torch.device("cuda"), torch.bfloat16, "auto", problem)
     assert choice.backend == backend
     assert word in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("L", "row", "first", "aligned"),
+    [
+        (4096, 2**28, 0, True),
+        (2048, 2**28, 0, False),
+        (2048, 4096, 0, True),
+        (4096, 4104, 0, False),
+        (4096, 8192, 8, False),
+    ],
+)
+def test_rows_that_the_hopper_kernels_can_copy(L: int, row: int, first: int, aligned: bool) -> None:
+    x = torch.empty(0, device="meta").as_strided((2, 1, L), (row, L, 1), first)
+    assert dispatch.is_aligned(x) is aligned
 
 
 def test_asking_for_what_a_backend_cannot_do_is_an_error() -> None:
@@ -293,14 +313,24 @@ HEADS = [
 ]
 
 
+HEADS_HOPPER = [
+    (3, 16, 256, 32, 64, torch.bfloat16, False, 8),
+    (9, 8, 64, 32, 128, torch.bfloat16, True, 8),
+    (1, 24, 2048, 32, 5, torch.float16, True, 8),
+    (1100, 8, 128, 32, 64, torch.bfloat16, True, 8),
+]
+HEADS_CASES = [("triton", case) for case in HEADS]
+HEADS_CASES += [pytest.param("gluon", case, marks=needs_hopper) for case in HEADS_HOPPER]
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", HEADS, ids=str)
-def test_heads_of_several_channels_in_every_gradient(case: tuple) -> None:
+@pytest.mark.parametrize(("backend", "case"), HEADS_CASES, ids=str)
+def test_heads_of_several_channels_in_every_gradient(backend: str, case: tuple) -> None:
     *shape, dtype, state, head_dim = case
     leaves = _leaves(*shape, dtype, state, head_dim)
-    run = _kernel("triton", True, head_dim)
+    run = _kernel(backend, True, head_dim)
     _check(run, leaves, True, dtype, head_dim)
     first, second = (_everything(run, leaves, True) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
@@ -433,6 +463,15 @@ def test_two_halves_with_a_state_equal_one_run() -> None:
     )  # fmt: skip
     torch.testing.assert_close(rest, whole[..., 400:], rtol=5e-2, atol=5e-2)
     torch.testing.assert_close(last.diagonal, end.diagonal, rtol=2e-2, atol=2e-2)
+    weight = torch.randn_like(end.diagonal.abs())
+    _, of_whole = h3_core(q[..., :400], k[..., :400], v[..., :400], taps, system,
+                          return_final_state=True)  # fmt: skip
+    ways = [
+        torch.autograd.grad((x.diagonal.real * weight).sum(), (k, v), retain_graph=True)
+        for x in (state, of_whole)
+    ]
+    for found, expected in zip(*ways, strict=True):
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
 
 
 @pytest.mark.gpu

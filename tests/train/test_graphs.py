@@ -12,6 +12,7 @@ from torch import nn
 
 from h3lm.data.prepare_labelled import LabelledOptions, prepare_labelled
 from h3lm.errors import UserError
+from h3lm.models import H3ClassificationConfig, H3ForSequenceClassification
 from h3lm.train.graphs import MAX_FORMS, WARM_STEPS, GraphedSteps
 from h3lm.train.recipe import make_recipe
 from h3lm.train.run import train
@@ -133,6 +134,50 @@ def test_what_cannot_be_captured_is_launched(caplog):
         steps({"x": torch.ones(4, 2)}, step)
         assert torch.equal(model.weight.grad, torch.full((1, 2), 4.0))
     assert caplog.text.count("launched one by one: operation not permitted when") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+@pytest.mark.parametrize("mixers", ["s4", "s4d", "h3"])
+def test_a_captured_step_is_a_launched_one_bit_for_bit(mixers, norm):
+    config = H3ClassificationConfig(
+        mixers=mixers, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, norm=norm,
+        intermediate_size=64, bidirectional=True, pooling="mean", num_channels=1, num_labels=3,
+        residual_dropout=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    start = H3ForSequenceClassification(config).cuda().state_dict()
+    batches = []
+    for i in range(20):
+        length = (256, 320)[i % 2]  # two forms
+        lengths = torch.randint(40, length + 1, (6,))
+        values = torch.randn(6, length, 1) * (i + 1)
+        inputs = {"input_values": values, "labels": torch.randint(3, (6,)), "lengths": lengths}
+        batches.append({name: x.cuda() for name, x in inputs.items()})
+    runs = []
+    for graphs in (False, True):
+        model = H3ForSequenceClassification(config).cuda().train()
+        model.load_state_dict(start)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        steps = GraphedSteps(model.parameters())
+
+        def step(inputs, model=model):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(**inputs).loss
+            loss.backward()
+            return loss.detach()
+
+        losses = []
+        for number, inputs in enumerate(batches):
+            torch.manual_seed(number)  # of dropout
+            losses.append(steps(inputs, step) if graphs else step(inputs))
+            optimizer.step()
+            model.zero_grad()
+        assert len(steps._captured) == (2 if graphs else 0)
+        runs.append((torch.stack(losses), model.state_dict()))
+    assert torch.equal(runs[0][0], runs[1][0])
+    for name, expected in runs[0][1].items():  # running averages too
+        assert torch.equal(runs[1][1][name], expected), name
 
 
 @pytest.mark.gpu

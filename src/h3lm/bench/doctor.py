@@ -102,12 +102,14 @@ def run_check(op: str, dtype: torch.dtype, backend: str, device: torch.device) -
 def _self_tests(device: torch.device) -> Iterator[tuple[str, str, str]]:
     """What is checked before its first use: name, what it agrees with, what is wrong with it."""
     if torch.cuda.get_device_capability(device)[0] == 9:
-        yield "Hopper kernels", "as the Triton kernels", hopper_fault(device)
+        yield "Hopper kernels", "as the Triton kernels", hopper_fault(device, False)
+        yield "Hopper kernels of heads", "as the Triton kernels", hopper_fault(device, True)
     yield "few channels in segments", "as whole rows", segments_fault(device)
     yield "making of operators", "as in PyTorch", operators_fault(device)
     yield "parameters of SSMs", "as in PyTorch", parameters_fault(device)
     yield "decoding step", "as its modules", step_fault(device)
-    yield "filters of S4", "as in PyTorch", fused_filters.fault(device)
+    for modes in (8, 16, 32, 64):
+        yield f"filters of S4, {modes} modes", "as in PyTorch", fused_filters.fault(device, modes)
     yield "batch norm and gate", "as in PyTorch", border.fault(device)
     if find_spec("triton") is not None:
         from h3lm.models import loss_triton

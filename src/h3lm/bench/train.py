@@ -6,6 +6,7 @@ of the memory asks for it, gradients clipped, fused AdamW; on one GPU as CUDA gr
 On several GPUs by FSDP2, by DDP, or with slices of each row.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -13,8 +14,8 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,13 +42,15 @@ from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
 from h3lm.train.graphs import GraphedSteps
 from h3lm.train.memory import Estimate
 from h3lm.train.mesh import Mesh
-from h3lm.train.parallel import shard_model
+from h3lm.train.parallel import ShardAdamW, clip_gradients, is_sharded, shard_model
+from h3lm.train.processes import is_first, rank, world_size
 from h3lm.train.profiling import communication_ms
 from h3lm.train.recipe import Recipe
 from h3lm.train.throughput import FORMULA, flops_per_token, peak_flops
 
 WAYS = ("fsdp", "ddp", "seq")
-WARM_UP = 5
+WARM_UP, WARM_UP_LAUNCHED = 5, 2  # steps before graphs are replayed, and where there are none
+LONGEST_MS = 6000  # that steps are timed for, but for the last two
 ALONE = 3  # steps timed one by one, for the phases of graphs
 PHASES = ("forward", "backward", "optimizer")
 NOTES = (
@@ -58,7 +61,8 @@ NOTES = (
     "kernels in a profiled step, most of which run beside others, and the part that runs alone; "
     "data: what the host waits for a batch. Attention by the fastest of SDPA's backends here. "
     "Estimate: what `h3lm train` prints before a run. Ratio: tokens/s over those of the first "
-    "model of the same shape; scaling: tokens/s over those of one GPU with as many tokens. "
+    "model of the same shape; scaling: tokens/s over those of one GPU with as many tokens; peak "
+    "ratio: memory of the GPU of a slice over that of one GPU with the same rows. "
     f"MFU: {FORMULA}; over the GPU's dense bfloat16 peak."
 )
 
@@ -76,6 +80,11 @@ class Contender:
     name: str
     mixers: str
     fields: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def word(self) -> str:
+        """For the command line."""
+        return self.name.partition(",")[0]
 
     def config(self, preset: str) -> H3Config:
         """The model's config; without dropout, whose cost is not the question."""
@@ -107,7 +116,7 @@ class Job:
         compiled: Whether blocks go through `torch.compile`.
         recomputed: Whether blocks are recomputed; None for what the estimate of the memory says.
         device: "cuda", or "cpu".
-        repeats: Steps that are timed.
+        repeats: Steps that are timed at most; 0 for the memory of one alone.
         graphs: Whether one GPU replays steps as CUDA graphs, unless blocks are recomputed.
     """
 
@@ -159,6 +168,9 @@ def run(
 ) -> Path:
     """Check the kernels, time training steps, and write a report into a folder.
 
+    Several processes are started for each measurement, or are those of `torchrun`, where it has
+    started this one: then all must come here, the first measures one GPU, and it writes.
+
     Args:
         folder: Where the report goes.
         say: Called with a line for each result.
@@ -174,10 +186,14 @@ def run(
         graphs: Whether one GPU replays steps as CUDA graphs, unless blocks are recomputed.
 
     Raises:
-        UserError: without so many CUDA devices, or if there is no such way.
+        UserError: without so many CUDA devices, if there is no such way, or if `torchrun` has
+            started another number of processes.
         RuntimeError: if a kernel is wrong: a fast wrong one is not timed.
     """
     _check(world, way, device)
+    if world_size() > 1:
+        _meet(rank(), device)
+        say = say if is_first() else _nothing
     if device == "cuda":
         list(checked_backends(say))
     tokens = tokens or TRAIN_TOKENS.get(preset, 16384)
@@ -199,6 +215,8 @@ def run(
                         row["ratio"] = speed / speeds[number, contenders[0].name]
                     if number > 1 and (1, contender.name) in speeds:
                         row["scaling"] = speed / speeds[1, contender.name]
+                    if number > 1 and way == "seq" and "peak GiB" in row:
+                        row |= _beside_whole(row, job)
                 rows.append(row)
                 words = (f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items())
                 say("  ".join(words))
@@ -210,10 +228,27 @@ def run(
     command += "".join(f" --length {length}" for length in lengths or ())
     command += f" --tokens {tokens}" + ("" if compiled else " --no-compile")
     command += "" if graphs else " --no-graphs"
+    if contenders != CONTENDERS:
+        command += "".join(f" --model {contender.word}" for contender in contenders)
     command += {None: "", True: " --recompute", False: " --keep"}[recomputed]
+    if not is_first():
+        return folder / f"{name}.md"
     plot_phases(folder / f"{name}.png", rows)
     environment = measure.environment(command) if device == "cuda" else {"command": command}
     return report.write(name, folder, environment, NOTES, rows)
+
+
+def contenders_of(words: list[str] | None) -> tuple[Contender, ...]:
+    """The contenders of some words, in the order of all.
+
+    Raises:
+        UserError: if there is none of a word.
+    """
+    known = {contender.word: contender for contender in CONTENDERS}
+    for word in words or ():
+        if word not in known:
+            raise UserError(f"model={word!r} is not one of {', '.join(known)}")
+    return tuple(known[word] for word in known if not words or word in words)
 
 
 def _check(world: int, way: str, device: str) -> None:
@@ -221,10 +256,22 @@ def _check(world: int, way: str, device: str) -> None:
         raise UserError(f"parallel={way!r} is not one of {', '.join(WAYS)}")
     if world < 1:
         raise UserError(f"world={world} must be a number of GPUs")
+    if world_size() not in (1, world):
+        raise UserError(f"torchrun has started {world_size()} processes, not world={world}")
     there = torch.cuda.device_count()
     if device == "cuda" and world > there:
         found = f"there {'is' if there == 1 else 'are'} {there or 'no'} CUDA device"
         raise UserError(f"bench train times {world} GPUs, and {found}{'s' * (there != 1)} here")
+
+
+def _beside_whole(row: report.Row, job: Job) -> report.Row:
+    """Memory of slices beside that of one GPU on the same rows, in a single step."""
+    try:
+        alone = replace(job, world=1, graphs=False, repeats=0)
+        whole = float(measure_job(alone)["peak GiB"])
+    except torch.cuda.OutOfMemoryError:
+        return {"peak of one GPU": "out of memory"}
+    return {"peak of one GPU": whole, "peak ratio": float(row["peak GiB"]) / whole}
 
 
 def _row(job: Job) -> report.Row:
@@ -239,11 +286,13 @@ def _row(job: Job) -> report.Row:
 
 
 def measure_job(job: Job) -> report.Row:
-    """Measure in processes of their own where there are several.
+    """Measure in the processes of `torchrun`, or where there are several, in some of their own.
 
     Raises:
         OutOfMemoryError: if the memory of one does not suffice.
     """
+    if distributed.is_initialized():
+        return _measure_together(job)
     with tempfile.TemporaryDirectory() as place:
         _write_blocks(Path(place), job)
         if job.world == 1:
@@ -264,46 +313,89 @@ def measure_job(job: Job) -> report.Row:
         return json.loads((Path(place) / "row.json").read_text(encoding="utf-8"))
 
 
-def _in_process(rank: int, job: Job, place: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.world)}
-    backend = "gloo"
-    if job.device == "cuda":
-        torch.cuda.set_device(rank)
-        backend = "nccl"
-    else:
-        torch.set_num_threads(1)
-    distributed.init_process_group(backend, rank=rank, world_size=job.world)
-    row = _measure(rank, job, place)
-    if rank == 0:
+def _in_process(number: int, job: Job, place: str) -> None:
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(job.world)}
+    _meet(number, job.device)
+    row = _measure(number, job, place)
+    if number == 0:
         (Path(place) / "row.json").write_text(json.dumps(row), encoding="utf-8")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def _measure(rank: int, job: Job, place: str) -> report.Row:
+def _meet(number: int, device: str) -> None:
+    """Find the other processes, if that is not done."""
+    if device == "cuda":
+        torch.cuda.set_device(number)
+    else:
+        torch.set_num_threads(1)
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def _measure_together(job: Job) -> report.Row:
+    """One process's part of a measurement among those of `torchrun`; the row is the first's."""
+    with tempfile.TemporaryDirectory() as mine:
+        if is_first():
+            _write_blocks(Path(mine), job)
+        (place,) = _first_tells(mine)
+        row: report.Row | None = None
+        with suppress(torch.cuda.OutOfMemoryError) if job.world == 1 else nullcontext():
+            if job.world > 1 or is_first():
+                row = _measure(rank(), job, place)
+        (row,) = _first_tells(row)
+    if row is None:
+        raise torch.cuda.OutOfMemoryError
+    return row
+
+
+def _first_tells(what: Any) -> list[Any]:
+    told = [what]
+    distributed.broadcast_object_list(told)
+    return told
+
+
+def _nothing(_: str) -> None:
+    """Said by processes that are not the first."""
+
+
+def _measure(number: int, job: Job, place: str) -> report.Row:
     """One process's part of a measurement; the row is the first's."""
+    gc.collect()  # what was measured before
     device = torch.device(job.device)
     config = job.contender.config(job.preset)
     estimate = _estimate(job, config, device)
     recomputed, _ = estimate.choose(job.recomputed)
+    gathered = estimate.keeps_gathered(recomputed)
     torch.manual_seed(0)
     with device:
         model = H3ForCausalLM(config).train()
     parameters, work = model.num_parameters(), flops_per_token(model, job.length)
-    call = _prepare(model, job, recomputed)
+    call = _prepare(model, job, recomputed, gathered)
     attention = _fastest_attention(config, job, device)
-    batches = _batches(job, Path(place), rank, device)
+    batches = _batches(job, Path(place), number, device)
     step = _Step(call, model, job, attention, graphs=job.graphs and not recomputed)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    taken = [step(*_timed(lambda: next(batches))) for _ in range(WARM_UP + job.repeats)]
-    spent = _milliseconds(taken[WARM_UP:], device)
+
+    def take() -> _Marks:
+        return step(*_timed(lambda: next(batches)))
+
+    if not job.repeats:
+        _phases(take(), device)
+        return {"peak GiB": torch.cuda.max_memory_allocated() / 2**30}
+    for _ in range((WARM_UP_LAUNCHED if step.graphs is None else WARM_UP) - 1):
+        take()
+    _, last = _timed(lambda: _phases(take(), device))
+    repeats = max(2, min(job.repeats, int(LONGEST_MS / _largest(last, job, device))))
+    taken = [take() for _ in range(repeats)]
+    spent = _milliseconds(taken, device)
     if step.graphs is not None:  # which tell the points of their last replay alone
         replays = [_phases(step(next(batches), 0.0), device) for _ in range(ALONE)]
         medians = [median(times) for times in zip(*replays, strict=True)]
         spent |= dict(zip(PHASES, medians, strict=True))
     held = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    peak = _largest(held, device)
+    peak = _largest(held, job, device)
     rate = 1000 * job.tokens / spent["step"]
     row: report.Row = {
         "parameters": f"{parameters:,}",
@@ -321,7 +413,7 @@ def _measure(rank: int, job: Job, place: str) -> report.Row:
         row["all-reduce GB/s"] = _bandwidth(device)
     if peak:
         row["peak GiB"] = peak / 2**30
-    row["estimate GiB"] = estimate.needs(recomputed) / 2**30
+    row["estimate GiB"] = estimate.needs(recomputed, gathered) / 2**30
     if attention is not None:
         row["attention"] = attention.name.lower()
     return row
@@ -335,14 +427,14 @@ def _estimate(job: Job, config: H3Config, device: torch.device) -> Estimate:
     return Estimate.of(config, recipe, job.mesh, device, half=True)
 
 
-def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool) -> nn.Module:
+def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool, gathered: bool) -> nn.Module:
     """The model as the trainer would have it."""
     if recomputed:
         new = "activation_checkpointing_enable"  # in transformers 5.23
         enable: Any = getattr(model, new, model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if job.world > 1 and job.way == "fsdp":
-        shard_model(model, compute_dtype=torch.bfloat16)
+        shard_model(model, compute_dtype=torch.bfloat16, keep_gathered=gathered)
     if job.compiled:
         torch._dynamo.reset()
         compile_model(model, "blocks")
@@ -350,7 +442,7 @@ def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool) -> nn.Module:
         return model
     if job.way == "seq":
         share_rows(model, distributed.group.WORLD)
-    return nn.parallel.DistributedDataParallel(model)
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 class _Step:
@@ -366,7 +458,7 @@ class _Step:
         graphs: bool,
     ) -> None:
         self.call, self.model, self.job, self.attention = call, model, job, attention
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        self.optimizer = ShardAdamW(model.parameters(), lr=1e-4, fused=True)
         captured = graphs and job.device == "cuda" and job.world == 1
         self.graphs = GraphedSteps(model.parameters()) if captured else None
         # within a graph it is the same event in every step
@@ -383,7 +475,10 @@ class _Step:
             self.graphs(batch, lambda held: self._passes(held, between.record))
             marks.points.append(between)
         marks.set()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if is_sharded(self.model):
+            clip_gradients(self.model, 1.0)
+        else:
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         marks.set()
@@ -459,12 +554,12 @@ def _write_blocks(folder: Path, job: Job) -> None:
 
 
 def _batches(
-    job: Job, folder: Path, rank: int, device: torch.device
+    job: Job, folder: Path, mine: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """This process's part of each batch, on its device."""
     blocks = JoinedBlocks({"": folder}, "train", job.length)
     order = Order([len(blocks)], 0)
-    row_slice = (rank, job.world) if job.way == "seq" and job.world > 1 else (0, 1)
+    row_slice = (mine, job.world) if job.way == "seq" and job.world > 1 else (0, 1)
     loader = DataLoader(
         BlockDataset(blocks),
         batch_size=job.rows,
@@ -475,7 +570,7 @@ def _batches(
     # of all processes; what divides the sum is a constant here, which would stall the GPU
     number_of_tokens = torch.tensor(job.tokens, device=device)
     for number, batch in enumerate(loader):
-        if job.readers == 1 or number % job.readers == rank:
+        if job.readers == 1 or number % job.readers == mine:
             yield {name: x.to(device, non_blocking=True) for name, x in batch.items()} | {
                 "num_items_in_batch": number_of_tokens
             }
@@ -510,8 +605,8 @@ def _fastest_attention(config: H3Config, job: Job, device: torch.device) -> SDPB
     return min(times, key=lambda backend: times[backend]) if times else None
 
 
-def _largest(number: float, device: torch.device) -> float:
-    if not distributed.is_initialized():
+def _largest(number: float, job: Job, device: torch.device) -> float:
+    if job.world == 1:
         return number
     told = torch.tensor(number, dtype=torch.float64, device=device)
     distributed.all_reduce(told, op=distributed.ReduceOp.MAX)

@@ -58,14 +58,18 @@ def train(
             help="Recompute blocks in the backward pass; else where the memory asks for it.",
         ),
     ] = None,
+    model: Annotated[
+        list[str] | None, Option(help="transformer, hybrid or h3; give it again for more.")
+    ] = None,
 ) -> None:
     """Training steps of a preset: H3 and the hybrid beside the Transformer."""
-    from h3lm.bench.train import run
+    from h3lm.bench.train import contenders_of, run
 
     print(
         run(
             out, print, preset=preset, world=world, way=parallel, lengths=length, tokens=tokens,
             compiled=compiled, recomputed=recompute, graphs=graphs,
+            contenders=contenders_of(model),
         )
     )  # fmt: skip
 

@@ -278,13 +278,13 @@ def _kernels(backend: str, M: Tensor, *tensors: Tensor | None) -> ModuleType:
     from h3lm.flashconv.kernels import chunk_triton, heads_triton
 
     given = [x for x in tensors if x is not None]
-    if len(M) != given[0].shape[1]:
-        return heads_triton
+    heads = len(M) != given[0].shape[1]
+    triton = heads_triton if heads else chunk_triton
     if backend == "gluon" and all(is_aligned(x) for x in given):
         from h3lm.flashconv.kernels.self_test import hopper_kernels
 
-        return hopper_kernels(given[0].device) or chunk_triton
-    return chunk_triton
+        return hopper_kernels(given[0].device, heads) or triton
+    return triton
 
 
 def _segments(k: Tensor, M: Tensor, bounds: Tensor | None) -> int:
@@ -447,6 +447,8 @@ def _gradients(
 
     operators = Operators(filters, M, K, P, decay)
     do = _positions_last(do)
+    if q is None:  # of an end state; Hopper's backward pass has outputs
+        backend = "triton"
     kernels, cut = _kernels(backend, M, q, k, v, do), _segments(k, M, bounds)
     given = (do, dend, q, k, v, operators, carry, start, states)
     if cut > 1:

@@ -154,11 +154,11 @@ def _h3_core(
         from h3lm.flashconv import sequence_parallel  # it runs this op on each slice
 
         _check_slice(reverse)
-        o, end = sequence_parallel.h3_core(
+        return sequence_parallel.h3_core(
             q, k, v, taps, system, process_group=process_group, head_dim=head_dim,
             initial_state=initial_state, cu_seqlens=cu_seqlens, backend=backend,
+            with_state=return_final_state, qkv=qkv,
         )  # fmt: skip
-        return o, end if return_final_state else None
     sequences = _check_sequences(q, cu_seqlens)
     _check_h3_state(initial_state, sequences, k, taps, system, head_dim)
     problem = _problem(system, taps.shape[1], head_dim, cu_seqlens, q, k, v)
@@ -673,9 +673,7 @@ def _check_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
             f"cu_seqlens must be at least two integers, got {tuple(cu_seqlens.shape)} "
             f"{cu_seqlens.dtype}"
         )
-    if torch.compiler.is_compiling():  # asked first: the compiler cannot trace the next question
-        return len(cu_seqlens) - 1
-    if not (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not (torch.compiler.is_compiling() or _is_capturing(cu_seqlens)):
         bounds = cu_seqlens.tolist()
         increasing = all(b > a for a, b in pairwise(bounds))
         if bounds[0] != 0 or bounds[-1] != x.shape[-1] or not increasing:
@@ -683,6 +681,10 @@ def _check_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
                 f"cu_seqlens must increase from 0 to the length {x.shape[-1]}, got {bounds}"
             )
     return len(cu_seqlens) - 1
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_h3_state(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from h3lm import flashconv
-from h3lm.flashconv import H3State, RingState, StepOperators
+from h3lm.flashconv import H3State, RingState, StepOperators, sequence_parallel
 from h3lm.flashconv.state import as_real_pairs, from_real_pairs
 from h3lm.layers.both_ways import (
     BackwardReadout,
@@ -98,6 +98,9 @@ class H3(PreparingModule):
         )
         self.output_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
         self._prepared: Prepared[tuple[Tensor, ChunkOperators]] = Prepared()
+        # The diagonal SSM's largest |a|, while somebody who knows it keeps it true: what slices of
+        # a process group would otherwise wait for the device for
+        self.slowest: float | None = None
 
     def forward(
         self,
@@ -166,10 +169,14 @@ class H3(PreparingModule):
         """
         taps, operators = self.operators()
         how: dict[str, Any] = {"head_dim": self.head_dim, "backend": self.backend}
+        if mask is None and process_group is not None:
+            return self._core_of_slice(
+                qkv, taps, operators, state, cu_seqlens, process_group, with_state
+            )
         if mask is None:
             return flashconv.h3_core_qkv(
                 qkv, taps, operators, initial_state=state, return_final_state=with_state,
-                cu_seqlens=cu_seqlens, process_group=process_group, **how,
+                cu_seqlens=cu_seqlens, **how,
             )  # fmt: skip
         if cu_seqlens is not None:
             raise ValueError("give mask or cu_seqlens, not both")
@@ -190,6 +197,25 @@ class H3(PreparingModule):
             return o, new
 
         return Unpadded(mask).run(run, state, (q, k, v))
+
+    @torch.compiler.disable  # what it knows of the decay is another number in each step
+    def _core_of_slice(
+        self,
+        qkv: Tensor,
+        taps: Tensor,
+        operators: ChunkOperators,
+        state: H3State | None,
+        cu_seqlens: Tensor | None,
+        process_group: ProcessGroup,
+        with_state: bool,
+    ) -> tuple[Tensor, H3State | None]:
+        q, k, v = qkv.chunk(3, dim=1)
+        return sequence_parallel.h3_core(
+            q, k, v, taps, operators,
+            process_group=process_group, head_dim=self.head_dim, initial_state=state,
+            cu_seqlens=cu_seqlens, backend=self.backend, with_state=with_state,
+            slowest=self.slowest, qkv=qkv,
+        )  # fmt: skip
 
     def _both_ways(
         self,

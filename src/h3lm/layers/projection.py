@@ -6,6 +6,16 @@ from torch import Tensor, nn
 COLUMNS = 8  # that a bias takes: rows of half numbers then still begin at multiples of 16 bytes
 
 
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """The dtype that a linear map of x computes in: autocast's where it is on, else that of x.
+
+    Autocast knows no convolutions of ours, and would leave them in float32.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def project_channel_first(linear: nn.Module, u: Tensor) -> Tensor:
     """Apply a linear map to (B, L, d_in) and return it channel first, (B, d_out, L).
 

@@ -125,7 +125,8 @@ class ClassificationTrainer(H3Trainer):
         # not the library's fields, which saving changes
         ours = H3Config.__annotations__ | H3ClassificationConfig.__annotations__
         model = {name: config[name] for name in (*ours, "id2label") if name in config}
-        return replace(super().point(step), model=json.loads(json.dumps(model)))
+        model = json.loads(json.dumps(model))
+        return replace(super().point(step), model=model, order=ExampleOrder.NAME)
 
 
 def train_classifier(recipe: Recipe, console: Console) -> Result:

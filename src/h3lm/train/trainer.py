@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
@@ -36,7 +35,13 @@ from h3lm.train.finite import FiniteWatch
 from h3lm.train.graphs import GraphedSteps
 from h3lm.train.mesh import Mesh
 from h3lm.train.optimizer_state import load_optimizer, save_optimizer
-from h3lm.train.parallel import is_sharded, reshard, whole_weights
+from h3lm.train.parallel import (
+    ShardAdamW,
+    clip_gradients,
+    is_sharded,
+    reshard,
+    whole_weights,
+)
 from h3lm.train.param_groups import parameter_groups
 from h3lm.train.processes import first_says, is_first, rank, summed, wait_for_all, world_size
 from h3lm.train.progress import Clock, Speed
@@ -141,7 +146,7 @@ class H3Trainer(Trainer):
             )
             for group in groups:
                 group.pop("names")
-            self.optimizer = AdamW(
+            self.optimizer = ShardAdamW(
                 groups,
                 lr=recipe.learning_rate,
                 betas=(recipe.beta1, recipe.beta2),
@@ -260,6 +265,11 @@ class H3Trainer(Trainer):
             loss = self.graphs(given, lambda held: step(model, held, held.pop(NUMBER, None)))
         self.finite.see(loss, self.state.global_step + 1)
         return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if is_sharded(self.model):
+            return clip_gradients(self.model, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)

@@ -200,10 +200,12 @@ def forward_kernel(
     q, k, v, o, F, M, K, P, decay, carry, start, end, tile_states,
     q_row, q_channel, k_row, k_channel, v_row, v_channel, o_row, o_channel,
     B, D, L, rows_per_program, tiles, total, segments,
-    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr,
+    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Forward pass; strides and the length are multiples of 16."""
-    STAGES: gl.constexpr = 2
+    """Forward pass; strides and the length are multiples of 16.
+
+    STAGES: 2, or 1 where a program has one tile: then a third program fits on a multiprocessor.
+    """
     CHUNKS: gl.constexpr = C // ROWS
     dtype: gl.constexpr = k.dtype.element_ty
     mma: gl.constexpr = PRODUCT_4
@@ -685,6 +687,7 @@ def forward(
         *strides(q), *strides(k), *strides(v), *strides(o if with_output else None),
         B, D, L, walk.rows_per_program, walk.tiles, total, segments, ROWS=walk.rows_per_tile,
         EVEN=walk.is_even(B, L, C.value) and total == segments * L, SEGMENTED=segments > 1,
+        STAGES=1 if walk.rows_per_program == walk.rows_per_tile and walk.tiles == 1 else 2,
         num_warps=4,
     )  # fmt: skip
     return o, end, states

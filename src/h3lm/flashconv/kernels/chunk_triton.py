@@ -64,6 +64,7 @@ from h3lm.flashconv.kernels.tile import (
 # of a launch, the best on an H200
 FORWARD = {"num_warps": 4, "num_stages": 1}
 BACKWARD = {"num_warps": 4, "num_stages": 1}
+FETCH = True
 
 
 @triton.jit
@@ -111,9 +112,19 @@ def tile_at(pointer, row, channel, row_stride, channel_stride, first, inner, row
     """
     base = pointer + (row.to(tl.int64) * row_stride + channel.to(tl.int64) * channel_stride + first)
     if ROWS > 1:
-        return base + (row_in_tile.to(tl.int64) * row_stride)[:, None] + inner
+        offset = row_in_tile.to(tl.int64) * row_stride
+        return base + (offset if len(inner.shape) == 1 else offset[:, None]) + inner
     else:
         return base + inner
+
+
+@triton.jit
+def fetch_tile(pointers):
+    """Ask for a tile, given by where each of its chunks begins, to be brought into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.uint64)],
+        dtype=tl.uint32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -162,9 +173,11 @@ def forward_kernel(
     B, D, L, rows_per_program, tiles, slots, total, segments,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
-    REVERSED: tl.constexpr,
+    REVERSED: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Forward pass; a tile holds ROWS rows of C / ROWS chunks.
+
+    FETCH: the next tile is brought into the L2 cache while this one is worked on; for EVEN ones.
 
     REVERSED: chunks are walked from last to first, to add up what they leave to the left.
     """
@@ -216,6 +229,28 @@ def forward_kernel(
             if REVERSED:
                 mask = mask & (position >= 0)
 
+            if FETCH:
+                last = tile == tiles - 1
+                next_row = tl.minimum(tile_row + tl.where(last, ROWS, 0), B - ROWS)
+                next_first = tl.where(last, 0, first + CHUNKS * T)
+                next_source, _, next_begin, _, _ = span_of(
+                    next_row, B, L, total, segments, bounds, SEGMENTED
+                )
+                next_first += next_begin
+                fetch_tile(
+                    tile_at(k, next_source, channel, k_row, k_channel, next_first, in_row * T,
+                            row_in_tile, ROWS)
+                )  # fmt: skip
+                if v is not None:
+                    fetch_tile(
+                        tile_at(v, next_source, channel, v_row, v_channel, next_first, in_row * T,
+                                row_in_tile, ROWS)
+                    )  # fmt: skip
+                if q is not None:
+                    fetch_tile(
+                        tile_at(q, next_source, channel, q_row, q_channel, next_first, in_row * T,
+                                row_in_tile, ROWS)
+                    )  # fmt: skip
             first += begin
             k_at = tile_at(k, source, channel, k_row, k_channel, first, inner, row_in_tile, ROWS)
             k_tile = load_tile(k_at, mask, EVEN)
@@ -609,7 +644,7 @@ def forward(
         B, D, L, walk.rows_per_program, walk.tiles, slots, total, segments,
         N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
         PRECISION=product_precision(k.dtype), EVEN=even, SEGMENTED=segments > 1,
-        REVERSED=leftwards, **FORWARD,
+        REVERSED=leftwards, FETCH=FETCH and even and k.is_cuda and not leftwards, **FORWARD,
     )  # fmt: skip
     return o, end, states
 

@@ -74,7 +74,8 @@ def backward(
         do, dends, q, k, v, operators, carry, start, states, segments=segments, **options
     )
     dk, dcarry = grads.k, grads.carry
-    if operators.F is not None and kernels is not heads_triton:  # those filter whole rows
+    heads = len(operators.M) != do.shape[1]  # their kernels filter whole rows
+    if operators.F is not None and not heads:
         dk = _add_across_borders(dk, dcarry, operators.F, segments)
         dcarry = None if carry is None else dcarry[::segments].clone()
     return replace(
