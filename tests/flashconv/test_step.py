@@ -122,19 +122,6 @@ def test_kernel_equals_the_definition(case, dtype):
     check(*case, dtype, 3, "kernel")
 
 
-@needs_triton
-@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-@pytest.mark.parametrize("alike", [True, False])
-@pytest.mark.parametrize("size", [(4, 1, 1, 4, 3), (2, 2, 2, 4, 2), (8, 1, 1, 16, 1)], ids=str)
-@pytest.mark.parametrize("case", [(7, 10, 1, 16, 16), (5, 12, 1, 12, 9), (2, 4, 2, 8, 7)], ids=str)
-def test_a_program_may_walk_over_rows(case, size, alike):
-    """Rings that go on at one slot, and at many; the last rows do not fill a group."""
-    from h3lm.flashconv.kernels.step_triton import StepSize
-
-    start = torch.full(case[:1], 5) if alike else None
-    check(*case, torch.float32, 2, "kernel", StepSize(*size), start)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,19 @@ PRODUCTS = {
     "up": (4 * D, D), "down": (D, 4 * D), "qkv": (3 * D, D), "out": (D, D), "head": (50304, D),
 }  # fmt: skip
 LAYERS = {"out": 24, "head": 2}  # that exceed the L2 cache; 8 of the others
-AHEAD = (0, 512)  # besides all
+AHEAD = (0, 256, 512, 1024, 8192)
+# Products of which two programs fit into a multiprocessor
+ROOMY = {
+    "up": ProductSize(64, 64, stages=7, tma=True, x_stages=7),
+    "down": ProductSize(64, 64, parts=4, stages=7, tma=True, x_stages=7),
+    "qkv": ProductSize(64, 64, stages=7, tma=True, x_stages=7),
+    "out": ProductSize(64, 64, parts=4, stages=6, tma=True, x_stages=6),
+}
+# Whether products are those, and whether norms and all others let the next kernel start first
+STARTS = (
+    (False, False, False), (True, True, False), (True, True, True), (False, True, False),
+    (False, True, True),
+)  # fmt: skip
 CONTEXTS = ((64, 576), (64, 1600), (16, 8256), (4, 65600))  # rows and keys
 
 
@@ -66,7 +78,7 @@ class Case:
     sizes: list[object]
 
 
-def cases(only: set[str]) -> Iterator[Case]:
+def cases(only: frozenset[str] | set[str]) -> Iterator[Case]:
     """Everything that is tried, the most telling first."""
     if "core" in only:
         for rows in (64, 16, 1):
@@ -89,66 +101,58 @@ def cases(only: set[str]) -> Iterator[Case]:
 
 
 def core_sizes(rows: int) -> Iterator[StepSize]:
-    """Sizes of the H3 core: programs of one group, and such as walk over rows."""
-    for columns, at_once, warps, groups, stages in (
-        (4, 2, 1, 1, 1), (8, 4, 4, 1, 1), (4, 1, 1, 1, 1), (2, 2, 1, 1, 1), (8, 1, 1, 1, 1),
-        (2, 4, 1, 1, 1), (4, 4, 1, 1, 1), (8, 2, 2, 1, 1), (4, 2, 2, 1, 1), (8, 4, 2, 1, 1),
-        (16, 1, 4, 16, 4), (16, 1, 4, 32, 6), (16, 1, 4, 32, 8), (16, 1, 4, 64, 8),
-        (8, 1, 2, 16, 4), (8, 1, 2, 32, 6), (8, 1, 2, 64, 8), (4, 1, 1, 8, 4), (4, 1, 1, 16, 4),
-        (4, 1, 1, 32, 8), (32, 1, 8, 16, 4), (32, 1, 8, 32, 4), (16, 2, 8, 8, 4), (8, 2, 4, 16, 4),
-    ):  # fmt: skip
-        if at_once * groups <= rows:
-            yield StepSize(columns, at_once, warps, groups, stages)
+    """Sizes of the H3 core."""
+    for columns, at_once, warps in ((4, 2, 1), (8, 4, 4), (4, 1, 1), (8, 2, 2)):
+        if at_once <= rows:
+            yield StepSize(columns, at_once, warps)
     for at_once, stages, warps in (
-        (1, 1, 1), (2, 2, 1), (2, 2, 4), (4, 2, 1), (4, 4, 1), (4, 4, 4), (8, 2, 4), (8, 4, 1),
-        (8, 4, 4), (16, 2, 1), (16, 2, 4), (16, 3, 4), (16, 4, 1), (16, 4, 4), (32, 4, 1),
-        (32, 4, 4), (32, 6, 2), (16, 6, 1),
+        (1, 1, 1), (2, 2, 1), (2, 2, 4), (4, 2, 1), (4, 2, 4), (8, 2, 1), (8, 2, 4), (16, 2, 1),
+        (16, 2, 4), (32, 2, 1), (32, 2, 4), (16, 3, 4),
     ):  # fmt: skip
         if at_once <= rows:
-            yield StepSize(4 * warps, at_once, warps, stages=stages, lean=True)
+            yield StepSize(4 * warps, at_once, warps, lean=True, stages=stages)
+
+
+ONE_ROW = {  # parts, columns, depth, warps
+    "whole": ((1, 4, 2048, 4), (1, 2, 2048, 2), (1, 8, 2048, 8), (1, 4, 1024, 2), (1, 8, 1024, 4)),
+    "out": ((1, 4, 2048, 4), (2, 8, 1024, 4), (2, 4, 1024, 2), (1, 8, 2048, 8)),
+    "down": ((4, 4, 2048, 4), (4, 8, 1024, 4), (2, 4, 2048, 4), (4, 4, 1024, 2), (2, 8, 2048, 8)),
+}
+PLAIN = {  # parts, columns, depth, stages: by the compiler's copies
+    "whole": (
+        (1, 64, 128, 4), (1, 64, 128, 6), (1, 64, 128, 3), (1, 64, 64, 7), (1, 32, 128, 4),
+        (1, 64, 256, 3),
+    ),
+    "out": ((4, 64, 128, 4), (4, 64, 128, 3), (2, 64, 128, 4)),
+    "down": ((4, 64, 128, 4), (8, 64, 128, 3), (4, 64, 128, 3), (4, 64, 64, 7)),
+}  # fmt: skip
+BY_TMA = {  # parts, columns, depth, stages, stages of x: one program in a multiprocessor, or two
+    "whole": (
+        (1, 64, 64, 12, 12), (1, 64, 128, 6, 6), (1, 128, 64, 8, 8), (1, 64, 64, 7, 7),
+        (1, 64, 64, 9, 5), (1, 64, 128, 3, 4), (1, 128, 64, 5, 4),
+    ),
+    "out": (
+        (2, 64, 128, 6, 6), (4, 64, 64, 8, 6), (4, 64, 64, 6, 6), (2, 32, 64, 16, 6),
+        (2, 64, 64, 9, 5), (8, 128, 64, 4, 4),
+    ),
+    "down": (
+        (4, 64, 64, 12, 12), (8, 128, 64, 8, 8), (4, 64, 64, 7, 7), (4, 64, 64, 9, 5),
+        (4, 64, 128, 3, 4), (8, 128, 64, 5, 4), (8, 64, 64, 7, 7),
+    ),
+}  # fmt: skip
 
 
 def product_sizes(rows: int, name: str) -> Iterator[ProductSize]:
     """Sizes of products of few rows; parts only where a norm follows."""
+    kind = name if name in ONE_ROW else "whole"
     if rows == 1:
-        for parts, columns, depth, warps in (
-            ((1, 8, 1024, 4), (1, 4, 2048, 4), (1, 4, 1024, 2), (1, 8, 512, 2), (1, 16, 512, 4),
-             (1, 8, 2048, 8), (1, 16, 1024, 8), (1, 2, 2048, 2))
-            if name in ("qkv", "up", "head") else
-            ((2, 8, 1024, 4), (1, 4, 2048, 4), (4, 4, 512, 1), (4, 8, 512, 2), (2, 4, 1024, 2),
-             (1, 8, 2048, 8))
-            if name == "out" else
-            ((4, 8, 1024, 4), (8, 8, 1024, 4), (2, 4, 2048, 4), (4, 4, 2048, 4), (4, 4, 1024, 2),
-             (2, 8, 2048, 8), (1, 4, 2048, 4))
-        ):  # fmt: skip
+        for parts, columns, depth, warps in ONE_ROW[kind]:
             yield ProductSize(columns, depth, parts, warps=warps)
         return
-    whole = name in ("qkv", "up", "head")
-    for parts, columns, depth, stages, warps in (
-        ((1, 64, 128, 4, 4), (1, 64, 128, 5, 4), (1, 64, 128, 6, 4), (1, 64, 128, 3, 4),
-         (1, 64, 64, 6, 4), (1, 64, 64, 8, 4), (1, 64, 128, 4, 8), (1, 32, 128, 4, 4),
-         (1, 64, 256, 3, 4), (1, 128, 64, 4, 4), (1, 128, 64, 8, 8), (1, 128, 128, 4, 8))
-        if whole else
-        ((4, 64, 128, 4, 4), (2, 64, 128, 4, 4), (4, 32, 128, 4, 4), (4, 64, 128, 3, 4),
-         (8, 128, 128, 2, 4), (8, 64, 64, 4, 4), (4, 64, 64, 6, 4))
-        if name == "out" else
-        ((4, 64, 128, 4, 4), (8, 64, 128, 3, 4), (8, 128, 128, 3, 4), (4, 64, 128, 5, 4),
-         (4, 64, 128, 6, 4), (8, 128, 128, 4, 8), (8, 128, 64, 6, 4), (8, 64, 64, 6, 4),
-         (4, 64, 128, 3, 4))
-    ):  # fmt: skip
-        yield ProductSize(columns, depth, parts, stages, warps)
-    for parts, columns, depth, stages, warps in (
-        ((1, 64, 128, 3, 4), (1, 64, 128, 4, 4), (1, 64, 128, 6, 4), (1, 64, 64, 6, 4),
-         (1, 64, 64, 12, 4), (1, 128, 64, 4, 4), (1, 128, 64, 8, 4), (1, 128, 64, 8, 8),
-         (1, 128, 128, 4, 8), (1, 32, 128, 4, 4))
-        if whole else
-        ((4, 64, 128, 3, 4), (4, 64, 128, 4, 4), (4, 64, 64, 8, 4), (8, 128, 64, 4, 4),
-         (2, 32, 128, 4, 4), (2, 64, 128, 6, 4))
-        if name == "out" else
-        ((4, 64, 128, 3, 4), (4, 64, 128, 4, 4), (4, 64, 128, 6, 4), (4, 64, 64, 12, 4),
-         (8, 128, 64, 4, 4), (8, 128, 64, 8, 4), (8, 128, 128, 4, 8), (16, 256, 64, 5, 8))
-    ):  # fmt: skip
-        yield ProductSize(columns, depth, parts, stages, warps, tma=True)
+    for parts, columns, depth, stages in PLAIN[kind]:
+        yield ProductSize(columns, depth, parts, stages)
+    for parts, columns, depth, stages, x_stages in BY_TMA[kind]:
+        yield ProductSize(columns, depth, parts, stages, tma=True, x_stages=x_stages)
 
 
 def attend_sizes() -> Iterator[AttendSize]:
@@ -243,7 +247,7 @@ def main() -> None:
     parser.add_argument("--steps", action="store_true", help="choose by whole steps")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
-    only = set(arguments.only.split(","))
+    only = frozenset(arguments.only.split(","))
     faults = check_sizes(only)
     if arguments.steps:
         search({key for key, fault in faults.items() if fault}, deadline, only=only)
@@ -270,7 +274,7 @@ def main() -> None:
 
 
 def check_sizes(
-    only: set[str], names: set[str] | None = None, seconds: float = 90
+    only: frozenset[str] | set[str], names: set[str] | None = None, seconds: float = 90
 ) -> dict[tuple[str, object], str]:
     """Compile all sizes and compare them with plain PyTorch, by many processes.
 
@@ -307,50 +311,56 @@ def search(
     bad: set[tuple[str, object]],
     deadline: float = float("inf"),
     *,
-    only: set[str] = frozenset(("core", "product", "attend")),  # type: ignore[assignment]
+    only: frozenset[str] = frozenset(("core", "product", "attend")),
     batches: tuple[int, ...] = (64, 1, 16),
-) -> dict[str, object]:
-    """Choose sizes one after the other by whole steps of pure H3, and leave them in the tables.
+) -> None:
+    """Choose sizes by whole steps of pure H3 and leave them in the tables.
 
-    That of attention is chosen by itself, over all contexts alike.
+    One after the other, twice, and that from each of `STARTS`: programs that leave room for the
+    next kernel's are of use only if all of them do, and if the next one starts early. Then each
+    kernel may change its order of start and wait, and what it fetches ahead. Attention is chosen
+    by itself, over all contexts alike.
 
     Args:
         bad: Names of cases and sizes that are not to be tried.
-        deadline: By `time.monotonic`; nothing more is chosen after it.
+        deadline: By `time.monotonic`; nothing more is tried after it.
         only: Which kernels.
         batches: Rows of the steps.
-
-    Returns:
-        What was chosen.
     """
     model = make_model("1.3b", mixers="h3", h3_head_dim=1, num_hidden_layers=6)
-    chosen: dict[str, object] = {}
-
-    def choose(name: str, rows: int, sizes: list[Any], table: Any, key: Any) -> None:
-        """Put the fastest in its place; the one that stands there if there is no time."""
-        sizes = [size for size in sizes if (f"{name} {rows}", size) not in bad]
-        if time.monotonic() > deadline or not sizes:
-            return
-        times = {}
-        for size in sizes:
-            table[key] = size
-            times[size] = 1e3 * median_ms(decoder.record().replay, 41)
-        best = table[key] = min(times, key=lambda size: times[size])
-        chosen[f"{name} {rows}"] = best
-        _say(f"{name} {rows}: {best}; " + ", ".join(f"{us:.1f}" for us in times.values()) + " us")
-
+    names = [name for name in ("core", *PRODUCTS) if {"core": "core"}.get(name, "product") in only]
     for rows in batches:
-        decoder = filled_decoder(model, rows, 512)
-        for turn in (1, 2):
-            if "core" in only:
-                choose("core", rows, list(core_sizes(rows)), core.SIZES, rows)
-            for name in PRODUCTS if "product" in only else ():
-                best = step.SIZES[rows, name]
-                if turn == 1:
-                    sizes = [*product_sizes(rows, name), None]
-                else:  # compiled here: few
-                    sizes = [replace(best, ahead=n) for n in (best.ahead, *AHEAD)] if best else []
-                choose(name, rows, sizes, step.SIZES, (rows, name))
+        tables = _Tables(rows, filled_decoder(model, rows, 512), deadline)
+        given, found = tables.sizes(), []
+        for roomy, norm_first, first in STARTS:
+            if time.monotonic() > deadline or (roomy and rows == 1):
+                continue
+            tables.put({"norm": norm_first})
+            start = given | ROOMY if roomy else given
+            tables.put({name: size and replace(size, first=first) for name, size in start.items()
+                        if name in names})  # fmt: skip
+            tried: dict[str, list[Any]] = {}
+            for name in [name for name in names if name != "head"] * 2:
+                if name not in tried:
+                    sizes = _sizes(rows, name, bad)
+                    tried[name] = [size and replace(size, first=first) for size in sizes]
+                tried[name] = tables.choose(name, tried[name])[:4]
+            found.append((tables.step_us(), tables.sizes()))
+            _say(f"{rows} rows, {roomy, norm_first, first}: {found[-1][0]:.1f} us")
+        if not found:
+            break
+        tables.put(min(found, key=lambda item: item[0])[1])
+        if "head" in names:
+            tables.choose("head", _sizes(rows, "head", bad))
+        for name in names:
+            now = tables.sizes()[name]
+            if now is not None:
+                sizes = [replace(now, first=first) for first in (False, True)]
+                if isinstance(now, ProductSize) and rows > 1:
+                    sizes = [replace(size, ahead=n) for size in sizes for n in AHEAD]
+                tables.choose(name, sizes)
+        tables.choose("norm", [False, True])
+        _say(f"{rows} rows: {tables.step_us():.1f} us")
     if "attend" in only and time.monotonic() < deadline:
         attend = list(cases({"attend"}))
         over_floor = {
@@ -359,28 +369,79 @@ def search(
             if not any((case.name, size) in bad for case in attend)
         }
         step.ATTEND = min(over_floor, key=lambda size: over_floor[size])
-        chosen["attend"] = step.ATTEND
-        _say(f"attend: {step.ATTEND}")
-    return chosen
+
+
+class _Tables:
+    """The sizes for one batch, and the step that they make.
+
+    Args:
+        rows: Rows of the batch.
+        decoder: Takes steps.
+        deadline: By `time.monotonic`; nothing more is tried after it.
+    """
+
+    def __init__(self, rows: int, decoder: Any, deadline: float) -> None:
+        self.decoder, self.deadline = decoder, deadline
+        self.places: dict[str, tuple[Any, Any]] = {
+            "core": (core.SIZES, rows), "norm": (step.NORM_FIRST, rows),
+            **{name: (step.SIZES, (rows, name)) for name in PRODUCTS},
+        }  # fmt: skip
+
+    def sizes(self) -> dict[str, Any]:
+        """What stands in the tables."""
+        return {name: table[key] for name, (table, key) in self.places.items()}
+
+    def put(self, sizes: dict[str, Any]) -> None:
+        """Write sizes into the tables."""
+        for name, size in sizes.items():
+            table, key = self.places[name]
+            table[key] = size
+
+    def step_us(self) -> float:
+        """Time of a step with these sizes."""
+        return 1e3 * median_ms(self.decoder.record().replay, 25)
+
+    def choose(self, name: str, sizes: list[Any]) -> list[Any]:
+        """Put the fastest of some sizes and that in the table there; returns all, fastest first."""
+        times = {self.sizes()[name]: self.step_us()}
+        for size in sizes:
+            if size not in times and time.monotonic() < self.deadline:
+                self.put({name: size})
+                times[size] = self.step_us()
+        order = sorted(times, key=lambda size: times[size])
+        self.put({name: order[0]})
+        return order
+
+
+def _sizes(rows: int, name: str, bad: set[tuple[str, object]]) -> list[Any]:
+    """What is tried in turn, weights ahead or not; None for the library's product."""
+    sizes: list[Any] = list(core_sizes(rows) if name == "core" else product_sizes(rows, name))
+    sizes = [size for size in sizes if (f"{name} {rows}", size) not in bad]
+    if name == "core":
+        return sizes
+    ahead = [replace(size, ahead=512) for size in sizes] if rows > 16 else []
+    return [*sizes, *ahead, None]
 
 
 def table_lines() -> Iterator[str]:
     """The tables of sizes as they stand, in Python."""
-    yield f"kernels/step_triton.py: SIZES = {core.SIZES}"
-    yield "layers/step_triton.py: SIZES = {"
-    plain = ProductSize(0)
-    for key, size in step.SIZES.items():
-        if size is None:
-            yield f"    {key}: None,"
-            continue
-        extra = "".join(
-            f", {name}={getattr(size, name)}"
-            for name in ("parts", "stages", "warps", "ahead", "tma")
-            if getattr(size, name) != getattr(plain, name)
-        )
-        yield f"    {key}: ProductSize({size.columns}, {size.depth}{extra}),"
+    yield "flashconv/kernels/step_triton.py: SIZES = {"
+    yield from (f"    {key}: {_short(size)}," for key, size in core.SIZES.items())
     yield "}"
-    yield f"layers/step_triton.py: ATTEND = {step.ATTEND}"
+    yield f"layers/step_triton.py: NORM_FIRST = {step.NORM_FIRST}"
+    yield f"layers/step_triton.py: ATTEND = {_short(step.ATTEND)}"
+    yield "layers/step_triton.py: SIZES = {"
+    yield from (f"    {key}: {_short(size)}," for key, size in step.SIZES.items())
+    yield "}"
+
+
+def _short(size: Any) -> str:
+    """A size without what it has by default."""
+    if size is None:
+        return "None"
+    given = {f.name: (getattr(size, f.name), f.default) for f in fields(size)}
+    said = ", ".join(f"{name}={value}" for name, (value, usual) in given.items() if value != usual)
+    return f"{type(size).__name__}({said})"
 
 
 @torch.no_grad()

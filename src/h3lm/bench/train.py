@@ -399,7 +399,7 @@ def _measure(number: int, job: Job, place: str) -> report.Row:
     row: report.Row = {
         "parameters": f"{parameters:,}",
         "recomputed": "yes" if recomputed else "no",
-        "graphs": "yes" if step.graphs is not None else "no",
+        "graphs": "yes" if step.graphs is not None and step.graphs.captured else "no",
         "tokens/s": rate,
     }
     roof = peak_flops(device)

@@ -25,16 +25,25 @@ TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
 @gluon.jit
-def start_tile(
-    x, weight, x_tiles, w_tiles, barriers, i, column, depth, steps, STAGES: gl.constexpr
-):
-    """Start the copies of tile i, both operands, if there is one."""
+def start_tile(matrix, tiles, barriers, i, row, begin, steps, STAGES: gl.constexpr):
+    """Start the copy of tile i of an operand, whose inputs go on from `begin`, if there is one."""
     there = i < steps
-    s = i % STAGES
-    bar = barriers.index(s)
-    mbarrier.expect(bar, x.block_type.nbytes + weight.block_type.nbytes, pred=there)
-    tma.async_copy_global_to_shared(weight, [column, depth], bar, w_tiles.index(s), pred=there)
-    tma.async_copy_global_to_shared(x, [0, depth], bar, x_tiles.index(s), pred=there)
+    bar = barriers.index(i % STAGES)
+    at = begin + i * matrix.block_shape[1]
+    mbarrier.expect(bar, matrix.block_type.nbytes, pred=there)
+    tma.async_copy_global_to_shared(matrix, [row, at], bar, tiles.index(i % STAGES), pred=there)
+
+
+@gluon.jit
+def make_ring(matrix, STAGES: gl.constexpr):
+    """Shared memory for tiles of an operand, and a barrier for each."""
+    tiles = gl.allocate_shared_memory(
+        matrix.dtype, [STAGES, matrix.block_shape[0], matrix.block_shape[1]], matrix.layout
+    )  # fmt: skip
+    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(barriers.index(s), count=1)
+    return tiles, barriers
 
 
 @gluon.jit
@@ -52,11 +61,11 @@ def fetch_weights(
         fetch(weights + where, True)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["ahead", "first"])
 def product_kernel(
-    x, weight, weights, bias, y, M, N, K, depth_of_part,
+    x, weight, weights, bias, y, M, N, K, depth_of_part, ahead, first,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr, WHOLE: gl.constexpr,
-    BIAS: gl.constexpr, GELU: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    BIAS: gl.constexpr, GELU: gl.constexpr, STAGES: gl.constexpr, X_STAGES: gl.constexpr,
     WARPS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """Product x weight^T of tiles that TMA brings, with bias and GELU if WHOLE; else a part.
@@ -69,59 +78,38 @@ def product_kernel(
     )
     out: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [WARPS, 1], [1, 0])
     part = gl.program_id(1)
-    first = gl.program_id(0) * COLUMNS
+    left = gl.program_id(0) * COLUMNS
     begin = part * depth_of_part
     steps = gl.cdiv(min(depth_of_part, K - begin), DEPTH)
-    x_tiles = gl.allocate_shared_memory(x.dtype, [STAGES, ROWS, DEPTH], x.layout)
-    w_tiles = gl.allocate_shared_memory(x.dtype, [STAGES, COLUMNS, DEPTH], weight.layout)
-    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(barriers.index(s), count=1)
-    for s in gl.static_range(STAGES):
-        bar = barriers.index(s)
-        at = begin + s * DEPTH
-        mbarrier.expect(bar, x.block_type.nbytes + weight.block_type.nbytes, pred=s < steps)
-        tma.async_copy_global_to_shared(
-            weight, [first, at], bar, w_tiles.index(s), pred=s < steps
-        )  # fmt: skip
+    w_tiles, w_barriers = make_ring(weight, STAGES)
+    x_tiles, x_barriers = make_ring(x, X_STAGES)
+    for i in gl.static_range(STAGES):
+        start_tile(weight, w_tiles, w_barriers, i, left, begin, steps, STAGES)
     if EARLY:
         fetch_weights(
-            weights,
-            first,
-            begin + STAGES * DEPTH,
-            min(begin + min(AHEAD, depth_of_part), K),
-            N,
-            K,
-            COLUMNS,
-            DEPTH,
-            WARPS,
-        )
-    wait_for_inputs(EARLY)
-    for s in gl.static_range(STAGES):
-        at = begin + s * DEPTH
-        bar = barriers.index(s)
-        tma.async_copy_global_to_shared(x, [0, at], bar, x_tiles.index(s), pred=s < steps)
+            weights, left, begin + STAGES * DEPTH, begin + min(ahead, depth_of_part), N, K,
+            COLUMNS, DEPTH, WARPS,
+        )  # fmt: skip
+    wait_for_inputs(first, EARLY)
+    for i in gl.static_range(X_STAGES):
+        start_tile(x, x_tiles, x_barriers, i, 0, begin, steps, X_STAGES)
 
     total = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
-    for i in range(steps):
-        now = i % STAGES
-        mbarrier.wait(barriers.index(now), (i // STAGES) & 1)
-        total = warpgroup_mma(
-            x_tiles.index(now), w_tiles.index(now).permute((1, 0)), total, is_async=True
-        )  # fmt: skip
+    for step in range(steps):
+        mbarrier.wait(w_barriers.index(step % STAGES), (step // STAGES) & 1)
+        mbarrier.wait(x_barriers.index(step % X_STAGES), (step // X_STAGES) & 1)
+        w_tile = w_tiles.index(step % STAGES).permute((1, 0))
+        total = warpgroup_mma(x_tiles.index(step % X_STAGES), w_tile, total, is_async=True)
         total = warpgroup_mma_wait(1, deps=[total])
-        gl.thread_barrier()  # all warps are done with the tile before this one
-        if i > 0:
-            coming = i - 1 + STAGES
-            start_tile(
-                x, weight, x_tiles, w_tiles, barriers, coming, first, begin + coming * DEPTH,
-                steps, STAGES,
-            )  # fmt: skip
+        gl.thread_barrier()  # all warps are done with the tiles before these
+        if step > 0:
+            start_tile(x, x_tiles, x_barriers, step - 1 + X_STAGES, 0, begin, steps, X_STAGES)
+            start_tile(weight, w_tiles, w_barriers, step - 1 + STAGES, left, begin, steps, STAGES)
     total = warpgroup_mma_wait(0, deps=[total])
 
     total = gl.convert_layout(total, out)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, out))
-    column = first + gl.arange(0, COLUMNS, gl.SliceLayout(0, out))
+    column = left + gl.arange(0, COLUMNS, gl.SliceLayout(0, out))
     mask = (row < M)[:, None] & (column < N)[None, :]
     at = row.to(gl.int64)[:, None] * N + column[None, :]
     if WHOLE:
@@ -144,6 +132,7 @@ def launch(
     columns: int,
     depth: int,
     stages: int,
+    x_stages: int,
     choices: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
@@ -153,5 +142,6 @@ def launch(
     w_box = TensorDescriptor.from_tensor(weight, [columns, depth], TILE)
     product_kernel[grid](
         x_box, w_box, weight, bias, y, M, N, K, depth_of_part, ROWS=64, COLUMNS=columns,
-        DEPTH=depth, STAGES=stages, WARPS=options["num_warps"], **choices, **options,
+        DEPTH=depth, STAGES=stages, X_STAGES=x_stages, WARPS=options["num_warps"],
+        **choices, **options,
     )  # fmt: skip

@@ -403,6 +403,8 @@ class H3Model(H3PreTrainedModel):
     ) -> Tensor | None:
         if "full_attention" not in self.config.layer_types:
             return None
+        if attention_mask is None and cache is None and cu_seqlens is None:
+            return None  # under a CUDA graph the library would make a mask of length times length
         return create_causal_mask(
             config=self.config,
             inputs_embeds=embeds,

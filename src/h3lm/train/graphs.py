@@ -57,6 +57,11 @@ class GraphedSteps:
         self._pool: Any = None
         self._off = False
 
+    @property
+    def captured(self) -> bool:
+        """Whether there is a graph to replay."""
+        return bool(self._captured)
+
     def __call__(self, inputs: Inputs, step: Step) -> Tensor:
         """The loss, detached, of a step on inputs that lie on the device.
 

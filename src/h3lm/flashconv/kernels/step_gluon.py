@@ -7,12 +7,14 @@ operators in registers; the states of the next AHEAD rows are on their way to re
 the first ones before q, k and v are there. There is no barrier and no shared memory.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from h3lm.flashconv.kernels.overlap import launch_options, wait_for_inputs
+from h3lm.flashconv.kernels.overlap import wait_for_inputs
 
 TAPS, MODES, PER_WARP = 64, 32, 4  # of a channel, and channels of a warp
 
@@ -56,10 +58,10 @@ def load_pairs(pointer, at, CHANNELS: gl.constexpr):
     return gl.split(gl.reshape(gl.load(pointer + at), (CHANNELS, 32, 2)))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["first"])
 def h3_step_kernel(
     q, k, v, o, ring, position, diagonal, taps, a, b, c, skip, B, D, q_stride, k_stride, v_stride,
-    ROWS: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, EARLY: gl.constexpr,
+    first, ROWS: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """Advance 4 WARPS channels of ROWS rows by a token; EARLY as in `step_triton`."""
     CHANNELS: gl.constexpr = 4 * WARPS
@@ -67,22 +69,22 @@ def h3_step_kernel(
     channel = gl.program_id(0) * CHANNELS + gl.arange(0, CHANNELS, gl.SliceLayout(1, tile))
     slot = gl.arange(0, 64, gl.SliceLayout(0, tile))
     at = channel[:, None] * 64 + slot[None, :]
-    first = gl.program_id(1) * ROWS
+    begin = gl.program_id(1) * ROWS
     coming = no_rows()
     for i in gl.static_range(AHEAD):
-        coming += (load_state(ring, diagonal, position, first + i, B, D, at),)
+        coming += (load_state(ring, diagonal, position, begin + i, B, D, at),)
     kept_write = coming[0][2]
     kept = load_taps(taps, channel, slot, kept_write)
     a_re, a_im = load_pairs(a, at, CHANNELS)
     b_re, b_im = load_pairs(b, at, CHANNELS)
     c_re, c_im = load_pairs(c, at, CHANNELS)
     direct = gl.load(skip + channel)
-    wait_for_inputs(EARLY)
+    wait_for_inputs(first, EARLY)
     inputs = no_rows()
     for i in gl.static_range(min(2, ROWS)):
-        inputs += (load_inputs(q, k, v, first + i, B, channel, q_stride, k_stride, v_stride),)
+        inputs += (load_inputs(q, k, v, begin + i, B, channel, q_stride, k_stride, v_stride),)
     for i in gl.static_range(ROWS):
-        row = first + i
+        row = begin + i
         window, old, write = coming[0]
         coming = coming[1:]
         if i + AHEAD < ROWS:
@@ -131,15 +133,14 @@ def step(
     rows: int,
     ahead: int,
     warps: int,
-    early: bool,
+    options: dict[str, Any],
 ) -> Tensor:
-    """Launch the kernel; arguments as of `step_triton.step`."""
+    """Launch the kernel; arguments as of `step_triton.step`, options of a launch."""
     B, D = q.shape
     o = torch.empty((B, D), dtype=q.dtype, device=q.device)
     h3_step_kernel[(D // (PER_WARP * warps), -(-B // rows))](
         q, k, v, o, ring, position, diagonal, taps, a, b, c, skip,
         B, D, q.stride(0), k.stride(0), v.stride(0),
-        ROWS=rows, AHEAD=min(ahead, rows), WARPS=warps, EARLY=early, num_warps=warps,
-        **launch_options(early),
+        ROWS=rows, AHEAD=min(ahead, rows), WARPS=warps, num_warps=warps, **options,
     )  # fmt: skip
     return o

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
+from h3lm.flashconv.kernels.ready import ready
 from h3lm.flashconv.kernels.toeplitz_size import ToeplitzSize
 
 
@@ -56,6 +57,7 @@ def store_diagonals(sums, sum_, T: tl.constexpr):
     tl.store(sums + T + i, tl.sum(tl.where(upper, 0.0, diagonals), 0))
 
 
+@ready
 @triton.jit(do_not_specialize=["B", "rows_per_program", "origin", "width"])
 def forward_kernel(
     x, y, table, x_row, x_channel, y_row, y_channel, B, channels, L, rows_per_program,
@@ -84,6 +86,7 @@ def forward_kernel(
         tl.store(y + to + T, out.to(y.dtype.element_ty), later)
 
 
+@ready
 @triton.jit(do_not_specialize=["B", "rows_per_program", "origin", "width"])
 def backward_kernel(
     dy, x, dx, sums, table, dy_row, dy_channel, x_row, x_channel, dx_row, dx_channel,

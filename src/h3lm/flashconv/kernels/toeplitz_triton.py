@@ -29,6 +29,7 @@ from h3lm.flashconv.filters import Filter, FilterGradients
 from h3lm.flashconv.kernels import toeplitz_rows
 from h3lm.flashconv.kernels.lags import load_lags, parts
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
+from h3lm.flashconv.kernels.ready import ready
 from h3lm.flashconv.kernels.toeplitz_rows import store_diagonals
 from h3lm.flashconv.kernels.toeplitz_size import ToeplitzSize
 
@@ -45,6 +46,7 @@ def load_inside(base, offsets, inside, gate, gate_offsets):
     return x
 
 
+@ready
 @triton.jit(do_not_specialize=["B", "pieces", "lowest", "highest"])
 def convolve_kernel(
     x, pre, y, post, other, factor, table,
@@ -95,6 +97,7 @@ def convolve_kernel(
     tl.store(y + to, out.to(y.dtype.element_ty), inside)
 
 
+@ready
 @triton.jit(do_not_specialize=["B", "pieces", "pieces_per_program", "lowest"])
 def differentiate_kernel(
     x, pre, dy, post, sums,
@@ -136,6 +139,7 @@ def differentiate_kernel(
     store_diagonals(sums + ((group * D + channel) * blocks + block) * (2 * T), sum_, T)
 
 
+@ready
 @triton.jit(do_not_specialize=["taps", "taps_reverse", "period"])
 def table_kernel(
     f, reverse, skip, f_channel, reverse_channel, taps, taps_reverse, period,
@@ -176,6 +180,7 @@ def sum_of_lags(sums, of_group, groups, lag, inside, lowest, blocks, T: tl.const
     return total
 
 
+@ready
 @triton.jit(do_not_specialize=["taps", "taps_reverse", "period", "groups", "lowest", "blocks"])
 def collect_kernel(
     sums, df, dback, dskip, taps, taps_reverse, period, channels, groups, lowest, blocks,
@@ -220,7 +225,7 @@ def prepare(u: Tensor, filter: Filter, size: ToeplitzSize, backward: bool = Fals
     width = K * (highest - lowest + 1) + size.tile.T  # both ways: T is a multiple of K
     copies = u.new_empty((D, COPIES, width))
     turned = torch.empty_like(copies) if backward else None
-    table_kernel[(D * (1 + backward), triton.cdiv(width, 128))](
+    table_kernel[(D * (1 + backward), -(-width // 128))](
         *parts(filter), copies, turned, D, width, size.origin, size.reversed().origin, BLOCK=128
     )
     return Prepared(copies, turned)
@@ -267,7 +272,7 @@ def filter_gradients(
     groups, D, blocks = sums.shape[:3]
     taps_reverse = 0 if made.f_reverse is None else made.f_reverse.shape[1]
     most = max(made.f.shape[1], taps_reverse)
-    collect_kernel[(D, triton.cdiv(most, 256))](
+    collect_kernel[(D, -(-most // 256))](
         sums, *made, made.f.shape[1], taps_reverse, filter.period, D, groups,
         _lowest_and_highest(u, size)[0], blocks, T=size.tile.T, BLOCK=256, num_warps=2,
     )  # fmt: skip
@@ -288,7 +293,7 @@ def _convolve(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     other = None if factor is None else torch.empty_like(y)
     pieces = B * -(-L // tile.T)
-    of_a_tile = min(tile.pieces, max(16, triton.next_power_of_2(pieces)))
+    of_a_tile = min(tile.pieces, max(16, 1 << (pieces - 1).bit_length()))
     tiles = -(-pieces // of_a_tile)
     lowest, highest = size.blocks(tile.K)
     convolve_kernel[(D * tiles,)](
