@@ -361,7 +361,9 @@ def _nothing(_: str) -> None:
 
 def _measure(number: int, job: Job, place: str) -> report.Row:
     """One process's part of a measurement; the row is the first's."""
-    gc.collect()  # what was measured before
+    if job.compiled:
+        torch._dynamo.reset()
+    gc.collect()  # the model that was measured before
     device = torch.device(job.device)
     config = job.contender.config(job.preset)
     estimate = _estimate(job, config, device)
@@ -436,7 +438,6 @@ def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool, gathered: bool) -
     if job.world > 1 and job.way == "fsdp":
         shard_model(model, compute_dtype=torch.bfloat16, keep_gathered=gathered)
     if job.compiled:
-        torch._dynamo.reset()
         compile_model(model, "blocks")
     if job.world == 1 or job.way == "fsdp":
         return model
