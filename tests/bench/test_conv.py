@@ -1,5 +1,8 @@
 """What `bench conv` can do without a GPU: floors, ratios, refusals, the picture, layers."""
 
+import math
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -43,7 +46,7 @@ def test_floors_of_the_block_fft(N1, N2, forward, both):
 
 def test_floors_of_toeplitz_blocks_and_gates():
     pytest.importorskip("triton")
-    from h3lm.flashconv.kernels import toeplitz_triton as toeplitz
+    from h3lm.flashconv.kernels import toeplitz_size as toeplitz
 
     forward, backward = conv_work(toeplitz.ToeplitzSize(255), 2)
     assert forward == Work(bytes=8, flop=256 + 128)
@@ -77,12 +80,31 @@ def test_time_limit_keeps_what_was_measured():
     assert "out of time" in said[-1]
 
 
-@pytest.mark.parametrize("layer", [S4(8, 4), LongConv(8, 32)], ids=["S4", "learned filter"])
-def test_the_training_step_that_is_timed_moves_the_layer(layer, monkeypatch):
+@pytest.mark.parametrize(
+    ("replayed", "expected"),
+    [((0.5, ""), {"step ms": 0.5}), ((math.nan, "no graph"), {"step ms": 1.0, "note": "no graph"})],
+)
+@pytest.mark.parametrize("make", [lambda: S4(8, 4), lambda: LongConv(8, 32)], ids=["S4", "learned"])
+def test_the_training_step_that_is_timed_moves_the_layer(make, replayed, expected, monkeypatch):
+    layer = make()
     monkeypatch.setattr(conv.measure, "median_ms", lambda call, *_, **__: float(call() is None))
     monkeypatch.setattr(conv.measure, "extra_bytes", lambda call: 0)
+    monkeypatch.setattr(conv.measure, "replayed_ms", lambda call, repeats: replayed)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     before = [p.detach().clone() for p in layer.parameters()]
     row = conv.time_layer(layer, 32, "torch")
-    assert row == {"step ms": 1.0, "peak GiB": 0.0}
+    assert row == expected | {"eager ms": 1.0, "peak GiB": 0.0}
     moved = [not torch.equal(p, old) for p, old in zip(layer.parameters(), before, strict=True)]
     assert all(moved)
+
+
+@pytest.mark.parametrize("method", ["scan", "fft_chunks"])
+def test_both_methods_are_timed_with_all_gradients(method, monkeypatch):
+    run = []
+    monkeypatch.setattr(conv.measure, "median_ms", lambda call, *_: float(not run.append(call())))
+    assert conv.time_method(Shape(2, 4, 70), method, "cpu") == {"forward ms": 1.0, TIME: 1.0}
+    y, grads = run
+    assert y.shape == (2, 4, 70)
+    assert len(grads) == 7
+    assert all(grad.abs().sum() > 0 for grad in grads)

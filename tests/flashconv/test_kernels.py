@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from h3lm.flashconv import chunked, dispatch, h3_core, h3_end_state, library, ssm_conv
+from h3lm.flashconv import (
+    chunked,
+    dispatch,
+    h3_core,
+    h3_core_qkv,
+    h3_end_state,
+    library,
+    ssm_conv,
+)  # fmt: skip
 from h3lm.flashconv.dispatch import Problem, choose, segments
 from h3lm.flashconv.kernels import self_test
 from h3lm.flashconv.kernels.launch import multiprocessors, segment_length
@@ -178,6 +186,9 @@ def test_ssm_conv_and_end_state_run_by_the_same_kernels() -> None:
     end = library.h3_end_state(k, v, operators, backend="triton", initial_state=state)
     expected = chunked.h3_end_state(k, v, operators, initial_state=state)
     torch.testing.assert_close(end, expected, rtol=1e-4, atol=1e-5)
+    inputs = [k, v]
+    grads, right = (torch.autograd.grad(x.diagonal.abs().sum(), inputs) for x in (end, expected))
+    torch.testing.assert_close(grads, right, rtol=1e-3, atol=1e-4)
     bounds = torch.tensor([0, 70, 200], device=DEVICE)
     one = {"initial_state": leaves["x"], "cu_seqlens": bounds}
     found = library.ssm_conv(k[:1], plain, backend="triton", pre_gate=v[:1], **one)
@@ -381,6 +392,59 @@ def test_any_strides_of_rows_and_channels(backend: str) -> None:
     _check(_kernel(backend, False), leaves, False, torch.bfloat16)
 
 
+def _thirds(backend: str, outermost: bool, head_dim: int = 1) -> Run:
+    """The core of one tensor that holds q, k and v; channels may be outermost in memory."""
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, operators: ChunkOperators, state: H3State | None
+    ) -> tuple[Tensor, H3State | None]:
+        qkv = torch.cat([q, k, v], 1)
+        if outermost:
+            qkv = qkv.transpose(0, 1).contiguous().transpose(0, 1)
+        o, end = library.h3_core(
+            *qkv.chunk(3, 1), operators, backend=backend, head_dim=head_dim, initial_state=state,
+            with_state=True, qkv=qkv,
+        )  # fmt: skip
+        if head_dim == 1 and len(qkv) > 1:  # what follows a projection needs no copy
+            assert o.transpose(0, 1).is_contiguous() == outermost
+        return o, end
+
+    return run
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("outermost", [False, True])
+@pytest.mark.parametrize("head_dim", [1, 2])
+def test_q_k_and_v_in_one_tensor(outermost: bool, head_dim: int) -> None:
+    leaves = _leaves(2, 2, 100, 8, 64, torch.float32, True, head_dim)
+    _check(_thirds("triton", outermost, head_dim), leaves, True, torch.float32, head_dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("outermost", [False, True])
+@pytest.mark.parametrize("case", [(3, 4, 512), (16, 4, 64), (2, 4, 4672), (1, 4, 256)], ids=str)
+@pytest.mark.parametrize("backend", ["triton", pytest.param("gluon", marks=needs_hopper)])
+def test_q_k_and_v_in_one_tensor_by_each_kernel(backend: str, case: tuple, outermost: bool) -> None:
+    leaves = _leaves(*case, 32, 64, torch.bfloat16, True)
+    _check(_thirds(backend, outermost), leaves, True, torch.bfloat16)
+
+
+def test_q_k_and_v_in_one_tensor_are_the_call_with_three() -> None:
+    (q, k, v), taps, system = _public_call(70, torch.float32)
+    qkv = torch.cat([q, k, v], 1).detach().requires_grad_()
+    for options in ({}, {"reverse": True}, {"backend": "torch"}):
+        found, end = h3_core_qkv(qkv, taps, system, return_final_state=True, **options)
+        expected, last = h3_core(q, k, v, taps, system, return_final_state=True, **options)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(tuple(end), tuple(last))
+        (whole,) = torch.autograd.grad(found.square().sum(), qkv)
+        parts = torch.autograd.grad(expected.square().sum(), (q, k, v))
+        torch.testing.assert_close(whole, torch.cat(parts, 1))
+    with pytest.raises(ValueError, match="qkv has 8 channels, not 3 times the 4 of the taps"):
+        h3_core_qkv(qkv[:, :8], taps, system)
+
+
 def _public_call(L: int, dtype: torch.dtype = torch.bfloat16):
     leaves = _leaves(2, 4, L, 32, 64, dtype, False)
     system = DiagonalSystem(*(leaves[name] for name in ("a", "b", "c", "skip")))
@@ -399,6 +463,15 @@ def test_two_halves_with_a_state_equal_one_run() -> None:
     )  # fmt: skip
     torch.testing.assert_close(rest, whole[..., 400:], rtol=5e-2, atol=5e-2)
     torch.testing.assert_close(last.diagonal, end.diagonal, rtol=2e-2, atol=2e-2)
+    weight = torch.randn_like(end.diagonal.abs())
+    _, of_whole = h3_core(q[..., :400], k[..., :400], v[..., :400], taps, system,
+                          return_final_state=True)  # fmt: skip
+    ways = [
+        torch.autograd.grad((x.diagonal.real * weight).sum(), (k, v), retain_graph=True)
+        for x in (state, of_whole)
+    ]
+    for found, expected in zip(*ways, strict=True):
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
 
 
 @pytest.mark.gpu
@@ -421,6 +494,10 @@ def test_opcheck_in_the_interpreter(cut: int, monkeypatch: pytest.MonkeyPatch) -
     given = [x.detach().requires_grad_() for x in (*(leaves[n] for n in "qkv"), *matrices)]
     inputs = (*given, None, None, None, True, True, True, "triton")
     torch.library.opcheck(torch.ops.h3lm.h3_core_fwd.default, inputs)
+    if cut == 1:
+        qkv = torch.cat(given[:3], 1).detach().requires_grad_()
+        inputs = (qkv, *given[3:], None, None, None, True, True, "triton")
+        torch.library.opcheck(torch.ops.h3lm.h3_core_qkv_fwd.default, inputs)
 
 
 @pytest.mark.gpu
@@ -432,6 +509,12 @@ def test_opcheck(backend: str) -> None:
     matrices = library.kernel_operators(operators)
     inputs = (q, k, v, *matrices, None, None, None, True, True, True, backend)
     torch.library.opcheck(torch.ops.h3lm.h3_core_fwd.default, inputs)
+    for outermost in (False, True):  # in memory, as a projection leaves it
+        qkv = torch.cat([q, k, v], 1).detach()
+        if outermost:
+            qkv = qkv.transpose(0, 1).contiguous().transpose(0, 1)
+        inputs = (qkv.requires_grad_(), *matrices, None, None, None, True, True, backend)
+        torch.library.opcheck(torch.ops.h3lm.h3_core_qkv_fwd.default, inputs)
 
 
 @pytest.mark.gpu

@@ -1,12 +1,14 @@
 """What every mixer promises, whatever it is made of."""
 
 import copy
+import inspect
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
+from h3lm import flashconv
 from h3lm.layers import MIXERS, MixerSizes, mixer
 from h3lm.layers.long_conv import LongConv
 from h3lm.layers.s4 import S4
@@ -56,6 +58,18 @@ def test_causal_by_gradient(layer, u):
         (grad,) = torch.autograd.grad(y[:, t].sum(), u)
         assert not (grad[:, t + 1 :].abs() > leak * grad.abs().max()).any()
         assert grad[:, t].abs().max() > 0
+
+
+def test_a_state_that_is_not_wanted_is_not_made(layer, u):
+    if "with_state" not in inspect.signature(layer.forward).parameters:
+        pytest.skip("its state costs nothing")
+    mask = torch.ones(2, LENGTH)
+    mask[0, :9] = 0
+    for masked in (None, mask):
+        expected, _ = layer(u, mask=masked)
+        found, none = layer(u, mask=masked, with_state=False)
+        assert_close(found, expected)
+        assert none is None
 
 
 def test_parallel_equals_recurrent(layer, u):
@@ -173,3 +187,23 @@ def assert_states_close(actual, expected):
     for a, b in zip(actual, expected, strict=True):
         if a.is_floating_point() or a.is_complex():
             assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d", "long_conv", "gss"])
+def test_a_layer_under_autocast_convolves_in_its_dtype(name, monkeypatch):
+    seen = []
+    for op in ("ssm_conv", "fft_conv"):
+        right = getattr(flashconv, op)
+
+        def spy(u, *rest, right=right, **options):
+            seen.append(u.dtype)
+            return right(u, *rest, **options)
+
+        monkeypatch.setattr(flashconv, op, spy)
+    layer = mixer(name).build(MixerSizes(d_model=8, d_state=16, filter_length=11))
+    u = torch.randn(2, 30, 8)
+    plain, _ = layer(u)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow, _ = layer(u)
+    assert seen == [torch.float32, torch.bfloat16]
+    assert (narrow.float() - plain).norm() < 5e-2 * plain.norm()  # projections are narrow, too

@@ -180,6 +180,22 @@ def test_lengths_are_a_mask_whose_padding_stands_behind(case):
         model.model(ids[:, 0], lengths=lengths[:1, 0])
 
 
+def test_a_row_of_length_0_is_no_nan_and_changes_no_other(case):
+    for pooling in ("mean", "last"):
+        model = make(**case | {"pooling": pooling})
+        ids, labels = torch.randint(0, 20, (3, LENGTH)), torch.tensor([0, 1, 2])
+        lengths = torch.tensor([0, LENGTH, 4])
+        for training in (False, True):
+            model.train(training)
+            found = model(ids, lengths=lengths, labels=labels)
+            rest = model(ids[1:], lengths=lengths[1:]).logits
+            assert torch.allclose(found.logits[1:], rest, atol=1e-11)
+            assert torch.allclose(found.logits[0], model.classifier.output_proj.bias)
+        found.loss.backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
 def test_gates_of_h3_may_start_open():
     for bias in (0.0, 1.0):
         model = H3ForSequenceClassification(

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +145,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(UserError, match="is of another run"):
         run(tiny(output_dir=str(tmp_path / "b"), save_every=2, learning_rate=1e-3))
+
+
+def test_a_checkpoint_with_another_order_of_examples_is_refused(tiny):
+    run(tiny(save_every=4))
+    (folder,) = Path(tiny().output_dir).glob("checkpoints/checkpoint-8")
+    manifest = folder / "checkpoint.json"
+    written = json.loads(manifest.read_text())
+    del written["point"]["order"]  # as an older version did
+    manifest.write_text(json.dumps(written))
+    with pytest.raises(UserError, match="orders examples in another way") as refused:
+        run(tiny(save_every=4))
+    assert "\n" not in str(refused.value)
+    assert manifest.exists()
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, tmp_path):

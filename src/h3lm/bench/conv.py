@@ -17,34 +17,55 @@ from h3lm.bench.registry import CORE_CHANNELS, Shape, conv_shapes, figure_shapes
 from h3lm.bench.roofline import Ceilings, Work, conv_work
 from h3lm.bench.scaling import TIME
 from h3lm.errors import UserError
-from h3lm.flashconv import fft_conv
+from h3lm.flashconv import fft_conv, ssm_conv
 from h3lm.flashconv.dispatch import Problem, capability, conv_algorithm
 from h3lm.flashconv.kernels.conv_plan import checks, fault, plan
 from h3lm.layers.long_conv import LongConv
 from h3lm.layers.s4 import S4
+from h3lm.ssm import DiagonalSSM
 
+GRAPHS = (
+    "Times are of calls launched from Python; for rows of up to 2,048, which a host may not keep "
+    "up with, those of the same calls replayed as CUDA graphs stand beside them, for every path of "
+    "a convolution alike. "
+)
 NOTES = (
     "Causal convolution of bfloat16 rows with float32 filters as long as they are, random data, "
     "medians of CUDA events in ms; every call makes the filter's spectrum anew, backward makes all "
-    "gradients. Floor: bytes of inputs and outputs at the rate of a copy, or the matrix operations "
+    "gradients. "
+    + GRAPHS
+    + "Floor: bytes of inputs and outputs at the rate of a copy, or the matrix operations "
     "of the chosen factors at the rate of a large product, both measured in this process, "
     "whichever takes longer. Ratio: forward, and forward + backward, over the fastest peer of this "
     "run. Memory: what forward and backward allocate, over that of torch.fft. Error: of the output "
     "against float64, relative."
 )
 FIGURE_NOTES = (
-    "The paper's Figure 2: batch 8, width 1024. Convolution alone as in the other table; H3 core "
+    "The paper's Figure 2: batch 8, width 1024. Convolution alone as in the other table. "
+    + GRAPHS
+    + "H3 core "
     "(64 taps, 32 modes, operators made beforehand) and causal SDPA (heads of 64) as in "
     "`h3lm bench core`."
 )
 LAYER_NOTES = (
     "One training step (forward, backward, fused AdamW) of a single layer of width 768 on 8 rows, "
-    "bfloat16 autocast, filters made in each step; the convolution by torch.fft and by ours."
+    "bfloat16 autocast, filters made in each step, no state behind the rows; the convolution by "
+    "torch.fft and by ours. A step is replayed as a CUDA graph, for both alike; `eager ms` is the "
+    "same step launched call by call from Python. Speed-up: of the former."
+)
+METHOD_NOTES = (
+    "`ssm_conv` of diagonal systems (N = 64, 768 channels, bfloat16 rows), by the scan and by "
+    "convolved chunks (the paper's Algorithm 2), operators made in each call, gradients of rows "
+    "and system; medians of CUDA events in ms. What `dispatch.choose_method` goes by."
 )
 ALLOWED = 4e-3  # relative error in bfloat16
 LAYER_LENGTHS = (1024, 4096, 16384)
 LAYER_ROWS = 8
+METHOD_SHAPES = ((64, 2048), (16, 8192), (4, 32768), (1, 131072))
 MEMORY = "extra GiB"
+LARGE = 2**28  # elements, of which a slow path takes half a second
+GRAPH, GRAPH_BOTH = "forward, graph ms", "both, graph ms"
+MAX_GRAPH_LENGTH = 2048  # of rows that are timed under a graph, too
 
 Convolve = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 Say = Callable[[str], None]
@@ -59,8 +80,8 @@ def run(
         folder: Where the reports and the picture go.
         say: Called with a line for each result.
         minutes: What is not measured by then is left out.
-        shapes: What to measure; if None, one size in nine lengths, then the paper's Figure 2 and
-            layers that train.
+        shapes: What to measure; if None, one size in nine lengths, then layers that train, the
+            paper's Figure 2, and both algorithms of `ssm_conv`.
 
     Returns:
         Path of the first report.
@@ -80,14 +101,23 @@ def run(
     name = f"conv_{measure.gpu_name()}"
     environment = measure.environment(f"h3lm bench conv --minutes {minutes:g}")
     environment |= {"ceilings": str(ceilings), "FlashFFTConv": _is_flash_fft_conv_here()}
-    rows = _collect(_conv_rows(wanted, errors, ceilings), clock, say)
+
+    def conv_rows(gated: bool) -> list[report.Row]:
+        return _collect(_conv_rows(wanted, gated, errors, ceilings), clock, say)
+
+    rows = conv_rows(False)
     path = report.write(name, folder, environment, NOTES, rows)
     plot(folder / f"{name}.png", wanted, rows)
     if shapes is None:
-        layers = _collect(_layer_rows(), clock, say)
-        report.write(f"{name}_layers", folder, environment, LAYER_NOTES, layers)
         more = _collect(_figure_rows(figure), clock, say)
         report.write(f"{name}_figure2", folder, environment, FIGURE_NOTES, more)
+        layers = _collect(_layer_rows(), clock, say)
+        report.write(f"{name}_layers", folder, environment, LAYER_NOTES, layers)
+    rows += conv_rows(True)
+    report.write(name, folder, environment, NOTES, rows)
+    if shapes is None:
+        methods = _collect(_method_rows(), clock, say)
+        report.write(f"{name}_methods", folder, environment, METHOD_NOTES, methods)
     return path
 
 
@@ -183,17 +213,16 @@ def _tensors(
 
 
 def _conv_rows(
-    shapes: list[Shape], errors: dict[tuple[int, bool], float], ceilings: Ceilings
+    shapes: list[Shape], gated: bool, errors: dict[tuple[int, bool], float], ceilings: Ceilings
 ) -> Iterator[report.Row]:
-    for gated in (False, True):
-        for shape in shapes:
-            timed = list(_paths(shape, gated))
-            peers = [row for row in timed[1:] if TIME in row]
-            for row in timed:
-                if row is timed[0]:
-                    row |= {"error": errors[shape.length, gated]}
-                    row |= _floors(shape, gated, ceilings) | _ratios(row, peers)
-                yield row
+    for shape in shapes:
+        timed = list(_paths(shape, gated))
+        peers = [row for row in timed[1:] if TIME in row]
+        for row in timed:
+            if row is timed[0]:
+                row |= {"error": errors[shape.length, gated]}
+                row |= _floors(shape, gated, ceilings) | _ratios(row, peers)
+            yield row
 
 
 def _paths(shape: Shape, gated: bool) -> Iterator[report.Row]:
@@ -205,7 +234,8 @@ def _paths(shape: Shape, gated: bool) -> Iterator[report.Row]:
     for name, convolve in paths.items():
         row: report.Row = {"shape": str(shape), "gated": "yes" if gated else "no", "path": name}
         try:
-            yield row | _times(convolve, tensors, 25 if name == "h3lm" else 7)
+            repeats = 25 if name == "h3lm" else 7 if shape.elements <= LARGE else 3
+            yield row | _times(convolve, tensors, repeats)
         except torch.cuda.OutOfMemoryError:
             yield row | {"forward ms": "out of memory"}
         torch.cuda.empty_cache()
@@ -245,11 +275,16 @@ def _times(
     def both() -> None:
         torch.autograd.grad(convolve(u, f, pre, post), leaves, dy)
 
-    return {
+    found: report.Row = {
         "forward ms": measure.median_ms(forward, repeats, warm_up=2),
         TIME: measure.median_ms(both, repeats, warm_up=2),
         MEMORY: measure.extra_bytes(both) / 2**30,
     }
+    if u.shape[-1] <= MAX_GRAPH_LENGTH:
+        for name, call in ((GRAPH, forward), (GRAPH_BOTH, both)):
+            ms, why = measure.replayed_ms(call, repeats)
+            found[name] = why or ms
+    return found
 
 
 def _floors(shape: Shape, gated: bool, ceilings: Ceilings) -> report.Row:
@@ -302,7 +337,7 @@ def plot(path: Path, shapes: list[Shape], rows: list[report.Row]) -> None:
 
 def _figure_rows(shapes: list[Shape]) -> Iterator[report.Row]:
     """Convolution alone, and the core of H3 beside attention."""
-    kept = ("shape", "path", "forward ms", TIME)
+    kept = ("shape", "path", "forward ms", TIME, GRAPH, GRAPH_BOTH)
     backends = list(core.checked_backends(lambda line: None))[:1]
     for shape in shapes:
         for row in _paths(shape, False):
@@ -312,6 +347,36 @@ def _figure_rows(shapes: list[Shape]) -> Iterator[report.Row]:
             if path in backends or path.startswith("sdpa"):
                 name = f"H3 core, {path}" if path in backends else path
                 yield {k: v for k, v in row.items() if k in kept} | {"path": name}
+
+
+def _method_rows() -> Iterator[report.Row]:
+    """Both algorithms of `ssm_conv`."""
+    for rows, length in METHOD_SHAPES:
+        shape = Shape(rows, CORE_CHANNELS, length)
+        for method in ("scan", "fft_chunks"):
+            row: report.Row = {"shape": str(shape), "method": method}
+            yield row | time_method(shape, method, "cuda")
+
+
+def time_method(shape: Shape, method: str, device: str) -> report.Row:
+    """Time of `ssm_conv` by one of its algorithms."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        ssm = DiagonalSSM(shape.channels)
+        u, dy = torch.randn(2, shape.rows, shape.channels, shape.length, dtype=torch.bfloat16)
+    leaves = [u.requires_grad_(), *ssm.parameters()]
+
+    def run() -> Tensor:
+        return ssm_conv(u, ssm.system(), method=method)[0]
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return run()
+
+    return {
+        "forward ms": measure.median_ms(forward, 9),
+        TIME: measure.median_ms(lambda: torch.autograd.grad(run(), leaves, dy), 9),
+    }
 
 
 def _layer_rows() -> Iterator[report.Row]:
@@ -324,28 +389,36 @@ def _layer_rows() -> Iterator[report.Row]:
             base = None
             for backend in ("torch", "triton"):
                 times = time_layer(make().cuda(), length, backend)
-                base = base or float(times["step ms"])
+                timed = times["step ms"]
+                base = base or float(timed)
                 path = {"torch": "torch.fft", "triton": "h3lm"}[backend]
                 row: report.Row = {"layer": name, "length": str(length), "path": path}
-                yield row | times | {"speed-up": base / float(times["step ms"])}
+                yield row | times | {"speed-up": base / float(timed)}
 
 
 def time_layer(layer: S4 | LongConv, length: int, backend: str) -> report.Row:
     """Time and memory of a training step of one layer."""
     layer.backend = backend
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-4, fused=True)
     device = next(layer.parameters()).device
+    optimizer = torch.optim.AdamW(
+        layer.parameters(), lr=1e-4, fused=True, capturable=device.type == "cuda"
+    )
     # as a projection leaves it under autocast
     u = torch.randn(LAYER_ROWS, length, layer.d_model, device=device).bfloat16()
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):
-            y = layer(u)[0]
+            y = layer(u, with_state=False)[0]
         y.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return {
-        "step ms": measure.median_ms(step, 9, warm_up=3),
-        "peak GiB": measure.extra_bytes(step) / 2**30,
-    }
+    with torch.cuda.stream(torch.cuda.Stream()):  # where autograd warms up for a graph
+        eager_ms = measure.median_ms(step, 9, warm_up=3)
+        peak = measure.extra_bytes(step) / 2**30
+    torch.cuda.empty_cache()  # a graph has memory of its own
+    graph_ms, note = measure.replayed_ms(step, 9)
+    found: report.Row = {
+        "step ms": eager_ms if note else graph_ms, "eager ms": eager_ms, "peak GiB": peak,
+    }  # fmt: skip
+    return found | ({"note": note} if note else {})

@@ -23,10 +23,11 @@ from h3lm.bench.measure import median_ms
 from h3lm.bench.registry import CONV_ELEMENTS, CORE_CHANNELS
 from h3lm.bench.roofline import Ceilings
 from h3lm.flashconv import fft
+from h3lm.flashconv.filters import Filter
 from h3lm.flashconv.kernels import fft_launch, fft_long, toeplitz_triton
 from h3lm.flashconv.kernels.fft_long import LongRun, LongSize
 from h3lm.flashconv.kernels.fft_size import SIZES, Size
-from h3lm.flashconv.kernels.toeplitz_triton import Tile, ToeplitzSize
+from h3lm.flashconv.kernels.toeplitz_size import Tile, ToeplitzSize
 
 AnySize = Size | LongSize | ToeplitzSize
 Variant = tuple[int, AnySize]
@@ -137,10 +138,10 @@ def _tensors(rows: int, channels: int, length: int) -> tuple[Tensor, Tensor, Ten
 def _results(size: AnySize, u: Tensor, dy: Tensor, f: Tensor) -> tuple[Tensor, ...]:
     """Output, gradient of the rows and of the filter."""
     kernels = _kernels(size)
-    spectrum = kernels.prepare(u, f, None, size)
+    spectrum = kernels.prepare(u, Filter(f), size, True)
     y = kernels.forward(u, spectrum, size, None, None)
     du, _, sums = kernels.backward(dy, u, spectrum, size, None, None, data=True, filters=True)
-    return y, du, kernels.filter_gradients(u, sums, size, f.shape[1], None)[0]
+    return y, du, kernels.filter_gradients(u, sums, Filter(f), size).f
 
 
 def _errors(length: int, size: AnySize) -> list[float]:
@@ -164,17 +165,17 @@ def _timed(length: int, size: AnySize) -> str:
     rows = max(1, CONV_ELEMENTS // (CORE_CHANNELS * length))
     u, dy, f = _tensors(rows, CORE_CHANNELS, length)
     kernels = _kernels(size)
-    spectrum = kernels.prepare(u, f, None, size)
+    spectrum = kernels.prepare(u, Filter(f), size, True)
 
     def back() -> Tensor:
         return kernels.backward(dy, u, spectrum, size, None, None, data=True, filters=True)[2]
 
     sums = back()
     calls: list[Callable[[], object]] = [
-        lambda: kernels.prepare(u, f, None, size),
+        lambda: kernels.prepare(u, Filter(f), size, True),
         lambda: kernels.forward(u, spectrum, size, None, None),
         back,
-        lambda: kernels.filter_gradients(u, sums, size, length, None),
+        lambda: kernels.filter_gradients(u, sums, Filter(f), size),
     ]
     if isinstance(size, LongSize):
         run = LongRun(u, size)

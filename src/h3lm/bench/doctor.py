@@ -19,6 +19,7 @@ from h3lm.layers.self_test import step_fault
 from h3lm.models.generation import pick_device
 from h3lm.ssm import DiagonalSSM, DiagonalSystem, ShiftSSM, fused_filters
 from h3lm.ssm.fused_operators import operators_fault
+from h3lm.ssm.fused_parameters import parameters_fault
 
 PACKAGES = ("h3lm", "torch", "triton", "transformers", "accelerate", "safetensors", "datasets")
 # A fast path may be twice as wrong as plain PyTorch in the same dtype, plus rounding of the result
@@ -105,8 +106,10 @@ def _self_tests(device: torch.device) -> Iterator[tuple[str, str, str]]:
         yield "Hopper kernels of heads", "as the Triton kernels", hopper_fault(device, True)
     yield "few channels in segments", "as whole rows", segments_fault(device)
     yield "making of operators", "as in PyTorch", operators_fault(device)
+    yield "parameters of SSMs", "as in PyTorch", parameters_fault(device)
     yield "decoding step", "as its modules", step_fault(device)
-    yield "filters of S4", "as in PyTorch", fused_filters.fault(device)
+    for modes in (8, 16, 32, 64):
+        yield f"filters of S4, {modes} modes", "as in PyTorch", fused_filters.fault(device, modes)
     yield "batch norm and gate", "as in PyTorch", border.fault(device)
     if find_spec("triton") is not None:
         from h3lm.models import loss_triton

@@ -109,7 +109,11 @@ class PlainAttention(BidirectionalAttention):
 
 
 def run(
-    folder: Path, say: Callable[[str], None], tasks: tuple[Task, ...] = TASKS, repeats: int = 7
+    folder: Path,
+    say: Callable[[str], None],
+    tasks: tuple[Task, ...] = TASKS,
+    repeats: int = 7,
+    paths: tuple[str, ...] = tuple(PATHS),
 ) -> Path:
     """Check the kernels, time the steps, and write a report into a folder.
 
@@ -123,13 +127,14 @@ def run(
     say(f"{check.name}: error {check.error:.1e}, allowed {check.allowed:.1e}")
     if not check.passed:
         raise RuntimeError("the kernels are wrong on this machine: nothing is timed")
-    if fault := fused_filters.fault(torch.device("cuda")):
-        say(f"filters by plain PyTorch: {fault}")
+    for modes in sorted({max(8, task.state // 2) for task in tasks}):
+        if fault := fused_filters.fault(torch.device("cuda"), modes):
+            say(f"filters of {modes} modes by plain PyTorch: {fault}")
     name, environment = f"lra_{measure.gpu_name()}", measure.environment("h3lm bench lra")
     rows: list[report.Row] = []
     for task in tasks:
         of_task = []
-        for row in _measure(task, repeats):
+        for row in _measure(task, repeats, paths):
             of_task.append(row)
             say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items()))
         rows += with_ratios(of_task)
@@ -199,8 +204,9 @@ def training_step(
     return step
 
 
-def _measure(task: Task, repeats: int) -> Iterator[report.Row]:
-    for name, path in PATHS.items():
+def _measure(task: Task, repeats: int, paths: tuple[str, ...]) -> Iterator[report.Row]:
+    for name in paths:
+        path = PATHS[name]
         row: report.Row = {"task": task.name, "length": str(task.length), "path": name}
         try:
             found = _time(task, path, repeats)
@@ -264,16 +270,9 @@ def _time_batch(task: Task, path: Runner, repeats: int) -> Timed:
         eager_ms = measure.median_ms(step, repeats)
     peak = torch.cuda.max_memory_allocated()
     torch.cuda.empty_cache()  # a graph has memory of its own
-    graph_ms, note = eager_ms, ""
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        graph_ms = measure.median_ms(graph.replay, repeats)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        note = f"launched, not captured: {str(error).splitlines()[0]}"
+    graph_ms, note = measure.replayed_ms(step, repeats)
+    if note:
+        graph_ms = eager_ms
     return Timed(task.batch, graph_ms, eager_ms, peak, model.num_parameters(), note)
 
 
@@ -345,7 +344,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     parser.add_argument("--task", action="append", choices=[task.name for task in TASKS])
+    parser.add_argument("--path", action="append", choices=list(PATHS))
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
     chosen = tuple(t for t in TASKS if not given.task or t.name in given.task)
-    print(run(given.out, print, chosen, given.repeats))  # noqa: T201
+    only = tuple(given.path or PATHS)
+    print(run(given.out, print, chosen, given.repeats, only))  # noqa: T201

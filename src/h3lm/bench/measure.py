@@ -1,5 +1,6 @@
 """Time and memory of a call on a GPU, and what it ran on."""
 
+import math
 import os
 import platform
 import subprocess
@@ -22,6 +23,22 @@ def median_ms(call: Callable[[], object], repeats: int = 25, warm_up: int = 4) -
         end.record()
     torch.cuda.synchronize()
     return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
+
+
+def replayed_ms(call: Callable[[], object], repeats: int = 25) -> tuple[float, str]:
+    """Median time of a call replayed as a CUDA graph; NaN and why if it cannot be captured.
+
+    It must have run before, on a stream of its own if it calls `backward`.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return math.nan, f"launched, not captured: {str(error).splitlines()[0]}"
+    return median_ms(graph.replay, repeats), ""
 
 
 def extra_bytes(call: Callable[[], object]) -> int:

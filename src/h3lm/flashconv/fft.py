@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from h3lm.flashconv.filters import Filter, FilterGradients
+
 
 def fft_conv(
     u: Tensor,
@@ -42,9 +44,10 @@ class Prepared(NamedTuple):
     pairs: Tensor
 
 
-def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: int) -> Prepared:
+def prepare(u: Tensor, filter: Filter, size: int, backward: bool = False) -> Prepared:
     """The filter's spectrum for transforms of `size` points."""
-    return Prepared(torch.view_as_real(filter_spectrum(f, f_reverse, size)).contiguous())
+    spectrum = filter_spectrum(*filter.folded(), size)
+    return Prepared(torch.view_as_real(spectrum).contiguous())
 
 
 def forward(
@@ -80,15 +83,13 @@ def backward(
     return du, dpre, moved
 
 
-def filter_gradients(
-    u: Tensor, moved: Tensor, size: int, taps: int, taps_reverse: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of both filters from that of all lags, (D, n); lag -s stands at n - s."""
-    df = moved[:, :taps].contiguous()
-    if taps_reverse is None:
-        return df, None
-    ahead = moved[:, moved.shape[1] - taps_reverse + 1 :].flip(1)
-    return df, torch.cat([moved[:, :1], ahead], 1)
+def filter_gradients(u: Tensor, moved: Tensor, filter: Filter, size: int) -> FilterGradients:
+    """Gradients of the filter's parts from that of all lags, (D, n); lag -s stands at n - s."""
+    df, dback = moved[:, : filter.taps], None
+    if filter.taps_reverse is not None:
+        ahead = moved[:, moved.shape[1] - filter.taps_reverse + 1 :].flip(1)
+        dback = torch.cat([df[:, :1], ahead], 1)
+    return filter.gradients(df, dback)
 
 
 def filter_spectrum(f: Tensor, f_reverse: Tensor | None, points: int) -> Tensor:

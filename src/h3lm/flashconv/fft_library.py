@@ -1,9 +1,10 @@
-"""The kernels of long convolution as operators of PyTorch, and what stands around them.
+"""The kernels of long convolution as operators of PyTorch.
 
-Skip, reverse filter and wrap-around are properties of one filter that reaches both ways. They are
-folded into it here, in plain PyTorch with autograd, so that the kernels know one operation only:
+They know one operation only, y = post (h * (pre u)): skip, reverse filter and wrap-around belong
+to the filter h, see `filters`.
 
-    y = post (h * (pre u)),   h_s = f_s (s > 0),  f_0 + f_reverse_0 (s = 0),  f_reverse_{-s} (s < 0)
+The operators are defined by hand, not by `torch.library.custom_op`: on short rows its Python around
+each call, 0.1 ms forward and backward, took longer than the kernels.
 """
 
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from h3lm.flashconv import fft
 from h3lm.flashconv.dispatch import Problem, capability, conv_algorithm
+from h3lm.flashconv.filters import Filter
 
 MAX_KEPT = 8  # lengths of rows for which a kept filter keeps its spectrum
 
@@ -70,9 +73,9 @@ def fft_conv(
     mode: str = "causal",
 ) -> Tensor:
     """`flashconv.fft_conv` by the kernels."""
-    with torch.autocast(u.device.type, enabled=False):
-        f, f_reverse = _folded(f, skip, f_reverse, mode, u.shape[-1])
-        return torch.ops.h3lm.fft_conv_fwd(u, f, f_reverse, pre_gate, post_gate)
+    run = torch.ops.h3lm.fft_conv_fwd
+    y: Tensor = run(u, f, f_reverse, skip, pre_gate, post_gate, mode == "circular")
+    return y
 
 
 def fft_conv_kept(
@@ -96,7 +99,8 @@ def fft_conv_kept(
     if key not in kept.prepared:
         if len(kept.prepared) >= MAX_KEPT:
             kept.prepared.clear()
-        kept.prepared[key] = _prepare(u, f, f_reverse, kept.skip, kept.mode, backend, gated)
+        filter = _filter(u, f, f_reverse, kept.skip, kept.mode == "circular")
+        kept.prepared[key] = _prepare(u, filter, backend, gated)
     prepared = kept.prepared[key]
     run_prepared = torch.ops.h3lm.fft_conv_prepared
     return run_prepared(
@@ -105,176 +109,179 @@ def fft_conv_kept(
     )  # fmt: skip
 
 
-def _prepare(
-    u: Tensor,
-    f: Tensor,
-    f_reverse: Tensor | None,
-    skip: Tensor | None,
-    mode: str,
-    backend: str,
-    gated: bool,
-) -> _Prepared:
+def _prepare(u: Tensor, filter: Filter, backend: str, gated: bool) -> _Prepared:
     from h3lm.flashconv.kernels.conv_plan import plan
 
-    with torch.autocast(u.device.type, enabled=False):
-        f, f_reverse = _folded(f, skip, f_reverse, mode, u.shape[-1])
-        taps, taps_reverse = _taps(f, f_reverse)
-        algorithm = _algorithm(u, taps, taps_reverse, gated) if backend == "triton" else "torch.fft"
-        kernels, size = plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
-        tensors = list(kernels.prepare(u, f, f_reverse, size))
+    taps, taps_reverse = filter.taps, filter.taps_reverse
+    algorithm = _algorithm(u, filter, gated) if backend == "triton" else "torch.fft"
+    kernels, size = plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
+    tensors = [x for x in kernels.prepare(u, filter, size) if x is not None]
     return _Prepared(algorithm, tensors, taps, taps_reverse)
 
 
-def _folded(
-    f: Tensor, skip: Tensor | None, f_reverse: Tensor | None, mode: str, L: int
-) -> tuple[Tensor, Tensor | None]:
-    """Filters that do what those with a skip, or circular ones, do; at least float32."""
-    wide = torch.promote_types(f.dtype, torch.float32)
-    f = f.to(wide)
-    f_reverse = None if f_reverse is None else f_reverse.to(wide)
-    if skip is not None:
-        f = torch.cat([f[:, :1] + skip.to(wide)[:, None], f[:, 1:]], 1)
-    return _unrolled(f, f_reverse, L) if mode == "circular" else (f, f_reverse)
+def _filter(
+    u: Tensor, f: Tensor, f_reverse: Tensor | None, skip: Tensor | None, circular: bool
+) -> Filter:
+    """A filter whose taps are beside each other."""
+    back = None if f_reverse is None else _positions_last(f_reverse)
+    skip = None if skip is None else skip.contiguous()
+    return Filter(_positions_last(f), back, skip, u.shape[-1] if circular else 0)
 
 
-def _unrolled(f: Tensor, f_reverse: Tensor | None, L: int) -> tuple[Tensor, Tensor]:
-    """A causal pair of filters that does what a circular one does to rows of length L."""
-    ring = torch.nn.functional.pad(f, (0, L - f.shape[1]))
-    if f_reverse is not None:
-        back = torch.nn.functional.pad(f_reverse, (0, L - f_reverse.shape[1]))
-        ring = ring + back.flip(1).roll(1, 1)
-    behind = torch.nn.functional.pad(ring[:, 1:].flip(1), (1, 0))  # lag -s is lag L - s
-    return ring, behind
-
-
-def _taps(f: Tensor, f_reverse: Tensor | None) -> tuple[int, int | None]:
-    return f.shape[1], None if f_reverse is None else f_reverse.shape[1]
-
-
-def _algorithm(
-    u: Tensor, taps: int, taps_reverse: int | None, gated: bool, backward: bool = False
-) -> str:
+def _algorithm(u: Tensor, filter: Filter, gated: bool, backward: bool = False) -> str:
     """The algorithm for rows like u; torch.fft in the place of one that fails its check."""
     from h3lm.flashconv.kernels.conv_plan import works
 
     problem = Problem(
         length=u.shape[-1],
         capability=capability(u.device),
-        lags=taps + (taps_reverse or 1) - 1,
+        lags=filter.taps + (filter.taps_reverse or 1) - 1,
         gated=gated,
     )
     algorithm = conv_algorithm(u.dtype, problem, backward)
     return algorithm if works(algorithm, u.device, u.shape[-1]) else "torch.fft"
 
 
-def _plan(
+def _plan(u: Tensor, filter: Filter, gated: bool, backward: bool = False) -> Any:
+    from h3lm.flashconv.kernels.conv_plan import plan
+
+    algorithm = _algorithm(u, filter, gated, backward)
+    return plan(algorithm, u.device, u.shape[-1], filter.taps, filter.taps_reverse)
+
+
+_FILTER = "Tensor f, Tensor? f_reverse, Tensor? skip"
+_GATES = "Tensor? pre, Tensor? post, bool circular"
+_library = torch.library.Library("h3lm", "FRAGMENT")
+for _schema in (
+    f"fft_conv_fwd(Tensor u, {_FILTER}, {_GATES}) -> Tensor",
+    f"fft_conv_bwd(Tensor dy, Tensor u, {_FILTER}, {_GATES}, bool data, bool filters, bool gate)"
+    " -> Tensor[]",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _forward(
     u: Tensor,
     f: Tensor,
     f_reverse: Tensor | None,
+    skip: Tensor | None,
     pre: Tensor | None,
     post: Tensor | None,
-    *,
-    backward: bool = False,
-) -> Any:
-    from h3lm.flashconv.kernels.conv_plan import plan
-
-    taps, taps_reverse = _taps(f, f_reverse)
-    gated = pre is not None or post is not None
-    algorithm = _algorithm(u, taps, taps_reverse, gated, backward)
-    return plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
-
-
-@torch.library.custom_op("h3lm::fft_conv_fwd", mutates_args=())
-def _forward(
-    u: Tensor, f: Tensor, f_reverse: Tensor | None, pre: Tensor | None, post: Tensor | None
+    circular: bool,
 ) -> Tensor:
-    kernels, size = _plan(u, f, f_reverse, pre, post)
+    filter = _filter(u, f, f_reverse, skip, circular)
+    kernels, size = _plan(u, filter, pre is not None or post is not None)
     u, pre, post = _positions_last(u), _optional(pre), _optional(post)
-    return kernels.forward(u, kernels.prepare(u, f, f_reverse, size), size, pre, post)
+    y: Tensor = kernels.forward(u, kernels.prepare(u, filter, size), size, pre, post)
+    return y
 
 
-@_forward.register_fake
-def _(
-    u: Tensor, f: Tensor, f_reverse: Tensor | None, pre: Tensor | None, post: Tensor | None
-) -> Tensor:
+def _forward_fake(u: Tensor, *rest: Any) -> Tensor:
     return u.new_empty(u.shape)
 
 
-@torch.library.custom_op("h3lm::fft_conv_bwd", mutates_args=())
 def _backward(
     dy: Tensor,
     u: Tensor,
     f: Tensor,
     f_reverse: Tensor | None,
+    skip: Tensor | None,
     pre: Tensor | None,
     post: Tensor | None,
+    circular: bool,
     data: bool,
     filters: bool,
     gate: bool,
 ) -> list[Tensor]:
-    kernels, size = _plan(u, f, f_reverse, pre, post, backward=True)
+    filter = _filter(u, f, f_reverse, skip, circular)
+    kernels, size = _plan(u, filter, pre is not None or post is not None, backward=True)
     dy, u, pre, post = _positions_last(dy), _positions_last(u), _optional(pre), _optional(post)
-    prepared = kernels.prepare(u, f, f_reverse, size)
+    prepared = kernels.prepare(u, filter, size, True)
     du, dpre, sums = kernels.backward(dy, u, prepared, size, pre, post, data=data, filters=filters)
-    df, dback = None, None
+    parts = (None, None, None)
     if sums is not None:
-        df, dback = kernels.filter_gradients(u, sums, size, *_taps(f, f_reverse))
+        parts = kernels.filter_gradients(u, sums, filter, size)
     # y = post conv, so that its gradient is a forward pass behind another gate
     dpost = kernels.forward(u, prepared, size, pre, dy) if gate and post is not None else None
-    return [x for x in (du, df, dback, dpre, dpost) if x is not None]
+    return [x for x in (du, *parts, dpre, dpost) if x is not None]
 
 
-@_backward.register_fake
-def _(
+def _backward_fake(
     dy: Tensor,
     u: Tensor,
     f: Tensor,
     f_reverse: Tensor | None,
+    skip: Tensor | None,
     pre: Tensor | None,
     post: Tensor | None,
+    circular: bool,
     data: bool,
     filters: bool,
     gate: bool,
 ) -> list[Tensor]:
-    given = _present(f_reverse, pre, post, data, filters, gate)
-    shapes = (u, f, f, u, u) if f_reverse is None else (u, f, f_reverse, u, u)
-    return [x.new_empty(x.shape) for x, wanted in zip(shapes, given, strict=True) if wanted]
+    tensors = (u, f, f_reverse, skip, pre, post)
+    given = _present(tensors, data, filters, gate)
+    return [x.new_empty(x.shape) for x, wanted in zip(tensors, given, strict=True) if wanted]  # type: ignore[union-attr]
 
 
 def _present(
-    f_reverse: Tensor | None,
-    pre: Tensor | None,
-    post: Tensor | None,
-    data: bool,
-    filters: bool,
-    gate: bool,
+    tensors: tuple[Tensor | None, ...], data: bool, filters: bool, gate: bool
 ) -> tuple[bool, ...]:
-    """Which gradients `fft_conv_bwd` returns: u, f, f_reverse, pre, post."""
-    return (
-        data,
-        filters,
-        filters and f_reverse is not None,
-        data and pre is not None,
-        gate and post is not None,
-    )
+    """Which gradients `fft_conv_bwd` returns: u, f, f_reverse, skip, pre, post."""
+    wanted = (data, filters, filters, filters, data, gate)
+    return tuple(x is not None and want for x, want in zip(tensors, wanted, strict=True))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+class _Convolution(torch.autograd.Function):
+    """`fft_conv_fwd` with the gradient that `fft_conv_bwd` is."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, ctx.circular = inputs
+        ctx.save_for_backward(*tensors)
+        return _below_autograd(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
+        wanted = (needs[0] or needs[4], needs[1] or needs[2] or needs[3], needs[5])
+        run: Any = _backward if _nobody_looks(dy) else torch.ops.h3lm.fft_conv_bwd
+        grads = iter(run(dy, *tensors, ctx.circular, *wanted))
+        present = _present(tensors, *wanted)
+        return *(next(grads) if there else None for there in present), None
 
 
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    u, f, f_reverse, pre, post = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    data, filters, gate = needs[0] or needs[3], needs[1] or needs[2], needs[4]
-    if not (data or filters or gate):
-        return None, None, None, None, None
-    grads = iter(torch.ops.h3lm.fft_conv_bwd(dy, u, f, f_reverse, pre, post, data, filters, gate))
-    present = _present(f_reverse, pre, post, data, filters, gate)
-    return tuple(next(grads) if wanted else None for wanted in present)
+def _nobody_looks(x: Tensor) -> bool:
+    """Whether no compiler and no mode wants to see each operator: then it is called as it is.
+
+    A way through the dispatcher takes as long as a launch.
+    """
+    return type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+def _below_autograd(u: Tensor, *rest: Any) -> Tensor:
+    if _nobody_looks(u):
+        return _forward(u, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        y: Tensor = torch.ops.h3lm.fft_conv_fwd(u, *rest)
+    return y
+
+
+def _with_autograd(*inputs: Any) -> Tensor:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:-1]):
+        y: Tensor = _Convolution.apply(*inputs)
+        return y
+    return _below_autograd(*inputs)
+
+
+for _name, _run, _fake in (
+    ("fft_conv_fwd", _forward, _forward_fake),
+    ("fft_conv_bwd", _backward, _backward_fake),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"h3lm::{_name}", _fake, lib=_library)
+_library.impl("fft_conv_fwd", _with_autograd, "Autograd")
 
 
 @torch.library.custom_op("h3lm::fft_conv_prepared", mutates_args=())

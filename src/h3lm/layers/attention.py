@@ -207,7 +207,8 @@ class BidirectionalAttention(CausalAttention):
             owner = torch.searchsorted(cu_seqlens.to(token.dtype)[1:], token, right=True)
             positions, bias = (token - cu_seqlens[owner])[None], owner[:, None] == owner
         elif lengths is not None:
-            bias = (token < lengths[:, None])[:, None, None]
+            # a row without anything sees its first position: no NaN
+            bias = (token < lengths[:, None].clamp(min=1))[:, None, None]
         elif mask is not None:
             positions = (mask.bool().cumsum(1) - 1).clamp(min=0)
             # a row without anything sees itself: no NaN

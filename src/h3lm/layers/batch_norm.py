@@ -34,15 +34,26 @@ class BatchNorm(nn.BatchNorm1d):
         Returns:
             (B, L, D); at padding it means nothing.
         """
+        return self.beside(x, lengths, dtype=dtype, positions_last=positions_last)[0]
+
+    def beside(
+        self,
+        x: Float[Tensor, "B L D"],
+        lengths: Integer[Tensor, " B"] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        positions_last: bool = False,
+    ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B L D"]]:
+        """`forward`, and x for a residual sum, whose gradient then costs no pass over memory."""
         dtype = dtype or x.dtype
         with torch.autocast(x.device.type, enabled=False):
             if self.training and dtype in border.DTYPES and border.can_normalise(x, self.weight):
-                y, statistics = border.batch_norm(
+                y, statistics, x = border.batch_norm(
                     x, self.weight, self.bias, lengths, self.eps, dtype, positions_last
                 )
                 self._follow(statistics[0], statistics[2])
-                return y
-            return self.plain(x, lengths).to(dtype)
+                return y, x
+            return self.plain(x, lengths).to(dtype), x
 
     def plain(
         self, x: Float[Tensor, "B L D"], lengths: Integer[Tensor, " B"] | None = None
@@ -52,7 +63,7 @@ class BatchNorm(nn.BatchNorm1d):
         if lengths is None or not self.training:
             return self._normalise_all(wide.flatten(0, 1)).view_as(x).to(x.dtype)
         valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        count = lengths.sum()
+        count = lengths.sum().clamp(min=1)
         mean = wide.masked_fill(~valid[..., None], 0).sum((0, 1)) / count
         centred = wide - mean
         variance = centred.masked_fill(~valid[..., None], 0).square().sum((0, 1)) / count

@@ -36,7 +36,7 @@ def batch_norm(
     eps: float,
     dtype: torch.dtype,
     positions_last: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm in training over the positions that count.
 
     Args:
@@ -48,14 +48,15 @@ def batch_norm(
         positions_last: Whether positions are to be contiguous in the result's memory.
 
     Returns:
-        (B, L, D), zero at padding; and mean, variance, unbiased variance and number of positions,
-        (4, D), without gradients.
+        (B, L, D), zero at padding; mean, variance, unbiased variance and number of positions,
+        (4, D), without gradients; and x, for a residual sum: the gradient of that is added where
+        the one of the norm is made.
     """
-    x, number = x.contiguous(), DTYPES.index(dtype)
-    y, statistics = torch.ops.h3lm.batch_norm_fwd(
-        x, weight, bias, lengths, eps, number, positions_last
+    number = DTYPES.index(dtype)
+    y, statistics, x = _Norm.apply(
+        x.contiguous(), weight, bias, lengths, eps, number, positions_last
     )
-    return (y.transpose(1, 2) if positions_last else y), statistics
+    return (y.transpose(1, 2) if positions_last else y), statistics, x
 
 
 def can_gate(projection: nn.Module, y: Tensor) -> bool:
@@ -123,6 +124,7 @@ def _(
 @torch.library.custom_op("h3lm::batch_norm_bwd", mutates_args=())
 def _norm_backward(
     dy: Tensor,
+    residual: Tensor | None,
     x: Tensor,
     weight: Tensor,
     lengths: Tensor | None,
@@ -133,12 +135,13 @@ def _norm_backward(
     from h3lm.layers import border_triton
 
     rows = dy.transpose(1, 2) if positions_last else dy
-    return border_triton.batch_norm_backward(rows, x, weight, lengths, statistics, eps)
+    return border_triton.batch_norm_backward(rows, residual, x, weight, lengths, statistics, eps)
 
 
 @_norm_backward.register_fake
 def _(
     dy: Tensor,
+    residual: Tensor | None,
     x: Tensor,
     weight: Tensor,
     lengths: Tensor | None,
@@ -149,19 +152,36 @@ def _(
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _setup_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, lengths, ctx.eps, _, ctx.positions_last = inputs
-    ctx.save_for_backward(x, weight, lengths, output[1])
+class _Norm(torch.autograd.Function):
+    """`batch_norm_fwd`, and x itself: an operator could not return its input."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        lengths: Tensor | None,
+        eps: float,
+        dtype: int,
+        positions_last: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        run = torch.ops.h3lm.batch_norm_fwd
+        y, statistics = run(x, weight, bias, lengths, eps, dtype, positions_last)
+        ctx.save_for_backward(x, weight, lengths, statistics)
+        ctx.form = eps, positions_last
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        return y, statistics, x.view_as(x)
 
-def _differentiate_norm(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, lengths, statistics = ctx.saved_tensors
-    run = torch.ops.h3lm.batch_norm_bwd
-    dx, dweight, dbias = run(dy, x, weight, lengths, statistics, ctx.eps, ctx.positions_last)
-    return dx, dweight, dbias, None, None, None, None
-
-
-_norm.register_autograd(_differentiate_norm, setup_context=_setup_norm)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, _, residual = grads
+        if dy is None:
+            return residual, None, None, None, None, None, None
+        residual = None if residual is None else residual.contiguous()
+        run = torch.ops.h3lm.batch_norm_bwd
+        return *run(dy, residual, *ctx.saved_tensors, *ctx.form), None, None, None, None
 
 
 @torch.library.custom_op("h3lm::gate_fwd", mutates_args=())
@@ -229,8 +249,8 @@ def _compare(device: torch.device) -> str:
     with torch.enable_grad():
         for leaf in (x, weight, bias, y, bias_of_y):
             leaf.requires_grad_()
-        found, _ = batch_norm(x, weight, bias, lengths, norm.eps, torch.float32, True)
-        expected = norm.plain(x, lengths)
+        found, _, r = batch_norm(x, weight, bias, lengths, norm.eps, torch.float32, True)
+        found, expected = found + r * r, norm.plain(x, lengths) + x * x
         gated = torch.ops.h3lm.gate_fwd(y, bias_of_y, None)
         plain = F.glu((y + bias_of_y[:, None]).transpose(1, 2), -1)
         pairs = [

@@ -69,7 +69,7 @@ def statistics_kernel(
     count = (B * L).to(tl.float64)
     if lengths is not None:
         row = tl.arange(0, ROWS)
-        count = tl.sum(tl.load(lengths + row, row < B, 0), 0).to(tl.float64)
+        count = tl.maximum(tl.sum(tl.load(lengths + row, row < B, 0), 0), 1).to(tl.float64)
     first = tl.zeros((CHANNELS,), tl.float64)
     second = first
     for start in range(0, programs, PART):
@@ -138,12 +138,12 @@ def norm_sums_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    dy, x, lengths, statistics, weight, sums, dx, dy_row, dy_position, dy_channel, L, D,
+    dy, residual, x, lengths, statistics, weight, sums, dx, dy_row, dy_position, dy_channel, L, D,
     tiles_of_row, eps, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Write dx = weight / sqrt(variance + eps) (dy - (sum dy + x' sum(dy x')) / count).
+    """Write dx = residual + weight / sqrt(variance + eps) (dy - (sum dy + x' sum(dy x')) / count).
 
-    With x' the normalised x; 0 at padding.
+    With x' the normalised x; the second term is 0 at padding.
     """
     row, position, counts = place(tl.program_id(0), tiles_of_row, L, lengths, POSITIONS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -159,7 +159,10 @@ def norm_backward_kernel(
     second = load_channels(sums + D, channel, inside)
     count = tl.maximum(load_channels(statistics + 3 * D, channel, inside), 1.0)
     g = (g - (first + value * second) / count) * (scale * load_channels(weight, channel, inside))
-    tl.store(dx + at, tl.where(mask, g, 0.0), to)
+    g = tl.where(mask, g, 0.0)
+    if residual is not None:
+        g += tl.load(residual + at, to, 0.0)
+    tl.store(dx + at, g, to)
 
 
 @triton.jit
@@ -253,13 +256,14 @@ def batch_norm(
 
 def batch_norm_backward(
     dy: Tensor,
+    residual: Tensor | None,
     x: Tensor,
     weight: Tensor,
     lengths: Tensor | None,
     statistics: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; dy has any strides."""
+    """Gradients of x, weight and bias; dy has any strides, what is added to dx those of x."""
     B, L, D = x.shape
     grid = _Grid(B, L, D, x.device)
     sums = x.new_empty(grid.walks, 2, D)
@@ -269,8 +273,8 @@ def batch_norm_backward(
     total = sums.sum(0)
     dx = torch.empty_like(x)
     norm_backward_kernel[(grid.tiles, grid.across)](
-        dy, x, lengths, statistics, weight, total, dx, *dy.stride(), L, D, grid.of_row, eps,
-        **SIZES,
+        dy, residual, x, lengths, statistics, weight, total, dx, *dy.stride(), L, D,
+        grid.of_row, eps, **SIZES,
     )  # fmt: skip
     return dx, total[1].clone(), total[0].clone()
 

@@ -133,4 +133,4 @@ def _dplr_both_ways(
             back, ahead = system.both_ways(c, length)
             kept[length] = KeptFilter(back, f_reverse=ahead)
     outputs = [flashconv.fft_conv(x[..., span], kept[length], backend=backend) for span in spans]
-    return torch.cat(outputs, -1)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)

@@ -4,7 +4,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from h3lm.layers.projection import project_channel_last
+from h3lm.layers.projection import dtype_of_products, project_channel_last
 from h3lm.layers.recurrence import Recurrence, RecurrentState
 from h3lm.ssm import ChunkOperators
 from h3lm.ssm.shared_modes import SharedModesSSM
@@ -67,10 +67,12 @@ class GSS(Recurrence):
         *,
         mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
-    ) -> tuple[Float[Tensor, "B L D"], RecurrentState]:
+        with_state: bool = True,
+    ) -> tuple[Float[Tensor, "B L D"], RecurrentState | None]:
         """Mix positions; arguments as in `H3.forward`."""
         x = self.norm(F.gelu(self.input_proj(u)))
-        y, end = self.mix(x.transpose(1, 2), state, mask, cu_seqlens)
+        x = x.to(dtype_of_products(u))  # autocast norms are float32
+        y, end = self.mix(x.transpose(1, 2), state, mask, cu_seqlens, with_state)
         gate = F.gelu(self.gate_proj(u))
         return self.output_proj(project_channel_last(self.up_proj, y) * gate), end
 

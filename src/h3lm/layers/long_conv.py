@@ -11,6 +11,7 @@ from h3lm import flashconv
 from h3lm.flashconv import KeptFilter
 from h3lm.layers.both_ways import NoState, hide_padding, refuse_state
 from h3lm.layers.prepared import Prepared, PreparingModule
+from h3lm.layers.projection import dtype_of_products
 from h3lm.layers.recurrence import spans_of
 from h3lm.layers.s4d import check_output, finish
 from h3lm.layers.unpad import Unpadded
@@ -125,6 +126,7 @@ class LongConv(PreparingModule):
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
         lengths: Integer[Tensor, " B"] | None = None,
         residual: Float[Tensor, "B L D"] | None = None,
+        with_state: bool = True,
     ) -> tuple[Float[Tensor, "B L D"], LongConvState | None]:
         """Mix positions; arguments as in `H3.forward`, and a residual that the output is added to.
 
@@ -134,7 +136,7 @@ class LongConv(PreparingModule):
         """
         if mask is not None and cu_seqlens is not None:
             raise ValueError("give mask or cu_seqlens, not both")
-        x = u.transpose(1, 2)
+        x = u.to(dtype_of_products(u)).transpose(1, 2)
         y: Tensor
         end: LongConvState | None = None
         if self.backward_filter is not None:
@@ -146,11 +148,16 @@ class LongConv(PreparingModule):
             else:
                 y = self._both_ways(hide_padding(x, lengths), cu_seqlens)
         elif mask is not None:
-            y, end = Unpadded(mask).run(
-                lambda state, cu, x: self._ahead(x, cu, state), state or self.zero_state(x), (x,)
-            )
+
+            def run(state: LongConvState, cu: Tensor, x: Tensor) -> tuple[Tensor, LongConvState]:
+                y, end = self._ahead(x, cu, state)
+                assert end is not None
+                return y, end
+
+            y, end = Unpadded(mask).run(run, state or self.zero_state(x), (x,))
+            end = end if with_state else None
         else:
-            y, end = self._ahead(x, cu_seqlens, state)
+            y, end = self._ahead(x, cu_seqlens, state, with_state)
         return finish(self.output_proj, y, self.output, residual), end
 
     def zero_state(self, x: Float[Tensor, "B D L"]) -> LongConvState:
@@ -158,8 +165,12 @@ class LongConv(PreparingModule):
         return LongConvState(x.new_zeros(x.shape[0], self.d_model, self.filter_length - 1))
 
     def _ahead(
-        self, x: Tensor, cu_seqlens: Tensor | None, state: LongConvState | None
-    ) -> tuple[Tensor, LongConvState]:
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        state: LongConvState | None,
+        with_state: bool = True,
+    ) -> tuple[Tensor, LongConvState | None]:
         kept, n = self._filter(), self.filter_length
         outputs, ends = [], []
         for i, span in enumerate(spans_of(cu_seqlens, x.shape[-1])):
@@ -170,15 +181,17 @@ class LongConv(PreparingModule):
                 part = torch.cat([before.to(part.dtype), part], -1)
             y = flashconv.fft_conv(part, kept, backend=self.backend)
             outputs.append(y[..., part.shape[-1] - L :])
-            seen = F.pad(part, (n - 1, 0)) if state is None else part
-            ends.append(seen[..., seen.shape[-1] - (n - 1) :])
-        return torch.cat(outputs, -1), LongConvState(torch.cat(ends))
+            if with_state:
+                seen = F.pad(part, (n - 1, 0)) if state is None else part
+                ends.append(seen[..., seen.shape[-1] - (n - 1) :])
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        return y, LongConvState(torch.cat(ends)) if with_state else None
 
     def _both_ways(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         kept = self._filter()
         spans = spans_of(cu_seqlens, x.shape[-1])
         outputs = [flashconv.fft_conv(x[..., span], kept, backend=self.backend) for span in spans]
-        return torch.cat(outputs, -1)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
     def _filter(self) -> KeptFilter:
         """Filters and skip; in eval mode with what was made of them."""

@@ -57,7 +57,8 @@ class Recurrence(PreparingModule):
         state: RecurrentState | None,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, RecurrentState]:
+        with_state: bool = True,
+    ) -> tuple[Tensor, RecurrentState | None]:
         """Run the system over (B, H, L); arguments as in `H3.forward`.
 
         Raises:
@@ -69,17 +70,19 @@ class Recurrence(PreparingModule):
         if u.shape[-1] == 1 and cu_seqlens is None:
             return _step(u, system, state, mask)
         if mask is None:
-            return convolve(u, self._operators(u, cu_seqlens), state, cu_seqlens, self.backend)
+            return convolve(
+                u, self._operators(u, cu_seqlens), state, cu_seqlens, self.backend, with_state
+            )
         if state is None:
             state = zero_state(u, system)
-        rows = Unpadded(mask)
-        return rows.run(
-            lambda s, cu, packed: convolve(
-                packed, self._operators(packed, cu), s, cu, self.backend
-            ),
-            state,
-            (u,),
-        )
+
+        def run(s: RecurrentState, cu: Tensor, packed: Tensor) -> tuple[Tensor, RecurrentState]:
+            y, end = convolve(packed, self._operators(packed, cu), s, cu, self.backend)
+            assert end is not None
+            return y, end
+
+        y, end = Unpadded(mask).run(run, state, (u,))
+        return y, end if with_state else None
 
     def prepared_system(self) -> System:
         """The system, reused in eval mode."""
@@ -118,15 +121,15 @@ def convolve(
     state: RecurrentState | None,
     cu_seqlens: Tensor | None,
     backend: str = "auto",
-) -> tuple[Tensor, RecurrentState]:
-    """All positions of (B, H, L) at once, left to right, and the state behind them."""
+    with_state: bool = True,
+) -> tuple[Tensor, RecurrentState | None]:
+    """All positions of (B, H, L) at once, left to right, and the state behind them if wanted."""
     start = None if state is None else state.modes
     y, end = flashconv.ssm_conv(
         u, system,
-        initial_state=start, return_final_state=True, cu_seqlens=cu_seqlens, backend=backend,
+        initial_state=start, return_final_state=with_state, cu_seqlens=cu_seqlens, backend=backend,
     )  # fmt: skip
-    assert end is not None
-    return y, RecurrentState(end)
+    return y, None if end is None else RecurrentState(end)
 
 
 def zero_state(u: Tensor, system: System) -> RecurrentState:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from h3lm.flashconv import KeptFilter
 from h3lm.layers.both_ways import BackwardReadout, convolve_both_ways, refuse_state
 from h3lm.layers.prepared import Prepared
+from h3lm.layers.projection import dtype_of_products
 from h3lm.layers.recurrence import Recurrence, RecurrentState
 from h3lm.layers.s4d import check_output, finish
 from h3lm.ssm.dplr import DPLRSSM, DPLRSystem
@@ -67,15 +68,16 @@ class S4(Recurrence):
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
         lengths: Integer[Tensor, " B"] | None = None,
         residual: Float[Tensor, "B L D"] | None = None,
+        with_state: bool = True,
     ) -> tuple[Float[Tensor, "B L D"], RecurrentState | None]:
         """Mix positions; arguments as in `H3.forward`, and a residual that the output is added to.
 
         Raises:
             ValueError: if a bidirectional layer is given a state.
         """
-        x = u.transpose(1, 2)
+        x = u.to(dtype_of_products(u)).transpose(1, 2)
         if self.backward_readout is None:
-            y, end = self.mix(x, state, mask, cu_seqlens)
+            y, end = self.mix(x, state, mask, cu_seqlens, with_state)
             return finish(self.output_proj, y, self.output, residual), end
         refuse_state(state)
         y = convolve_both_ways(

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from h3lm.layers import border
 from h3lm.layers.both_ways import BackwardReadout, convolve_both_ways, refuse_state
-from h3lm.layers.projection import project_channel_last
+from h3lm.layers.projection import dtype_of_products, project_channel_last
 from h3lm.layers.recurrence import Recurrence, RecurrentState
 from h3lm.ssm import ChunkOperators, DiagonalSSM
 from h3lm.ssm.shared_modes import TiedDiagonalSSM
@@ -88,15 +88,16 @@ class S4D(Recurrence):
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
         lengths: Integer[Tensor, " B"] | None = None,
         residual: Float[Tensor, "B L D"] | None = None,
+        with_state: bool = True,
     ) -> tuple[Float[Tensor, "B L D"], RecurrentState | None]:
         """Mix positions; arguments as in `H3.forward`, and a residual that the output is added to.
 
         Raises:
             ValueError: if a bidirectional layer is given a state.
         """
-        x = u.transpose(1, 2)
+        x = u.to(dtype_of_products(u)).transpose(1, 2)
         if self.backward_readout is None:
-            y, end = self.mix(x, state, mask, cu_seqlens)
+            y, end = self.mix(x, state, mask, cu_seqlens, with_state)
             return finish(self.output_proj, y, self.output, residual), end
         refuse_state(state)
         y = convolve_both_ways(

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from h3lm.layers.projection import dtype_of_products
+
 IGNORED = -100
 CHUNK_LOGITS = 1 << 27  # of one part: 512 MiB in float32
 
@@ -45,7 +47,7 @@ def head_loss(
     hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
     if hidden.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
         total = _liger(hidden, weight, targets)
-    elif hasattr(F, "linear_cross_entropy") and _product_dtype(hidden) == torch.float32:
+    elif hasattr(F, "linear_cross_entropy") and dtype_of_products(hidden) == torch.float32:
         # in bfloat16 its loss is off by 1e-2 where that of whole logits is off by 6e-6 (torch 2.13)
         total = _torch(hidden, weight, targets)
     elif _has_kernel(hidden.device):
@@ -60,7 +62,7 @@ def head_loss(
 def _liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    dtype = _product_dtype(hidden)  # its kernels do not know of autocast
+    dtype = dtype_of_products(hidden)  # its kernels do not know of autocast
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     return liger_fused_linear_cross_entropy(
         hidden, weight, targets, ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
@@ -80,13 +82,11 @@ def _has_kernel(device: torch.device) -> bool:
 def _by_kernel(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_logits: int) -> Tensor:
     from h3lm.models.loss_triton import head_loss_sum
 
-    dtype = _product_dtype(hidden)
+    dtype = dtype_of_products(hidden)
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         size = torch.finfo(torch.float32).bits // 8 * chunk_logits
-        return head_loss_sum(
-            hidden.to(dtype).contiguous(), weight.to(dtype), targets, size, with_grad
-        )[0]
+        return head_loss_sum(hidden.to(dtype).contiguous(), weight, targets, size, with_grad)[0]
 
 
 def _torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -94,12 +94,6 @@ def _torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.linear_cross_entropy(
         hidden, weight, targets, ignore_index=IGNORED, reduction="sum", options=options
     )
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return hidden.dtype
 
 
 def _in_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, size: int) -> Tensor:

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 
 from h3lm.layers import MLP, mixer
 from h3lm.layers.batch_norm import BatchNorm
+from h3lm.layers.projection import dtype_of_products
 from h3lm.models.configuration_classification import H3ClassificationConfig
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3PreTrainedModel
@@ -62,7 +63,10 @@ class H3EncoderLayer(GradientCheckpointingLayer):
             return _normalise(norm, self._added(r, r, sublayer, lengths), lengths)
         # in what the sublayer reads, so that it turns and casts nothing
         last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
-        u = _normalise(norm, r, lengths, dtype=_dtype_of_mixing(r), positions_last=last)
+        if isinstance(norm, BatchNorm):
+            u, r = norm.beside(r, lengths, dtype=dtype_of_products(r), positions_last=last)
+        else:
+            u = norm(r)
         return self._added(r, u, sublayer, lengths)
 
     def _added(self, r: Tensor, u: Tensor, sublayer: Any, lengths: Tensor | None) -> Tensor:
@@ -73,7 +77,7 @@ class H3EncoderLayer(GradientCheckpointingLayer):
         return r + self.dropout(sublayer(u, lengths))
 
     def _mix(self, u: Tensor, lengths: Tensor | None, **residual: Tensor) -> Tensor:
-        u = u.to(_dtype_of_mixing(u))
+        u = u.to(dtype_of_products(u))
         # a causal mixer never sees the padding, since it stands behind
         where = {"lengths": lengths} if self.both_ways else {}
         return self.mixer(u, **where, **residual)[0]
@@ -166,7 +170,8 @@ class H3Encoder(H3ClassificationPreTrainedModel):
             input_values: (B, L, C) numbers.
             inputs_embeds: (B, L, D) in place of both.
             lengths: (B,), in place of a mask: how many positions of each row count, from its
-                beginning. No device is waited for, and shapes stay as they are.
+                beginning; 0 for a row that is not there. No device is waited for, and shapes stay
+                as they are.
             output_hidden_states: Whether to return what each layer saw.
             return_dict: False for a plain tuple.
             kwargs: Ignored, as the library passes more than a model needs.
@@ -346,15 +351,8 @@ def _norm(config: H3ClassificationConfig) -> nn.Module:
     return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
-def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None, **form: Any) -> Tensor:
-    return norm(r, lengths, **form) if isinstance(norm, BatchNorm) else norm(r)
-
-
-def _dtype_of_mixing(x: Tensor) -> torch.dtype:
-    """As for a linear map: autocast knows no convolutions, and would leave them in float32."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+def _normalise(norm: nn.Module, r: Tensor, lengths: Tensor | None) -> Tensor:
+    return norm(r, lengths) if isinstance(norm, BatchNorm) else norm(r)
 
 
 def _to_the_front(
@@ -402,16 +400,15 @@ def _without_padding(embeds: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _pool(hidden: Tensor, lengths: Tensor | None, how: str) -> Tensor:
-    """One vector for each row, (B, D)."""
-    if how == "last":
-        if lengths is None:
-            return hidden[:, -1]
-        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+    """One vector for each row, (B, D); zeros for a row without anything."""
     if lengths is None:
-        return hidden.mean(1)
+        return hidden[:, -1] if how == "last" else hidden.mean(1)
+    if how == "last":
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths.clamp(min=1) - 1]
+        return last.masked_fill(lengths[:, None] == 0, 0)
     valid = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
     total = hidden.masked_fill(~valid[..., None], 0).sum(1)
-    return total / lengths[:, None].to(hidden.dtype)
+    return total / lengths[:, None].clamp(min=1).to(hidden.dtype)
 
 
 AutoConfig.register(H3ClassificationConfig.model_type, H3ClassificationConfig, exist_ok=True)

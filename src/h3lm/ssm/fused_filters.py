@@ -1,5 +1,6 @@
-"""The making of S4's filters as one operator of PyTorch, by the kernels of `filters_triton`.
+"""The making of S4's filters as one operator of PyTorch, by kernels.
 
+Up to 64 real states they are those of `powers_triton`, above that those of `filters_triton`.
 Complex tensors cross the border as real pairs. The kernels are imported at their first use, and run
 once on a small problem beside plain PyTorch, which takes over where they fail on a machine.
 """
@@ -15,9 +16,10 @@ from h3lm.ssm.fused_operators import MAX_MODES, has_kernels
 
 logger = logging.getLogger("h3lm.ssm")
 MAX_READOUTS = 2
+MAX_POWERS = 32  # modes for which the powers are made
 TOLERANCE = 1e-5  # of float32, behind sums in float64
 
-_found: dict[torch.device, str] = {}  # by `fault`, for when nothing can be tried
+_found: dict[tuple[torch.device, int], str] = {}  # by `fault`, for when nothing can be tried
 
 
 def can_fuse(eigenvalues: Tensor, B: Tensor, readouts: Tensor) -> bool:
@@ -31,7 +33,7 @@ def can_fuse(eigenvalues: Tensor, B: Tensor, readouts: Tensor) -> bool:
     single = eigenvalues.dtype == B.dtype == readouts.dtype == torch.complex64
     fits = eigenvalues.shape[-1] <= MAX_MODES and 1 <= len(readouts) <= MAX_READOUTS
     possible = has_kernels(eigenvalues) and single and fits and B.dim() == 2
-    return possible and works(eigenvalues.device)
+    return possible and works(eigenvalues.device, eigenvalues.shape[-1])
 
 
 def fused_filters(
@@ -72,9 +74,14 @@ def _forward(
     length: int,
     delayed: bool,
 ) -> tuple[Tensor, Tensor]:
+    given = (eigenvalues, P, B, C, dt, length, skip, delayed)
+    if C.shape[2] <= MAX_POWERS:
+        from h3lm.ssm import powers_triton
+
+        return powers_triton.make(*given), _no_table(C)
     from h3lm.ssm import filters_triton
 
-    return filters_triton.make(eigenvalues, P, B, C, dt, length, skip, delayed)
+    return filters_triton.make(*given)
 
 
 @_forward.register_fake
@@ -90,7 +97,12 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     readouts, H, modes, _ = C.shape
     table = C.new_empty(H, 6 + 4 * readouts, modes, dtype=torch.float64)
-    return C.new_empty(readouts, H, length), table
+    return C.new_empty(readouts, H, length), _no_table(C) if modes <= MAX_POWERS else table
+
+
+def _no_table(C: Tensor) -> Tensor:
+    """What the kernels of powers keep for their backward pass."""
+    return C.new_empty(C.shape[1], 0, dtype=torch.float64)
 
 
 @torch.library.custom_op("h3lm::dplr_filters_bwd", mutates_args=())
@@ -104,9 +116,14 @@ def _backward(
     dt: Tensor,
     delayed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = (eigenvalues, P, B, C, dt, delayed)
+    if C.shape[2] <= MAX_POWERS:
+        from h3lm.ssm import powers_triton
+
+        return powers_triton.make_backward(grad, *given)
     from h3lm.ssm import filters_triton
 
-    return filters_triton.make_backward(grad, table, eigenvalues, P, B, C, dt, delayed)
+    return filters_triton.make_backward(grad, table, *given)
 
 
 @_backward.register_fake
@@ -159,47 +176,47 @@ def _side_by_side(
         for i, (x, dim) in enumerate(zip(tensors, in_dims, strict=False))
     ]
     filters, table = torch.ops.h3lm.dplr_filters_fwd(*given, length, delayed)
-    return (filters.unflatten(1, (count, -1)), table.unflatten(0, (count, -1))), (1, 0)
+    each = table.shape[0] // count
+    return (filters.unflatten(1, (count, each)), table.unflatten(0, (count, each))), (1, 0)
 
 
 _forward.register_vmap(_side_by_side)
 
 
-def works(device: torch.device) -> bool:
+def works(device: torch.device, modes: int) -> bool:
     """Whether the kernels may be used; where they cannot be tried, an earlier test can say no."""
+    modes = max(8, 1 << (modes - 1).bit_length())  # one kernel for all below
     transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by vmap
     if transformed or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return not _found.get(device)
-    return not fault(device)
+        return not _found.get((device, modes))
+    return not fault(device, modes)
 
 
-@first_use(logger, "S4's filter kernels are off, plain PyTorch takes over", _found)
-def fault(device: torch.device) -> str:
-    """What is wrong with the kernels on this machine; empty if they work."""
+@first_use(logger, "S4's filter kernels for {1} modes are off, plain PyTorch takes over", _found)
+def fault(device: torch.device, modes: int) -> str:
+    """What is wrong with the kernels for so many modes on this machine; empty if they work."""
     with torch.inference_mode(False):
-        return _compare(device)
+        return _compare(device, modes)
 
 
-def _compare(device: torch.device) -> str:
-    from h3lm.ssm import filters_triton
-
+def _compare(device: torch.device, modes: int) -> str:
     random = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, device=device)
 
-    eigenvalues = normal(3, 20, 2)
+    half = 3 * modes // 4 - 1
+    eigenvalues = normal(3, half, 2)
     eigenvalues[..., 0] = -0.5 - eigenvalues[..., 0].abs()
-    rest = normal(3, 20, 2), normal(3, 20, 2), normal(2, 3, 20, 2), normal(3).exp() * 0.02
-    given = (eigenvalues, *rest)
-    leaves = [x.requires_grad_() for x in given]
+    rest = normal(3, half, 2), normal(3, half, 2), normal(2, 3, half, 2), normal(3).exp() * 0.02
+    leaves = [x.requires_grad_() for x in (eigenvalues, *rest)]
     with torch.enable_grad():
         plain = _plain(300, *leaves)
+        fused = torch.ops.h3lm.dplr_filters_fwd(*leaves, None, 300, False)[0]
     grad = normal(*plain.shape)
-    expected = (plain, *torch.autograd.grad(plain, leaves, grad))
-    with torch.no_grad():
-        filters, table = filters_triton.make(*given, 300)
-        found = (filters, *filters_triton.make_backward(grad, table, *given))
+    found, expected = (
+        (filters, *torch.autograd.grad(filters, leaves, grad)) for filters in (fused, plain)
+    )
     names = "filters", "eigenvalues", "P", "B", "C", "dt"
     for name, a, b in zip(names, found, expected, strict=True):
         error = float((a - b).detach().norm() / b.detach().norm())

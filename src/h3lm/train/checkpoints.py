@@ -57,6 +57,8 @@ class RunPoint:
         model: The model's configuration.
         precision: What it was trained in, bf16 or fp32, whatever the recipe left open; empty if
             an older h3lm wrote it.
+        order: Names how labelled examples are ordered; empty for text, whose `data` says it, and
+            if an older h3lm wrote it.
     """
 
     step: int
@@ -67,6 +69,7 @@ class RunPoint:
     data: str
     model: dict[str, Any]
     precision: str = ""
+    order: str = ""
 
     def check_same_run(self, other: Self, folder: Path) -> None:
         """Refuse to go on with another run's checkpoint.
@@ -86,6 +89,8 @@ class RunPoint:
         ]
         if self.data != other.data:
             different.append("the prepared data are not the same")
+        if self.order != other.order:
+            different.append("the version of h3lm that wrote it orders examples in another way")
         if different:
             raise UserError(
                 f"{folder} is of another run: {'; '.join(different)}. Give another output_dir, or "

@@ -42,8 +42,7 @@ class ClassificationSettings:
         gain_db: Signals in training: louder or softer by up to so much.
         noise: Signals in training: white noise of up to so many standard deviations of the row.
         stretch: Signals in training: played faster or slower by up to this part.
-        graphs: Whether a GPU replays steps as CUDA graphs (`train.graphs`); with one process and
-            whole batches.
+        graphs: Whether a GPU replays steps as CUDA graphs (`train.graphs`); with one process.
     """
 
     seeds: int = 1
@@ -156,11 +155,16 @@ def varied(row: NDArray, settings: ClassificationSettings, rng: np.random.Genera
 class ExampleOrder(BlockOrder):
     """As `BlockOrder`, each number telling its pass too; see `ExampleDataset`.
 
+    Attributes:
+        NAME: Of the way in which a seed gives an order, for checkpoints; another one for each.
+
     Args:
         num_examples: Examples that there are.
         total: Examples that the run takes.
         seed: Names the order.
     """
+
+    NAME = "computed"
 
     def __init__(self, num_examples: int, total: int, seed: int) -> None:
         super().__init__(Order([num_examples], seed), total)

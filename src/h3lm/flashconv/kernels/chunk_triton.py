@@ -28,6 +28,7 @@ from torch import Tensor
 from h3lm.flashconv.kernels.launch import (
     Gradients,
     Operators,
+    empty_rows,
     filter_blocks,
     multiprocessors,
     plan,
@@ -337,7 +338,7 @@ def forward_kernel(
 def backward_kernel(
     q, k, v, do, dq, dk, dv, F, M, K, P, decay, carry, start, tile_states, bounds, dend,
     dF, dM, dK, dP, ddecay, dcarry, dstart,
-    q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
+    q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel, d_row, d_channel,
     B, D, L, rows_per_program, tiles, slots, total, segments,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
@@ -346,8 +347,8 @@ def backward_kernel(
     """Gradients of the tensors (DATA), of F (FILTER), of M, K, P and the decay (SYSTEM).
 
     Each launch makes what it is asked for; tiles are walked from last to first.
-    States inside a tile are made again from the tile's start. dq, dk and dv are contiguous
-    (B, D, L). Each program writes its own sum of the operators' gradients, (programs, ...).
+    States inside a tile are made again from the tile's start. dq, dk and dv have strides in
+    common. Each program writes its own sum of the operators' gradients, (programs, ...).
     """
     CHUNKS: tl.constexpr = C // ROWS
     GROUPS: tl.constexpr = C // 8
@@ -517,7 +518,7 @@ def backward_kernel(
                 y = tl.dot(M_c, w, input_precision=PRECISION)
                 y = tl.dot(P_c, x, y, input_precision=PRECISION)
                 store_tile(
-                    tile_at(dq, source, channel, D * total, total, first, inner, row_in_tile, ROWS),
+                    tile_at(dq, source, channel, d_row, d_channel, first, inner, row_in_tile, ROWS),
                     tl.trans((y * do_tile.to(tl.float32)).to(dtype)),
                     mask,
                     EVEN,
@@ -532,7 +533,7 @@ def backward_kernel(
                 if DATA:
                     store_tile(
                         tile_at(
-                            dv, source, channel, D * total, total, first, inner, row_in_tile, ROWS
+                            dv, source, channel, d_row, d_channel, first, inner, row_in_tile, ROWS
                         ),
                         tl.trans((dw * s).to(dtype)),
                         mask,
@@ -568,7 +569,7 @@ def backward_kernel(
                         )
                     store_tile(
                         tile_at(
-                            dk, source, channel, D * total, total, first, inner, row_in_tile, ROWS
+                            dk, source, channel, d_row, d_channel, first, inner, row_in_tile, ROWS
                         ),
                         tl.trans(d_k.to(dtype)),
                         mask,
@@ -576,7 +577,7 @@ def backward_kernel(
                     )
             elif DATA:
                 store_tile(
-                    tile_at(dk, source, channel, D * total, total, first, inner, row_in_tile, ROWS),
+                    tile_at(dk, source, channel, d_row, d_channel, first, inner, row_in_tile, ROWS),
                     tl.trans(dw.to(dtype)),
                     mask,
                     EVEN,
@@ -631,7 +632,7 @@ def forward(
     C = tile_chunks(k.dtype)
     walk = plan(B, D, L, C, slots=8 * multiprocessors(k.device), packed=bounds is not None)
     slots = saved_slots(walk, total, C, bounds)
-    o = k.new_empty((k.shape[0], D, total) if with_output else (0,))
+    o = empty_rows(k) if with_output else k.new_empty(0)
     end = k.new_empty((B, D, N // 2, 2) if with_end else (0,), dtype=torch.float32)
     shape = saved_states_shape(k, D, N // 2, segments, bounds) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
@@ -662,15 +663,19 @@ def backward(
     *,
     segments: int = 1,
     bounds: Tensor | None = None,
+    into: tuple[Tensor, ...] | None = None,
 ) -> Gradients:
-    """Launch the backward pass, with the states that the forward pass saved."""
+    """Launch the backward pass, with the states that the forward pass saved.
+
+    Gradients of q, k and v are made, or lie `into` tensors of common strides.
+    """
     D, total = k.shape[1:]
     B, L = rows_of_walk(k, segments, bounds), segment_length(total, segments)
     N = operators.K.shape[1]
     C = tile_chunks(k.dtype)
     walk = plan(B, D, L, C, slots=2 * multiprocessors(k.device), packed=bounds is not None)
     slots = saved_slots(walk, total, C, bounds)
-    grads = Gradients.empty(q, k, v, operators, carry, start, walk, segments)
+    grads = Gradients.empty(q, k, v, operators, carry, start, walk, segments, into)
     rounded = operators.rounded(k.dtype)
     # one launch for each kind of sum: together they do not fit in the registers
     for part in ("DATA", "FILTER", "SYSTEM"):
@@ -681,7 +686,7 @@ def backward(
             q, k, v, do, grads.q, grads.k, grads.v, *rounded, carry, start,
             states if states.numel() else None, bounds, dend,
             grads.F, grads.M, grads.K, grads.P, grads.decay, grads.carry, grads.start,
-            *strides(q), *strides(k), *strides(v), *strides(do),
+            *strides(q), *strides(k), *strides(v), *strides(do), *strides(grads.k),
             B, D, L, walk.rows_per_program, walk.tiles, slots, total, segments,
             N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
             PRECISION=product_precision(k.dtype),

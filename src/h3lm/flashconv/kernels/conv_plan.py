@@ -2,10 +2,10 @@
 
 `fft_launch`, `fft_long`, `toeplitz_triton` and `flashconv.fft` offer the same four functions:
 
-    prepare(u, f, f_reverse, size) -> what of the filter is read
+    prepare(u, filter, size, backward) -> what of the filter is read
     forward(u, prepared, size, pre, post) -> y
     backward(dy, u, prepared, size, pre, post, data=, filters=) -> du, dpre, sums
-    filter_gradients(u, sums, size, taps, taps_reverse) -> df, df_reverse
+    filter_gradients(u, sums, filter, size) -> gradients of the filter's parts
 
 A Triton release may break a kernel, a GPU may be unlike those that we tested. So each size of an
 algorithm runs once on a small problem beside torch.fft; where it fails, that takes over and says
@@ -28,11 +28,13 @@ from h3lm.flashconv.dispatch import (
     ConvAlgorithm,
     capability,
 )
+from h3lm.flashconv.filters import Filter
 from h3lm.flashconv.kernels.fft_size import SIZES, size_for
 from h3lm.ssm.first_use import first_use
 
 logger = logging.getLogger("h3lm.flashconv")
-TOEPLITZ_CHECK = 304  # length of the rows that they are checked with
+# length of the rows that they are checked with, and of those of two chunks, of which 64 need others
+TOEPLITZ_CHECK, TWO_CHUNKS = 304, 256
 TOLERANCE = 1e-2  # of bfloat16, whose operands and results are off by 2^-9 each
 _found: dict[tuple[ConvAlgorithm, torch.device, int], str] = {}  # by `fault`
 
@@ -56,9 +58,9 @@ def plan(
     if algorithm == "torch.fft":
         return Plan(fft, fft.transform_length(length, taps, taps_reverse))
     if algorithm == "Toeplitz blocks":
-        from h3lm.flashconv.kernels import toeplitz_triton
+        from h3lm.flashconv.kernels import toeplitz_size, toeplitz_triton
 
-        return Plan(toeplitz_triton, toeplitz_triton.size_for(taps, taps_reverse, large))
+        return Plan(toeplitz_triton, toeplitz_size.size_for(taps, taps_reverse, large))
     if algorithm == "block FFT":
         from h3lm.flashconv.kernels import fft_launch
 
@@ -75,7 +77,7 @@ def works(algorithm: ConvAlgorithm, device: torch.device, length: int) -> bool:
     if device.type != "cuda":
         return True
     if algorithm == "Toeplitz blocks":
-        length = TOEPLITZ_CHECK  # one kernel for all lengths
+        length = TWO_CHUNKS if TWO_CHUNKS // 2 < length <= TWO_CHUNKS else TOEPLITZ_CHECK
     else:
         length = plan(algorithm, device, length, length, None).size.points
     if torch.cuda.is_current_stream_capturing():  # nothing can be tried there
@@ -87,7 +89,7 @@ def checks(device: torch.device) -> Iterator[tuple[ConvAlgorithm, int]]:
     """Algorithms and lengths to call `fault` with: one for each size of their kernels, or so."""
     large = capability(device) in HOPPER_SHARED
     most = MAX_FFT_LENGTH if large else MAX_FFT_LENGTH_SMALL
-    yield "Toeplitz blocks", TOEPLITZ_CHECK
+    yield from (("Toeplitz blocks", length) for length in (TOEPLITZ_CHECK, TWO_CHUNKS))
     yield from (("block FFT", points) for points in SIZES if points <= most)
     yield from (("block FFT through memory", most << shift) for shift in (1, 2, 3, 4, 7))
 
@@ -95,26 +97,40 @@ def checks(device: torch.device) -> Iterator[tuple[ConvAlgorithm, int]]:
 @first_use(logger, "{0} for rows of {2} is off, torch.fft takes over", _found)
 def fault(algorithm: ConvAlgorithm, device: torch.device, length: int) -> str:
     """What is wrong with an algorithm for rows of a length on this machine; empty if it works."""
-    return _compare(plan(algorithm, device, length, 200, None), device, length)
+    return _compare(algorithm, device, length)
 
 
-def _compare(fast: Plan, device: torch.device, length: int) -> str:
+def _compare(algorithm: ConvAlgorithm, device: torch.device, length: int) -> str:
+    """What differs from torch.fft, of a plain filter and of one that reaches both ways."""
     random = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, device=device)
 
-    u, dy = (normal(3, 2, length).bfloat16() for _ in range(2))
-    f = normal(2, 200)
-    plain = Plan(fft, fft.transform_length(length, f.shape[1], None))
-    results = []
-    for kernels, size in (fast, plain):
-        prepared = kernels.prepare(u, f, None, size)
-        y = kernels.forward(u, prepared, size, None, None)
-        du, _, sums = kernels.backward(dy, u, prepared, size, None, None, data=True, filters=True)
-        results.append((y, du, kernels.filter_gradients(u, sums, size, f.shape[1], None)[0]))
-    for name, found, expected in zip(("y", "du", "df"), *results, strict=True):
-        error = float((found.float() - expected.float()).norm() / expected.float().norm())
-        if not error < TOLERANCE:
-            return f"{name} differs by {error:.1e}"
+    rows = 70 if length == TWO_CHUNKS else 3
+    u, dy = (normal(rows, 2, length).bfloat16() for _ in range(2))
+    f, back, skip = normal(2, 200), normal(2, 100), normal(2)
+    for filter in (Filter(f), Filter(f, back, skip)):
+        found, exact = (
+            _everything(
+                *plan(name, device, length, filter.taps, filter.taps_reverse), u, dy, filter
+            )
+            for name in (algorithm, "torch.fft")
+        )
+        for name, expected in exact.items():
+            error = float((found[name] - expected).norm() / expected.norm())
+            if not error < TOLERANCE:
+                return f"{name} differs by {error:.1e}"
     return ""
+
+
+def _everything(
+    kernels: ModuleType, size: Any, u: Tensor, dy: Tensor, filter: Filter
+) -> dict[str, Tensor]:
+    """Output and gradients, by their names."""
+    prepared = kernels.prepare(u, filter, size, True)
+    y = kernels.forward(u, prepared, size, None, None)
+    du, _, sums = kernels.backward(dy, u, prepared, size, None, None, data=True, filters=True)
+    grads = kernels.filter_gradients(u, sums, filter, size)._asdict()
+    found = {"y": y, "du": du} | {f"d{name}": x for name, x in grads.items()}
+    return {name: x.float() for name, x in found.items() if x is not None}

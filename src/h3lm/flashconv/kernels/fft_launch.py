@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from h3lm.flashconv.filters import Filter, FilterGradients
 from h3lm.flashconv.kernels import fft_triton
 from h3lm.flashconv.kernels.fft_filter import (
     Prepared,
@@ -17,22 +18,19 @@ from h3lm.flashconv.kernels.fft_size import Size, factors
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
 
 
-def filter_gradients(
-    u: Tensor, sums: Tensor, size: Size, taps: int, taps_reverse: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of both filters from partial sums of conj(Z) G.
+def filter_gradients(u: Tensor, sums: Tensor, filter: Filter, size: Size) -> FilterGradients:
+    """Gradients of the parts of a filter from partial sums of conj(Z) G.
 
     Args:
         u: The rows.
         sums: (groups, D, 2, N1, N2), float32.
+        filter: The filter.
         size: Of the transform.
-        taps: Taps of the filter.
-        taps_reverse: Taps of the reverse one.
     """
+    if u.dtype != torch.float32:
+        return gradients(sums, filter, size, factors(size, torch.float16, u.device, True))
     total = sums[0] if len(sums) == 1 else sums.sum(0)
-    if taps_reverse is not None or u.dtype == torch.float32:
-        return gradients_by_library(total, taps, taps_reverse)
-    return gradients(total, taps, size, factors(size, torch.float16, u.device, True)), None
+    return filter.gradients(*gradients_by_library(total, filter.taps, filter.taps_reverse))
 
 
 def forward(
@@ -95,13 +93,11 @@ def backward(
     return du, dpre, sums
 
 
-def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: Size) -> Prepared:
-    """The spectrum of a filter that reaches both ways, for rows like u."""
-    half = u.dtype != torch.float32
-    if f_reverse is not None or not half:
-        return prepare_by_library(f, f_reverse, size, half)
-    f = f if f.stride(1) == 1 else f.contiguous()
-    return transform(f, size, factors(size, torch.float16, f.device, True))
+def prepare(u: Tensor, filter: Filter, size: Size, backward: bool = False) -> Prepared:
+    """The spectrum of a filter, for rows like u and their gradients."""
+    if u.dtype == torch.float32:
+        return prepare_by_library(*filter.folded(), size)
+    return transform(filter, size, factors(size, torch.float16, u.device, True))
 
 
 class _Run:

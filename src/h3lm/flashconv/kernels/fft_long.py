@@ -25,17 +25,19 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from h3lm.flashconv.dispatch import MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL
+from h3lm.flashconv.filters import Filter, FilterGradients
 from h3lm.flashconv.kernels import fft_triton
 from h3lm.flashconv.kernels.fft_filter import (
     Prepared,
     imaginary_row,
     reverse_gradient,
-    transform,
+    transform_planes,
 )
 from h3lm.flashconv.kernels.fft_launch import rows_per_program
 from h3lm.flashconv.kernels.fft_size import SHIFT, Size, factors, unitary_dft
 from h3lm.flashconv.kernels.fft_triton import exponent_of, power_of_two, to_unit
 from h3lm.flashconv.kernels.launch import strides
+from h3lm.flashconv.kernels.ready import ready
 
 MIN_OUTER = 16  # the matrix units' smallest edge
 
@@ -86,6 +88,7 @@ def size_for(length: int, large: bool) -> LongSize:
     raise ValueError(f"rows of {length} are over what the block FFT was made for")
 
 
+@ready
 @triton.jit
 def largest_kernel(
     x, gate, exponents, sums, x_row, x_channel, gate_row, gate_channel, D, L, BLOCK: tl.constexpr
@@ -130,6 +133,7 @@ def program_tile(tiles, inner, D, COLUMNS: tl.constexpr):
     return i % tiles, i // tiles % blocks, channel.to(tl.int64), row.to(tl.int64)
 
 
+@ready
 @triton.jit
 def outward_kernel(
     x, gate, imaginary, exponents, planes, table,
@@ -175,6 +179,7 @@ def outward_kernel(
     tl.store(out + inner, (im * cos - re * sin).to(planes.dtype.element_ty), inside)
 
 
+@ready
 @triton.jit
 def inward_kernel(
     planes, plane_exponents, y, gate, other, factor_of_other, exponents, unscale, table,
@@ -296,13 +301,13 @@ def backward(
     return du, dpre, made
 
 
-def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: LongSize) -> Prepared:
-    """The filter's spectrum for rows like u."""
+def prepare(u: Tensor, filter: Filter, size: LongSize, backward: bool = False) -> Prepared:
+    """The filter's spectrum, for rows like u and their gradients."""
+    f, f_reverse = filter.folded()
     rows, ahead = f[None], None
     if f_reverse is not None:
         rows = torch.cat([f[:, :1] + f_reverse[:, :1], f[:, 1:]], 1)[None]
         ahead = imaginary_row(f_reverse, size.points)[None]
-    rows = rows if rows.stride(2) == 1 else rows.contiguous()
     run = LongRun(rows, size)
     sums = torch.empty(rows.shape[:2], device=f.device)
     exponents = run.exponents(rows, None, sums)
@@ -311,13 +316,13 @@ def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: LongSize) -> P
         exponents = torch.maximum(exponents, run.exponents(ahead, None, more))
         sums += more
     planes = run.outward(rows, None, exponents, ahead)
-    return transform(planes, size.inner, run.tables, size.outer, exponents, sums)
+    return transform_planes(planes, size.inner, run.tables, exponents, sums)
 
 
 def filter_gradients(
-    u: Tensor, made: FilterPlanes, size: LongSize, taps: int, taps_reverse: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of both filters from partial sums."""
+    u: Tensor, made: FilterPlanes, filter: Filter, size: LongSize
+) -> FilterGradients:
+    """Gradients of the parts of a filter from partial sums."""
     groups, D = made.exponents.shape[:2]
 
     def part(length: int, imaginary: bool) -> Tensor:
@@ -327,10 +332,10 @@ def filter_gradients(
         run.inward(made.planes, df, root, plane_exponents=made.exponents, imaginary=imaginary)
         return df[0] if groups == 1 else df.sum(0)
 
-    df = part(taps, False)
-    if taps_reverse is None:
-        return df, None
-    return df, reverse_gradient(df, part(size.points, True), taps_reverse)
+    df, dback = part(filter.taps, False), None
+    if filter.taps_reverse is not None:
+        dback = reverse_gradient(df, part(size.points, True), filter.taps_reverse)
+    return filter.gradients(df, dback)
 
 
 class LongRun:

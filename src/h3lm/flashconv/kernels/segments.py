@@ -13,6 +13,7 @@ Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 2, with two levels of chu
 
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 import triton
@@ -65,10 +66,13 @@ def backward(
     states: Tensor,
     *,
     segments: int,
+    **options: Any,
 ) -> Gradients:
-    """`backward` of the kernels, in segments."""
+    """`backward` of the kernels, with their options, in segments."""
     dends = _gradients_behind(do, dend, q, operators, segments)
-    grads = kernels.backward(do, dends, q, k, v, operators, carry, start, states, segments=segments)
+    grads = kernels.backward(
+        do, dends, q, k, v, operators, carry, start, states, segments=segments, **options
+    )
     dk, dcarry = grads.k, grads.carry
     heads = len(operators.M) != do.shape[1]  # their kernels filter whole rows
     if operators.F is not None and not heads:

@@ -18,76 +18,22 @@ Operands are rounded to the dtype of the rows, sums are float32.
 Source: Fu et al. 2023 (arXiv 2212.14052v3), section 4.1, whose block FFT this replaces there.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
+from h3lm.flashconv.filters import Filter, FilterGradients
+from h3lm.flashconv.kernels import toeplitz_rows
+from h3lm.flashconv.kernels.lags import load_lags, parts
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
+from h3lm.flashconv.kernels.ready import ready
+from h3lm.flashconv.kernels.toeplitz_rows import store_diagonals
+from h3lm.flashconv.kernels.toeplitz_size import ToeplitzSize
 
 COPIES = 8  # values of 2 bytes in 16 bytes
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How the kernels are launched.
-
-    Attributes:
-        T: Outputs of a piece.
-        K: Inputs of a block, a power of two from 16 on.
-        pieces: Most pieces of a tile.
-        warps: Warps of a program.
-        stages: Blocks in flight.
-        filter_pieces: Pieces of a tile where the filter's gradient is made.
-    """
-
-    T: int = 128
-    K: int = 64
-    pieces: int = 128
-    warps: int = 8
-    stages: int = 3
-    filter_pieces: int = 32
-
-
-# with Hopper's shared memory, and with the 99 KB that every GPU from 8.0 on has; see docs/log.md
-LARGE, SMALL = Tile(), Tile(stages=2)
-
-
-@dataclass(frozen=True)
-class ToeplitzSize:
-    """What a filter reaches, lags -ahead .. behind, and how its products are cut.
-
-    Attributes:
-        behind: The largest lag.
-        ahead: The largest lag of the reverse filter, 0 without one.
-        tile: How the kernels are launched.
-    """
-
-    behind: int
-    ahead: int = 0
-    tile: Tile = LARGE
-
-    def blocks(self, K: int) -> tuple[int, int]:
-        """The first and the last m with a lag in m K - (K - 1) .. m K + (T - 1)."""
-        return -((self.ahead + self.tile.T - 1) // K), (self.behind + K - 1) // K
-
-    @property
-    def origin(self) -> int:
-        """Where lag 0 stands in the table's first copy."""
-        return self.tile.K * (1 - self.blocks(self.tile.K)[0])
-
-    def reversed(self) -> "ToeplitzSize":
-        """That of the transposed convolution."""
-        return ToeplitzSize(self.ahead, self.behind, self.tile)
-
-
-def size_for(taps: int, taps_reverse: int | None, large: bool) -> ToeplitzSize:
-    """The size for filters, on a GPU with as much shared memory as Hopper or with less."""
-    return ToeplitzSize(taps - 1, (taps_reverse or 1) - 1, LARGE if large else SMALL)
 
 
 @triton.jit
@@ -100,6 +46,7 @@ def load_inside(base, offsets, inside, gate, gate_offsets):
     return x
 
 
+@ready
 @triton.jit(do_not_specialize=["B", "pieces", "lowest", "highest"])
 def convolve_kernel(
     x, pre, y, post, other, factor, table,
@@ -150,6 +97,7 @@ def convolve_kernel(
     tl.store(y + to, out.to(y.dtype.element_ty), inside)
 
 
+@ready
 @triton.jit(do_not_specialize=["B", "pieces", "pieces_per_program", "lowest"])
 def differentiate_kernel(
     x, pre, dy, post, sums,
@@ -188,12 +136,74 @@ def differentiate_kernel(
         g = load_inside(dy, row * dy_row + to, valid & (to < L), post, row * post_row + to)
         sum_ = tl.dot(tl.trans(value), g, sum_)
 
-    turned = (i[:, None] + i[None, :]) % T
-    diagonals = tl.gather(sum_, turned, 1)  # [u, s]: what stands at t = (u + s) mod T
-    upper = i[:, None] + i[None, :] < T
-    sums += ((group * D + channel) * blocks + block) * (2 * T)
-    tl.store(sums + i, tl.sum(tl.where(upper, diagonals, 0.0), 0))
-    tl.store(sums + T + i, tl.sum(tl.where(upper, 0.0, diagonals), 0))
+    store_diagonals(sums + ((group * D + channel) * blocks + block) * (2 * T), sum_, T)
+
+
+@ready
+@triton.jit(do_not_specialize=["taps", "taps_reverse", "period"])
+def table_kernel(
+    f, reverse, skip, f_channel, reverse_channel, taps, taps_reverse, period,
+    copies, turned, channels, width, origin, turned_origin, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write some places of all copies of a channel; of the filter turned round for second programs.
+
+    See `Prepared`.
+    """
+    channel = tl.program_id(0) % channels
+    copy, place = tl.arange(0, 8)[:, None], tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if turned is None:
+        lag, out = place + copy - origin, copies  # the compiler knows that there is no other
+    elif tl.program_id(0) < channels:
+        lag, out = place + copy - origin, copies
+    else:
+        lag, out = turned_origin - place - copy, turned
+    channel = channel.to(tl.int64)
+    value = load_lags(
+        f, reverse, skip, f_channel, reverse_channel, taps, taps_reverse, period,
+        channel, lag, place < width,
+    )  # fmt: skip
+    out += channel * (8 * width) + copy * width + place
+    tl.store(out, value.to(copies.dtype.element_ty), (copy >= 0) & (place < width))
+
+
+@triton.jit
+def sum_of_lags(sums, of_group, groups, lag, inside, lowest, blocks, T: tl.constexpr):
+    """The gradient of h at some lags, from partial sums of a channel."""
+    index = lag + (1 - lowest) * T  # lags from (lowest - 1) T on
+    block, s = index // T, index % T
+    total = tl.zeros(lag.shape, tl.float32)
+    for group in range(groups):
+        at = sums + group * of_group + s
+        # the second half of block m lies over the first of block m - 1
+        total += tl.load(at + (2 * block + 1) * T, inside & (block < blocks), 0.0)
+        total += tl.load(at + (2 * block - 2) * T, inside & (block >= 1), 0.0)
+    return total
+
+
+@ready
+@triton.jit(do_not_specialize=["taps", "taps_reverse", "period", "groups", "lowest", "blocks"])
+def collect_kernel(
+    sums, df, dback, dskip, taps, taps_reverse, period, channels, groups, lowest, blocks,
+    T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the parts of a filter from partial sums, some taps of a channel."""
+    channel = tl.program_id(0).to(tl.int64)
+    tap = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    of_group = (channel * 0 + channels) * blocks * (2 * T)
+    sums += channel * blocks * (2 * T)
+    inside = tap < taps
+    total = sum_of_lags(sums, of_group, groups, tap, inside, lowest, blocks, T)
+    if dskip is not None:
+        tl.store(dskip + channel + tap, total.to(dskip.dtype.element_ty), inside & (tap == 0))
+    around = inside & (tap > 0) & (period > 0)
+    total += sum_of_lags(sums, of_group, groups, tap - period, around, lowest, blocks, T)
+    tl.store(df + channel * taps + tap, total.to(df.dtype.element_ty), inside)
+    if dback is not None:
+        inside = tap < taps_reverse
+        total = sum_of_lags(sums, of_group, groups, -tap, inside, lowest, blocks, T)
+        around = inside & (tap > 0) & (period > 0)
+        total += sum_of_lags(sums, of_group, groups, period - tap, around, lowest, blocks, T)
+        tl.store(dback + channel * taps_reverse + tap, total.to(dback.dtype.element_ty), inside)
 
 
 class Prepared(NamedTuple):
@@ -201,38 +211,33 @@ class Prepared(NamedTuple):
 
     Attributes:
         copies: (D, 8, width), dtype of the rows; copy r holds lag l at `size.origin` + l - r.
+        turned: The same of the filter turned round, for `size.reversed()`; None if not wanted.
     """
 
     copies: Tensor
+    turned: Tensor | None = None
 
 
-def prepare(u: Tensor, f: Tensor, f_reverse: Tensor | None, size: ToeplitzSize) -> Prepared:
-    """The table of a filter that reaches both ways, for rows like u."""
-    if f_reverse is not None:
-        present = f[:, :1] + f_reverse[:, :1]
-        f = torch.cat([f_reverse[:, 1:].flip(1), present, f[:, 1:]], 1)
-    return _table(f.to(u.dtype), size)
-
-
-def _table(h: Tensor, size: ToeplitzSize) -> Prepared:
-    lowest, highest = size.blocks(size.tile.K)
-    width = size.tile.K * (highest - lowest + 1) + size.tile.T
-    before = size.origin - size.ahead
-    padded = F.pad(h, (before, width + COPIES - 1 - before - h.shape[1]))
-    return Prepared(padded.unfold(1, width, 1).contiguous())
-
-
-def _transposed(table: Prepared, size: ToeplitzSize) -> Prepared:
-    """The table of the same filter turned round."""
-    h = table.copies[:, 0, size.origin - size.ahead : size.origin + size.behind + 1]
-    return _table(h.flip(1), size.reversed())
+def prepare(u: Tensor, filter: Filter, size: ToeplitzSize, backward: bool = False) -> Prepared:
+    """The table of a filter, for rows like u; for their gradients also the one turned round."""
+    K, D = size.tile.K, len(filter.f)
+    lowest, highest = size.blocks(K)
+    width = K * (highest - lowest + 1) + size.tile.T  # both ways: T is a multiple of K
+    copies = u.new_empty((D, COPIES, width))
+    turned = torch.empty_like(copies) if backward else None
+    table_kernel[(D * (1 + backward), -(-width // 128))](
+        *parts(filter), copies, turned, D, width, size.origin, size.reversed().origin, BLOCK=128
+    )
+    return Prepared(copies, turned)
 
 
 def forward(
     u: Tensor, table: Prepared, size: ToeplitzSize, pre: Tensor | None, post: Tensor | None
 ) -> Tensor:
     """Convolve rows; positions are contiguous."""
-    return _convolve(u, table, size, pre, post, None)[0]
+    if toeplitz_rows.takes(u, size, pre, post):
+        return toeplitz_rows.forward(u, table.copies, size)
+    return _convolve(u, table.copies, size, pre, post, None)[0]
 
 
 def backward(
@@ -246,26 +251,37 @@ def backward(
     data: bool,
     filters: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of rows and first gate (`data`), of the filter of all lags (`filters`)."""
+    """Gradients of rows and first gate (`data`), partial sums for the filter's (`filters`)."""
     du, dpre = None, None
+    if data and filters and toeplitz_rows.takes(u, size, pre, post):
+        assert table.turned is not None
+        du, sums = toeplitz_rows.backward(dy, u, table.turned, size)
+        return du, None, sums
     if data:
+        assert table.turned is not None
         other = None if pre is None else u
-        turned = _transposed(table, size)
-        du, dpre = _convolve(dy, turned, size.reversed(), post, pre, other)
+        du, dpre = _convolve(dy, table.turned, size.reversed(), post, pre, other)
     return du, dpre, _differentiate(u, pre, dy, post, size) if filters else None
 
 
 def filter_gradients(
-    u: Tensor, dh: Tensor, size: ToeplitzSize, taps: int, taps_reverse: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of both filters from that of all lags."""
-    df = dh[:, -taps:].contiguous()
-    return df, None if taps_reverse is None else dh[:, :taps_reverse].flip(1)
+    u: Tensor, sums: Tensor, filter: Filter, size: ToeplitzSize
+) -> FilterGradients:
+    """Gradients of the parts of a filter from partial sums."""
+    made = filter.empty_gradients()
+    groups, D, blocks = sums.shape[:3]
+    taps_reverse = 0 if made.f_reverse is None else made.f_reverse.shape[1]
+    most = max(made.f.shape[1], taps_reverse)
+    collect_kernel[(D, -(-most // 256))](
+        sums, *made, made.f.shape[1], taps_reverse, filter.period, D, groups,
+        _lowest_and_highest(u, size)[0], blocks, T=size.tile.T, BLOCK=256, num_warps=2,
+    )  # fmt: skip
+    return made
 
 
 def _convolve(
     x: Tensor,
-    table: Prepared,
+    table: Tensor,
     size: ToeplitzSize,
     pre: Tensor | None,
     post: Tensor | None,
@@ -277,13 +293,13 @@ def _convolve(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     other = None if factor is None else torch.empty_like(y)
     pieces = B * -(-L // tile.T)
-    of_a_tile = min(tile.pieces, max(16, triton.next_power_of_2(pieces)))
+    of_a_tile = min(tile.pieces, max(16, 1 << (pieces - 1).bit_length()))
     tiles = -(-pieces // of_a_tile)
     lowest, highest = size.blocks(tile.K)
     convolve_kernel[(D * tiles,)](
-        x, pre, y, post, other, factor, table.copies,
+        x, pre, y, post, other, factor, table,
         *strides(x), *strides(pre), *strides(post), *strides(factor), *strides(y),
-        B, L, tiles, pieces, lowest, highest, size.origin, table.copies.shape[-1],
+        B, L, tiles, pieces, lowest, highest, size.origin, table.shape[-1],
         T=tile.T, K=tile.K, PIECES=of_a_tile, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return y, other
@@ -292,11 +308,11 @@ def _convolve(
 def _differentiate(
     x: Tensor, pre: Tensor | None, dy: Tensor, post: Tensor | None, size: ToeplitzSize
 ) -> Tensor:
-    """Gradient of the filter of all lags, (D, ahead + 1 + behind), float32."""
+    """Partial sums of the gradient of h, (groups, D, blocks, 2, T), float32."""
     B, D, L = x.shape
     T, in_tile = size.tile.T, size.tile.filter_pieces
     chunks = -(-L // T)
-    lowest, highest = (max(1 - chunks, min(chunks - 1, m)) for m in size.blocks(T))
+    lowest, highest = _lowest_and_highest(x, size)
     blocks = highest - lowest + 1
     tiles = -(-B * chunks // in_tile)
     groups = min(tiles, -(-2 * multiprocessors(x.device) // (D * blocks)))
@@ -308,9 +324,11 @@ def _differentiate(
         B, D, L, B * chunks, tiles_per_program * in_tile, lowest, blocks,
         T=T, PIECES=in_tile, STAGES=size.tile.stages, num_warps=size.tile.warps,
     )  # fmt: skip
-    total = sums[0] if groups == 1 else sums.sum(0)
-    # lags from (lowest - 1) T on: the second half of block m lies over the first of block m - 1
-    every = F.pad(total[:, :, 1], (0, 0, 0, 1))
-    every[:, 1:] += total[:, :, 0]
-    present = (1 - lowest) * T
-    return every.flatten(1)[:, present - size.ahead : present + size.behind + 1]
+    return sums
+
+
+def _lowest_and_highest(x: Tensor, size: ToeplitzSize) -> tuple[int, int]:
+    """The first and the last m of the filter's gradient: chunks apart that rows like x have."""
+    apart = -(-x.shape[-1] // size.tile.T) - 1
+    lowest, highest = size.blocks(size.tile.T)
+    return max(-apart, min(apart, lowest)), max(-apart, min(apart, highest))
