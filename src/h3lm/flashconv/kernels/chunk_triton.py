@@ -645,7 +645,8 @@ def forward(
         B, D, L, walk.rows_per_program, walk.tiles, slots, total, segments,
         N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
         PRECISION=product_precision(k.dtype), EVEN=even, SEGMENTED=segments > 1,
-        REVERSED=leftwards, AHEAD=AHEAD and even and not leftwards, V_EARLY=V_EARLY and v is not None, Q_EARLY=Q_EARLY and q is not None, **FORWARD,
+        REVERSED=leftwards, AHEAD=AHEAD and even and not leftwards,
+        V_EARLY=V_EARLY and v is not None, Q_EARLY=Q_EARLY and q is not None, **FORWARD,
     )  # fmt: skip
     return o, end, states
 
