@@ -61,12 +61,12 @@ from h3lm.flashconv.kernels.tile import (
     store_complex,
 )
 
-# of a launch, the best on an H200
-FORWARD = {"num_warps": 4, "num_stages": 1}
-BACKWARD = {"num_warps": 4, "num_stages": 1}
+# of a launch, the best on an H200; three programs fit on a multiprocessor with so many registers
+FORWARD = {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
 AHEAD = True
-V_EARLY = False
-Q_EARLY = False
+V_EARLY = True
+Q_EARLY = True
+BACKWARD = {"num_warps": 4, "num_stages": 1}  # and of a forward pass that needs more registers
 
 
 @triton.jit
@@ -637,6 +637,7 @@ def forward(
     shape = saved_states_shape(k, D, N // 2, segments, bounds) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
     even = walk.is_even(B, L, C) and total == segments * L and bounds is None
+    slim = k.element_size() == 2 and N <= 64 and filter_blocks(operators) <= 2
     forward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, o if with_output else None, *operators.rounded(k.dtype), carry, start,
         end if with_end else None,
@@ -645,8 +646,9 @@ def forward(
         B, D, L, walk.rows_per_program, walk.tiles, slots, total, segments,
         N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
         PRECISION=product_precision(k.dtype), EVEN=even, SEGMENTED=segments > 1,
-        REVERSED=leftwards, AHEAD=AHEAD and even and not leftwards,
-        V_EARLY=V_EARLY and v is not None, Q_EARLY=Q_EARLY and q is not None, **FORWARD,
+        REVERSED=leftwards, AHEAD=AHEAD and slim and even and not leftwards,
+        V_EARLY=V_EARLY and slim and v is not None, Q_EARLY=Q_EARLY and slim and q is not None,
+        **(FORWARD if slim else BACKWARD),
     )  # fmt: skip
     return o, end, states
 
