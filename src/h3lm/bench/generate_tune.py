@@ -433,13 +433,10 @@ class _Tables:
 
 
 def _sizes(rows: int, name: str, bad: set[tuple[str, object]]) -> list[Any]:
-    """What is tried in turn, weights ahead or not; None for the library's product."""
+    """What is tried in turn; None for the library's product."""
     sizes: list[Any] = list(core_sizes(rows) if name == "core" else product_sizes(rows, name))
     sizes = [size for size in sizes if (f"{name} {rows}", size) not in bad]
-    if name == "core":
-        return sizes
-    ahead = [replace(size, ahead=512) for size in sizes] if rows > 16 else []
-    return [*sizes, *ahead, None]
+    return sizes if name == "core" else [*sizes, None]
 
 
 def table_lines() -> Iterator[str]:
