@@ -127,7 +127,7 @@ class DPLRSystem:
         Raises:
             ValueError: if `length` is negative.
         """
-        if length > 0 and can_fuse(self.eigenvalues, self.B, readouts):
+        if length > 0 and can_fuse(self.eigenvalues, self.B, readouts, length):
             return fused_filters(self.eigenvalues, self.P, self.B, readouts, self.dt, length)
         return self.plain_filters(readouts, length)
 
@@ -141,7 +141,7 @@ class DPLRSystem:
             length: L, at least 1.
         """
         readouts = torch.stack([self.c, backward])
-        if can_fuse(self.eigenvalues, self.B, readouts):
+        if can_fuse(self.eigenvalues, self.B, readouts, length):
             made = fused_filters(
                 self.eigenvalues, self.P, self.B, readouts, self.dt, length,
                 skip=self.skip, delayed=True,
