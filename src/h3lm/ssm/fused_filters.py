@@ -237,18 +237,18 @@ def _compare(device: torch.device, kind: Algorithm, modes: int) -> str:
         plain = _plain(300, *leaves)
     grad = normal(*plain.shape)
     expected = (plain, *torch.autograd.grad(plain, leaves, grad))
-    given = [x.detach() for x in leaves]
+    eigenvalues, P, B, C, dt = (x.detach() for x in leaves)
     found: tuple[Tensor, ...]
     if kind == "powers":
         from h3lm.ssm import powers_triton
 
-        made = powers_triton.make(*given, 300)
-        found = (made, *powers_triton.make_backward(grad, *given))
+        made = powers_triton.make(eigenvalues, P, B, C, dt, 300)
+        found = (made, *powers_triton.make_backward(grad, eigenvalues, P, B, C, dt))
     else:
         from h3lm.ssm import filters_triton
 
-        made, table = filters_triton.make(*given, 300)
-        found = (made, *filters_triton.make_backward(grad, table, *given))
+        made, table = filters_triton.make(eigenvalues, P, B, C, dt, 300)
+        found = (made, *filters_triton.make_backward(grad, table, eigenvalues, P, B, C, dt))
     names = "filters", "eigenvalues", "P", "B", "C", "dt"
     for name, a, b in zip(names, found, expected, strict=True):
         error = float((a - b).detach().norm() / b.detach().norm())
