@@ -162,5 +162,6 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch, caplog) -> None:
 
 
 def test_the_algorithm_is_chosen_by_states_and_taps() -> None:
-    chosen = [operator.algorithm(*at) for at in ((2, 9), (16, 99), (17, 1024), (32, 1025), (64, 1))]
-    assert [kind == "powers" for kind in chosen] == [True, True, False, True, False]
+    sizes = ((2, 9), (16, 99), (17, 1024), (32, 1025), (64, 256), (64, 257))
+    chosen = [operator.algorithm(*at) == "powers" for at in sizes]
+    assert chosen == [True, True, False, True, False, True]

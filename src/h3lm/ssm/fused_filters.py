@@ -18,7 +18,7 @@ logger = logging.getLogger("h3lm.ssm")
 MAX_READOUTS = 2
 Algorithm = Literal["powers", "generating function"]
 FEW_POWERS = 16  # modes for which powers are made at any length
-FEW_TAPS = 1024  # with more modes, which the generating function makes faster, and still exactly
+FEW_TAPS = {32: 1024, MAX_MODES: 256}  # by modes, which the generating function makes exactly
 TOLERANCE = 1e-5  # of float32, behind sums in float64
 
 _found: dict[
@@ -30,9 +30,11 @@ def algorithm(modes: int, length: int) -> Algorithm:
     """Which kernels make filters, a pure function.
 
     The generating function costs N for each tap, powers N^3 for each doubling of the length. Its
-    rounding grows with the length: from 4096 taps on it is more than twice that of plain PyTorch.
+    rounding grows with both: of 64 states from 4096 taps on, of 128 from 1024 on, it is more than
+    twice that of plain PyTorch.
     """
-    return "powers" if modes <= FEW_POWERS or length > FEW_TAPS else "generating function"
+    few = next(taps for most, taps in FEW_TAPS.items() if modes <= most)
+    return "powers" if modes <= FEW_POWERS or length > few else "generating function"
 
 
 def can_fuse(eigenvalues: Tensor, B: Tensor, readouts: Tensor, length: int) -> bool:
