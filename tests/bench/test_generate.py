@@ -1,6 +1,7 @@
 """What can be said of `h3lm bench generate` without a GPU."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -50,22 +51,23 @@ def test_the_committed_sizes_are_among_those_that_are_timed():
     from h3lm.flashconv.kernels import step_triton as core
     from h3lm.layers import step_triton as step
 
-    assert core.SIZE in tune.core_sizes(64)
-    assert step.ATTEND in tune.attend_sizes()
-    for (rows, kind), size in step.SIZES.items():
-        assert size is None or size in tune.product_sizes(rows, kind)
+    for rows, size in core.SIZES.items():
+        assert replace(size, first=False) in tune.core_sizes(rows)
+    assert replace(step.ATTEND, first=False) in tune.attend_sizes()
+    for (rows, name), size in step.SIZES.items():
+        plain = size and replace(size, ahead=0, first=False)
+        assert size is None or plain in tune.product_sizes(rows, name)
+        assert size is None or size.ahead in tune.AHEAD
+    for name, size in tune.ROOMY.items():
+        assert size in tune.product_sizes(64, name)
     names = [case.name for case in tune.cases({"core", "product", "attend"})]
-    assert len(names) == len(set(names)) == 19
+    assert len(names) == len(set(names)) == 22
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_the_search_leaves_the_fastest_sizes_in_the_tables(monkeypatch):
+@pytest.fixture
+def tune(monkeypatch):
+    """The search, its tables put back afterwards, over steps that a test gives the time of."""
     from h3lm.bench import generate_tune as tune
-
-    def cost(rows):
-        """Sizes with few warps are fast here, those of one wrong kernel fastest."""
-        sizes = [size for key, size in tune.step.SIZES.items() if key[0] == rows]
-        return tune.core.SIZE.warps + sum(50 if size is None else size.warps for size in sizes)
 
     class Decoder:
         def __init__(self, rows):
@@ -75,20 +77,56 @@ def test_the_search_leaves_the_fastest_sizes_in_the_tables(monkeypatch):
             return self
 
         def replay(self):
-            return cost(self.rows)
+            return tune.cost(self.rows)
 
     monkeypatch.setattr(tune, "make_model", lambda *a, **k: None)
     monkeypatch.setattr(tune, "filled_decoder", lambda model, rows, context: Decoder(rows))
     monkeypatch.setattr(tune, "median_ms", lambda call, repeats: call())
-    monkeypatch.setattr(tune.step, "SIZES", dict(tune.step.SIZES))
-    monkeypatch.setattr(tune.core, "SIZE", tune.core.SIZE)
-    monkeypatch.setattr(tune.step, "ATTEND", tune.step.ATTEND)
     monkeypatch.setattr(tune, "_us", lambda case, size: case.bytes / size.keys)
-    wrong = next(s for s in tune.product_sizes(1, "square") if s.warps == 1)
-    chosen = tune.search({("out 1", wrong)})
-    assert chosen["core"].warps == 1
-    assert chosen["core"] == tune.core.SIZE
-    assert chosen["1 square"] == tune.step.SIZES[1, "square"] != wrong
-    assert chosen["1 square"].warps == 2
-    assert chosen["attend"].keys == tune.step.ATTEND.keys == 64
-    assert set(chosen) == {"core", "attend", *(f"{rows} {kind}" for rows, kind in tune.step.SIZES)}
+    for module, name in ((tune.step, "SIZES"), (tune.step, "NORM_FIRST"), (tune.core, "SIZES")):
+        monkeypatch.setattr(module, name, dict(getattr(module, name)))
+    monkeypatch.setattr(tune.step, "ATTEND", tune.step.ATTEND)
+    return tune
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_search_leaves_the_fastest_sizes_in_the_tables(tune, monkeypatch):
+    def cost(rows):
+        """Few warps, nothing ahead, an early norm: fast; fastest are those of a wrong kernel."""
+        sizes = [size for key, size in tune.step.SIZES.items() if key[0] == rows]
+        sizes = [50 if size is None else size.warps + size.ahead / 1e5 for size in sizes]
+        return tune.core.SIZES[rows].warps + sum(sizes) - 0.1 * tune.step.NORM_FIRST[rows]
+
+    monkeypatch.setattr(tune, "cost", cost, raising=False)
+    wrong = {("out 1", s) for s in tune.product_sizes(1, "out") if s.warps == 2}
+    tune.search(wrong)
+    assert all(size.warps == 1 for size in tune.core.SIZES.values())
+    assert tune.step.SIZES[1, "out"].warps == 4
+    assert tune.step.SIZES[1, "down"].warps == 2
+    assert all(size is not None and size.ahead == 0 for size in tune.step.SIZES.values())
+    assert tune.step.NORM_FIRST == {1: True, 16: True, 64: True}
+    assert tune.step.ATTEND.keys == 64
+    before = dict(tune.step.SIZES)
+    tune.search(set(), deadline=0.0)
+    assert before == tune.step.SIZES
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_search_finds_sizes_that_are_good_only_together(tune, monkeypatch):
+    def cost(rows):
+        small = [tune.step.SIZES[rows, name] == tune.ROOMY[name] for name in tune.ROOMY]
+        return 1 if all(small) and tune.step.NORM_FIRST[rows] else 2 + sum(small)
+
+    monkeypatch.setattr(tune, "cost", cost, raising=False)
+    tune.search(set(), batches=(64,))
+    assert all(tune.step.SIZES[64, name] == size for name, size in tune.ROOMY.items())
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_tables_are_printed_as_they_are_written(tune):
+    tune.step.SIZES[1, "out"] = tune.ProductSize(8, 64, 2, first=True)
+    lines = "\n".join(tune.table_lines())
+    names = {"ProductSize": tune.ProductSize, "StepSize": tune.StepSize}
+    for place, table in (("flashconv", tune.core.SIZES), ("layers", tune.step.SIZES)):
+        begin = lines.index("SIZES = {", lines.index(f"{place}/")) + len("SIZES = ")
+        assert eval(lines[begin : lines.index("\n}", begin) + 2], names) == table

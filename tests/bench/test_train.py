@@ -1,5 +1,8 @@
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +60,46 @@ def test_several_processes_stand_beside_one(tmp_path, way):
     assert two["all-reduce GB/s"] > 0
 
 
+def test_slices_stand_beside_one_gpu_with_the_same_rows(monkeypatch):
+    job = Job("125m", CONTENDERS[1], 1, 64, world=2, way="seq")
+    asked = []
+    monkeypatch.setattr(train, "measure_job", lambda job: asked.append(job) or {"peak GiB": 8.0})
+    found = train._beside_whole({"peak GiB": 4.0}, job)
+    assert found == {"peak of one GPU": 8.0, "peak ratio": 0.5}
+    assert (asked[0].world, asked[0].length, asked[0].repeats) == (1, 64, 0)
+
+    def fails(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(train, "measure_job", fails)
+    assert train._beside_whole({"peak GiB": 4.0}, job) == {"peak of one GPU": "out of memory"}
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_measure_and_the_first_tells(tmp_path):
+    script = tmp_path / "bench.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from h3lm.bench.train import run\n"
+        "from tests.bench.test_train import CONTENDERS\n"
+        "run(Path(sys.argv[1]), print, lengths=[32], tokens=64, compiled=False, device='cpu',\n"
+        "    contenders=CONTENDERS[1:], world=2, way='seq')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(["src", str(root), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=200,
+        cwd=root, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [line.split("  ")[1] for line in done.stdout.splitlines()] == ["GPUs 1", "GPUs 2"]
+    (found,) = tmp_path.glob("*.json")
+    one, two = json.loads(found.read_text())["rows"]
+    assert two["scaling"] == pytest.approx(two["tokens/s"] / one["tokens/s"])
+
+
 def test_what_a_process_cannot_hold_is_said(monkeypatch):
     def fails(*_):
         raise torch.cuda.OutOfMemoryError
@@ -69,8 +112,16 @@ def test_what_a_process_cannot_hold_is_said(monkeypatch):
 def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(UserError, match="parallel='tensor' is not one of fsdp, ddp, seq"):
         run(tmp_path, print, way="tensor", device="cpu")
+    with pytest.raises(UserError, match="model='gpt' is not one of transformer, hybrid, h3"):
+        train.contenders_of(["gpt"])
+    assert [c.word for c in train.contenders_of(["h3", "transformer"])] == ["transformer", "h3"]
+    assert train.contenders_of(None) == train.CONTENDERS
     with pytest.raises(UserError, match="world=0 must be a number of GPUs"):
         run(tmp_path, print, world=0, device="cpu")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="torchrun has started 4 processes, not world=2"):
+        run(tmp_path, print, world=2, device="cpu")
+    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="times 4 GPUs, and there is 1 CUDA device here"):
         run(tmp_path, print, world=4)

@@ -16,6 +16,7 @@ from h3lm.flashconv import chunked, dispatch, library
 from h3lm.flashconv.state import H3State, diagonal_shape
 from h3lm.ssm import DiagonalSSM, ShiftSSM
 from h3lm.ssm.fused_operators import fused_operators, operators_fault
+from h3lm.ssm.fused_parameters import parameters_fault
 from h3lm.ssm.operators import ChunkOperators
 
 DEVICE = torch.device("cuda", 0)
@@ -65,6 +66,7 @@ def _segments(backend: str, head_dim: int) -> None:
 
 def _making() -> None:
     assert not operators_fault(DEVICE), operators_fault(DEVICE)
+    assert not parameters_fault(DEVICE), parameters_fault(DEVICE)
     system = DiagonalSSM(2).to(DEVICE).system()
     taps = torch.randn(4, 128, device=DEVICE)
     M = fused_operators(system.a, system.b, system.c, system.skip, taps, 64)[0]
@@ -86,6 +88,7 @@ NAMES: dict[str, Callable[[], None]] = {
     "triton_packed": lambda: _core("triton", 1, 2, 401, bounds=(0, 100, 101, 229, 401)),
     "heads_2": lambda: _core("triton", 3, 4, 301, head_dim=2),
     "heads_8": lambda: _core("triton", 3, 16, 256, head_dim=8),
+    "gluon_heads": lambda: _core("gluon", 3, 16, 320, head_dim=8),
     "heads_8_segments": lambda: _segments("triton", 8),
     "heads_8_packed": lambda: _core(
         "triton", 1, 8, 401, head_dim=8, n_taps=128, bounds=(0, 100, 101, 229, 401)

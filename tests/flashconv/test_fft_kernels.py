@@ -218,7 +218,7 @@ def test_the_check_finds_a_wrong_kernel(algorithm, monkeypatch, caplog) -> None:
     made = conv_plan.plan(algorithm, device, 304, 200, None).kernels
     right = made.forward
     monkeypatch.setattr(made, "forward", lambda *inputs: right(*inputs) * 1.02)
-    length = dict(conv_plan.checks(device))[algorithm]
+    length = next(length for name, length in conv_plan.checks(device) if name == algorithm)
     monkeypatch.delitem(conv_plan._found, (algorithm, device, length), raising=False)
     assert "y differs" in conv_plan.fault(algorithm, device, length)
     assert "torch.fft takes over: y differs" in caplog.text
@@ -388,8 +388,29 @@ def test_kernel_equals_float64_in_every_gradient(case: Case, dtype: torch.dtype)
     _check_twice(case, dtype, ALLOWED)
 
 
+@needs_triton
+@pytest.mark.usefixtures("_toeplitz")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("case", [(66, 1, 250, 250, 0, "s"), (64, 1, 200, 7, 0, "")], ids=str)
+def test_blocks_that_stay_equal_float64(case: Case, monkeypatch) -> None:
+    from h3lm.flashconv.kernels import toeplitz_rows, toeplitz_size
+
+    monkeypatch.setattr(
+        toeplitz_size, "SMALL", toeplitz_size.LARGE
+    )  # no GPU is taken for a small one
+    run = []
+    for name in ("forward", "backward"):
+        right = getattr(toeplitz_rows, name)
+        monkeypatch.setattr(
+            toeplitz_rows, name, lambda *inputs, r=right, n=name: (run.append(n), r(*inputs))[1]
+        )
+    _check(case, torch.float16)
+    assert run == ["forward", "backward"]
+
+
 SHORT_ON_A_GPU = SHORT + [case for case in HALF_CASES if case[2] <= 4096]
 SHORT_ON_A_GPU += [(8, 3, 512, 512, 0, "sab"), (2, 3, 65536, 100, 64, "ab")]
+SHORT_ON_A_GPU += [(200, 3, 256, 256, 0, "s"), (64, 300, 129, 50, 0, ""), (65, 2, 201, 201, 0, "")]
 
 
 @pytest.mark.gpu

@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from h3lm.flashconv import chunked, dispatch, h3_core, h3_end_state, library, ssm_conv
+from h3lm.flashconv import (
+    chunked,
+    dispatch,
+    h3_core,
+    h3_core_qkv,
+    h3_end_state,
+    library,
+    ssm_conv,
+)  # fmt: skip
 from h3lm.flashconv.dispatch import Problem, choose, segments
 from h3lm.flashconv.kernels import self_test
 from h3lm.flashconv.kernels.launch import multiprocessors, segment_length
@@ -178,6 +186,9 @@ def test_ssm_conv_and_end_state_run_by_the_same_kernels() -> None:
     end = library.h3_end_state(k, v, operators, backend="triton", initial_state=state)
     expected = chunked.h3_end_state(k, v, operators, initial_state=state)
     torch.testing.assert_close(end, expected, rtol=1e-4, atol=1e-5)
+    inputs = [k, v]
+    grads, right = (torch.autograd.grad(x.diagonal.abs().sum(), inputs) for x in (end, expected))
+    torch.testing.assert_close(grads, right, rtol=1e-3, atol=1e-4)
     bounds = torch.tensor([0, 70, 200], device=DEVICE)
     one = {"initial_state": leaves["x"], "cu_seqlens": bounds}
     found = library.ssm_conv(k[:1], plain, backend="triton", pre_gate=v[:1], **one)
@@ -205,7 +216,9 @@ def test_ssm_conv_and_end_state_run_by_the_same_kernels() -> None:
         ({"num_modes": 16}, "triton", "d_state 64"),
         ({"n_taps": 128}, "triton", "64 taps"),
         ({"n_taps": 129}, "torch", "128 taps"),
-        ({"head_dim": 8}, "triton", "head_dim 1"),
+        ({"head_dim": 8, "n_taps": 128}, "gluon", "Hopper"),
+        ({"head_dim": 8, "length": 4080}, "triton", "multiples of 64"),
+        ({"head_dim": 4}, "triton", "head_dim 1 and 8"),
         ({"head_dim": 3}, "torch", "head_dim"),
         ({"packed": True}, "triton", "cu_seqlens"),
         ({"chunk_length": 32}, "torch", "chunks of 64"),
@@ -220,6 +233,21 @@ def test_choice_follows_from_the_problem_and_says_why(
     choice = choose("h3_core", torch.device("cuda"), torch.bfloat16, "auto", problem)
     assert choice.backend == backend
     assert word in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("L", "row", "first", "aligned"),
+    [
+        (4096, 2**28, 0, True),
+        (2048, 2**28, 0, False),
+        (2048, 4096, 0, True),
+        (4096, 4104, 0, False),
+        (4096, 8192, 8, False),
+    ],
+)
+def test_rows_that_the_hopper_kernels_can_copy(L: int, row: int, first: int, aligned: bool) -> None:
+    x = torch.empty(0, device="meta").as_strided((2, 1, L), (row, L, 1), first)
+    assert dispatch.is_aligned(x) is aligned
 
 
 def test_asking_for_what_a_backend_cannot_do_is_an_error() -> None:
@@ -285,14 +313,24 @@ HEADS = [
 ]
 
 
+HEADS_HOPPER = [
+    (3, 16, 256, 32, 64, torch.bfloat16, False, 8),
+    (9, 8, 64, 32, 128, torch.bfloat16, True, 8),
+    (1, 24, 2048, 32, 5, torch.float16, True, 8),
+    (1100, 8, 128, 32, 64, torch.bfloat16, True, 8),
+]
+HEADS_CASES = [("triton", case) for case in HEADS]
+HEADS_CASES += [pytest.param("gluon", case, marks=needs_hopper) for case in HEADS_HOPPER]
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", HEADS, ids=str)
-def test_heads_of_several_channels_in_every_gradient(case: tuple) -> None:
+@pytest.mark.parametrize(("backend", "case"), HEADS_CASES, ids=str)
+def test_heads_of_several_channels_in_every_gradient(backend: str, case: tuple) -> None:
     *shape, dtype, state, head_dim = case
     leaves = _leaves(*shape, dtype, state, head_dim)
-    run = _kernel("triton", True, head_dim)
+    run = _kernel(backend, True, head_dim)
     _check(run, leaves, True, dtype, head_dim)
     first, second = (_everything(run, leaves, True) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
@@ -354,6 +392,59 @@ def test_any_strides_of_rows_and_channels(backend: str) -> None:
     _check(_kernel(backend, False), leaves, False, torch.bfloat16)
 
 
+def _thirds(backend: str, outermost: bool, head_dim: int = 1) -> Run:
+    """The core of one tensor that holds q, k and v; channels may be outermost in memory."""
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, operators: ChunkOperators, state: H3State | None
+    ) -> tuple[Tensor, H3State | None]:
+        qkv = torch.cat([q, k, v], 1)
+        if outermost:
+            qkv = qkv.transpose(0, 1).contiguous().transpose(0, 1)
+        o, end = library.h3_core(
+            *qkv.chunk(3, 1), operators, backend=backend, head_dim=head_dim, initial_state=state,
+            with_state=True, qkv=qkv,
+        )  # fmt: skip
+        if head_dim == 1 and len(qkv) > 1:  # what follows a projection needs no copy
+            assert o.transpose(0, 1).is_contiguous() == outermost
+        return o, end
+
+    return run
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("outermost", [False, True])
+@pytest.mark.parametrize("head_dim", [1, 2])
+def test_q_k_and_v_in_one_tensor(outermost: bool, head_dim: int) -> None:
+    leaves = _leaves(2, 2, 100, 8, 64, torch.float32, True, head_dim)
+    _check(_thirds("triton", outermost, head_dim), leaves, True, torch.float32, head_dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("outermost", [False, True])
+@pytest.mark.parametrize("case", [(3, 4, 512), (16, 4, 64), (2, 4, 4672), (1, 4, 256)], ids=str)
+@pytest.mark.parametrize("backend", ["triton", pytest.param("gluon", marks=needs_hopper)])
+def test_q_k_and_v_in_one_tensor_by_each_kernel(backend: str, case: tuple, outermost: bool) -> None:
+    leaves = _leaves(*case, 32, 64, torch.bfloat16, True)
+    _check(_thirds(backend, outermost), leaves, True, torch.bfloat16)
+
+
+def test_q_k_and_v_in_one_tensor_are_the_call_with_three() -> None:
+    (q, k, v), taps, system = _public_call(70, torch.float32)
+    qkv = torch.cat([q, k, v], 1).detach().requires_grad_()
+    for options in ({}, {"reverse": True}, {"backend": "torch"}):
+        found, end = h3_core_qkv(qkv, taps, system, return_final_state=True, **options)
+        expected, last = h3_core(q, k, v, taps, system, return_final_state=True, **options)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(tuple(end), tuple(last))
+        (whole,) = torch.autograd.grad(found.square().sum(), qkv)
+        parts = torch.autograd.grad(expected.square().sum(), (q, k, v))
+        torch.testing.assert_close(whole, torch.cat(parts, 1))
+    with pytest.raises(ValueError, match="qkv has 8 channels, not 3 times the 4 of the taps"):
+        h3_core_qkv(qkv[:, :8], taps, system)
+
+
 def _public_call(L: int, dtype: torch.dtype = torch.bfloat16):
     leaves = _leaves(2, 4, L, 32, 64, dtype, False)
     system = DiagonalSystem(*(leaves[name] for name in ("a", "b", "c", "skip")))
@@ -372,6 +463,15 @@ def test_two_halves_with_a_state_equal_one_run() -> None:
     )  # fmt: skip
     torch.testing.assert_close(rest, whole[..., 400:], rtol=5e-2, atol=5e-2)
     torch.testing.assert_close(last.diagonal, end.diagonal, rtol=2e-2, atol=2e-2)
+    weight = torch.randn_like(end.diagonal.abs())
+    _, of_whole = h3_core(q[..., :400], k[..., :400], v[..., :400], taps, system,
+                          return_final_state=True)  # fmt: skip
+    ways = [
+        torch.autograd.grad((x.diagonal.real * weight).sum(), (k, v), retain_graph=True)
+        for x in (state, of_whole)
+    ]
+    for found, expected in zip(*ways, strict=True):
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
 
 
 @pytest.mark.gpu
@@ -394,6 +494,10 @@ def test_opcheck_in_the_interpreter(cut: int, monkeypatch: pytest.MonkeyPatch) -
     given = [x.detach().requires_grad_() for x in (*(leaves[n] for n in "qkv"), *matrices)]
     inputs = (*given, None, None, None, True, True, True, "triton")
     torch.library.opcheck(torch.ops.h3lm.h3_core_fwd.default, inputs)
+    if cut == 1:
+        qkv = torch.cat(given[:3], 1).detach().requires_grad_()
+        inputs = (qkv, *given[3:], None, None, None, True, True, "triton")
+        torch.library.opcheck(torch.ops.h3lm.h3_core_qkv_fwd.default, inputs)
 
 
 @pytest.mark.gpu
@@ -405,6 +509,12 @@ def test_opcheck(backend: str) -> None:
     matrices = library.kernel_operators(operators)
     inputs = (q, k, v, *matrices, None, None, None, True, True, True, backend)
     torch.library.opcheck(torch.ops.h3lm.h3_core_fwd.default, inputs)
+    for outermost in (False, True):  # in memory, as a projection leaves it
+        qkv = torch.cat([q, k, v], 1).detach()
+        if outermost:
+            qkv = qkv.transpose(0, 1).contiguous().transpose(0, 1)
+        inputs = (qkv.requires_grad_(), *matrices, None, None, None, True, True, backend)
+        torch.library.opcheck(torch.ops.h3lm.h3_core_qkv_fwd.default, inputs)
 
 
 @pytest.mark.gpu

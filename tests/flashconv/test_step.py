@@ -54,7 +54,7 @@ def exact(taps, system, state, qkv, head_dim):
     return o.permute(2, 0, 1), end
 
 
-def run_in_place(taps, system, state, qkv, head_dim, backend, start):
+def run_in_place(taps, system, state, qkv, head_dim, backend, start, size=None):
     """All steps on `DEVICE`; `start` is where each row's ring goes on."""
     B, D = state.shift.shape[:2]
     operators = StepOperators(*(x.to(DEVICE) for x in StepOperators.of(taps, system)))
@@ -70,7 +70,7 @@ def run_in_place(taps, system, state, qkv, head_dim, backend, start):
         if backend == "kernel":
             from h3lm.flashconv.kernels import step_triton
 
-            o = step_triton.step(q, k, v, *operators, *ring, head_dim=head_dim)
+            o = step_triton.step(q, k, v, *operators, *ring, head_dim=head_dim, size=size)
         else:
             o = h3_step_in_place(q, k, v, operators, ring, head_dim=head_dim, backend=backend)
         outputs.append(o)
@@ -84,11 +84,12 @@ def error(x, expected):
     return float((x - expected).norm() / expected.norm())
 
 
-def check(B, D, head_dim, modes, n_taps, dtype, steps, backend):
+def check(B, D, head_dim, modes, n_taps, dtype, steps, backend, size=None, start=None):
     taps, system, state, qkv = problem(B, D, head_dim, modes, n_taps, dtype, steps)
     expected, end = exact(taps, system, state, qkv, head_dim)
-    start = torch.randint(0, 3 * n_taps, (B,))
-    o, actual = run_in_place(taps, system, state, qkv, head_dim, backend, start)
+    if start is None:
+        start = torch.randint(0, 3 * n_taps, (B,))
+    o, actual = run_in_place(taps, system, state, qkv, head_dim, backend, start, size)
     assert o.dtype == dtype
     assert error(o, expected) <= 2 * FLOOR[dtype]
     assert error(actual.diagonal, end.diagonal) <= 2 * FLOOR[torch.float32]
@@ -137,6 +138,20 @@ def test_kernel_equals_the_definition(case, dtype):
 )
 def test_kernel_equals_the_definition_on_the_gpu(case, dtype):
     check(*case, dtype, 5, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("size", [(4, 1, 1), (16, 4, 4), (16, 2, 4)], ids=str)
+@pytest.mark.parametrize("case", [(1, 48, 1, 32, 64), (7, 2048, 1, 32, 64), (64, 112, 1, 32, 64)])
+def test_the_lean_kernel_equals_the_definition(case, size, alike, dtype):
+    from h3lm.flashconv.kernels.step_triton import StepSize
+
+    start = torch.full(case[:1], 70) if alike else None
+    rows, stages, warps = size
+    size = StepSize(4 * warps, rows, warps, stages=stages, lean=True)
+    check(*case, dtype, 3, "kernel", size, start)
 
 
 def test_a_strided_state_is_refused_by_kernels(monkeypatch):

@@ -116,6 +116,8 @@ def test_vocabulary_is_never_altered():
         ({"num_hidden_layers": 1}, "a hybrid needs at least 2 layers"),
         ({"d_state": 63}, "d_state=63 must be even"),
         ({"h3_num_taps": 0}, "h3_num_taps=0 must be positive"),
+        ({"h3_head_dim": 0}, "h3_head_dim=0 must divide"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be positive"),
         ({"rotary_dim": 7}, "rotary_dim=7 must be even and at most 64"),
         ({"rotary_dim": 66}, "at most 64"),
         ({"bidirectional": True}, "does not fit a causal model"),

@@ -11,6 +11,9 @@ import pytest
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.slices import share_rows, slice_bounds
 
+CASES = [f"{mixers} 2 {way}" for mixers in ("h3", "hybrid") for way in ("plain", "packed")]
+CASES += ["h3 2 long", "hybrid 2 compiled"]
+
 
 def differences_on(device: str) -> dict[str, dict[str, float]]:
     """Of loss and gradients over several processes, relative; see `sliced_model.py`."""
@@ -28,10 +31,9 @@ def differences() -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixers", ["h3", "hybrid"])
-@pytest.mark.parametrize("rows", ["2 plain", "2 packed", "4 plain", "4 packed"])
-def test_loss_and_gradients_equal_those_of_whole_rows(differences, mixers, rows):
-    off = differences[f"{mixers} {rows}"]
+@pytest.mark.parametrize("case", CASES + [c.replace(" 2 ", " 4 ") for c in CASES[:4]])
+def test_loss_and_gradients_equal_those_of_whole_rows(differences, case):
+    off = differences[case]
     assert off["loss"] < 1e-6
     assert 0 < off["gradients"] < 5e-6
 
@@ -41,7 +43,7 @@ def test_loss_and_gradients_equal_those_of_whole_rows(differences, mixers, rows)
 @pytest.mark.slow
 def test_loss_and_gradients_of_two_gpus_equal_those_of_whole_rows():
     found = differences_on("cuda")
-    assert found.keys() == {f"{m} 2 {r}" for m in ("h3", "hybrid") for r in ("plain", "packed")}
+    assert found.keys() == set(CASES)
     for case, off in found.items():
         assert off["loss"] < 1e-6, case
         assert off["gradients"] < 1e-5, case

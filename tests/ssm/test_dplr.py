@@ -173,6 +173,15 @@ def test_split_anywhere_with_carried_state():
         assert torch.allclose(system.final_state(u[..., split:], x), state, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [1, 2, 22, 31, 256])
+@pytest.mark.parametrize("noise", [0.0, 0.3], ids=["legs", "perturbed"])
+def test_quick_filter_is_the_filter_to_the_last_place_of_float32(length, noise):
+    system = perturbed(d_state=64, noise=noise).system()
+    exact = system.filter(1024)
+    off = system.quick_filter(length) - exact[:, :length]
+    assert off.abs().max() < 3e-8 * exact.abs().max()
+
+
 def test_filter_of_length_zero_is_empty_and_a_negative_one_refused():
     system = golden_system()
     assert system.filter(0).shape == (3, 0)

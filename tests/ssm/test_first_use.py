@@ -1,6 +1,8 @@
 import logging
 
 import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
 
 from h3lm.ssm.first_use import first_use
 
@@ -25,3 +27,20 @@ def test_a_check_runs_once_and_is_remembered(caplog, wrong, told):
     assert [r.getMessage() for r in caplog.records] == (
         [f"fft of 8 is off: {told}"] if told else []
     )
+
+
+def test_a_check_within_a_checkpointed_block_leaves_the_block_alone():
+    @first_use(logging.getLogger("h3lm.ssm"), "{0} is off", {})
+    def fault(name: str) -> str:
+        y = torch.ones(3, requires_grad=True).exp().exp()
+        torch.autograd.grad(y.sum(), y)
+        return ""
+
+    def block(x):
+        assert fault("fft") == ""
+        return (x * x).exp()
+
+    x = torch.ones(2, requires_grad=True)
+    # the block's own tensors alone are counted, in the forward pass and when it runs again
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert torch.allclose(x.grad, 2 * torch.ones(2).exp())

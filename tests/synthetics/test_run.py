@@ -275,6 +275,15 @@ def test_another_task_and_another_seed_are_added_to_the_folders_report(finished,
         assert found["accuracy"] == pytest.approx(np.mean([b.accuracy for b in same]))
 
 
+def test_few_taps_are_a_mixer_of_their_own_in_report_and_picture(tmp_path):
+    run(Plan({"recall": SMALL}, ("h3:1:3",), seeds=(0,)), tmp_path, lambda line: None)
+    model = H3ForCausalLM.from_pretrained(tmp_path / "models" / "recall-h3-1-3")
+    assert model.config.h3_num_taps == 3
+    assert model.model.layers[0].mixer.shift_ssm.taps().shape == (8, 3)
+    assert (tmp_path / "trace-recall-h3-1-3.png").exists()
+    assert "| h3:1:3 | - |" in (tmp_path / "report.md").read_text()  # not the paper's model
+
+
 def test_reports_of_several_folders_become_one_without_training(finished, tmp_path):
     folder, chosen, _ = finished
     one = replace(chosen, mixers=("attention",), seeds=(2,), search=False)
@@ -443,6 +452,9 @@ def test_paper_settings():
     assert (config.num_learned_positions, config.num_attention_heads) == (22, 1)
     assert model_config("h3+attention", SETTINGS["recall"]).mixers == ["h3", "attention"]
     assert model_config("gss-hybrid", SETTINGS["recall"]).mixers == ["gss", "attention"]
+    for mixer in ("h3:4:8+s4d", "h3:4:8+h3:4:8"):
+        config = model_config(mixer, SETTINGS["recall"])
+        assert (config.h3_head_dim, config.h3_num_taps) == (4, 8)
 
 
 @pytest.mark.parametrize(
@@ -455,6 +467,8 @@ def test_paper_settings():
         (["recall"], ["s4d:2"], {}, "a number of channels goes with h3"),
         (["recall"], ["h3:1:8:2"], {}, "channels of a head and taps are all there is"),
         (["recall"], ["h3:1:0"], {}, "h3_num_taps=0 must be positive"),
+        (["recall"], ["h3:0"], {}, "h3_head_dim=0 must divide hidden_size=32"),
+        (["recall"], ["h3+h3:2"], {}, "the H3 layers of a model share their sizes"),
         (["recall"], ["s4d-bidirectional"], {}, "does not fit a causal model"),
         (["recall"], ["h3"], {"vocab_size": 3}, "too small for recall"),
         (["recall"], ["h3"], {"length": 1}, "cannot hold a pair"),
@@ -464,6 +478,7 @@ def test_paper_settings():
         (["recall"], ["h3"], {"num_train": 0}, "num_train=0 must be positive"),
         (["recall"], ["h3"], {"seeds": 0}, "seeds=0"),
         (["recall"], ["h3"], {"learning_rate": 0.0}, "learning_rate=0.0"),
+        (["recall"], ["h3"], {"learning_rate": math.inf}, "learning_rate=inf"),
         (["recall"], ["h3"], {"max_steps": 0}, "max_steps=0"),
     ],
 )

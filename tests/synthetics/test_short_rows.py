@@ -25,7 +25,7 @@ def output_and_gradients(run, layer, u):
     return [y, *torch.autograd.grad(y, [u, *layer.parameters()], torch.randn_like(y))]
 
 
-@pytest.mark.parametrize("length", [1, 2, 22, 31, MAX_LENGTH])
+@pytest.mark.parametrize("length", [1, 2, 22, 64, 65, MAX_LENGTH])
 @pytest.mark.parametrize("name", ["h3", "h3:2", "h3:1:4", "s4d", "s4", "gss", "attention"])
 def test_short_form_is_the_layer_with_all_its_gradients(name, length):
     layer, other = build(name), build(name)

@@ -1,6 +1,8 @@
 """Steps replayed as graphs: when they are captured, and that a run stays the run it is."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ from rich.console import Console
 from torch import nn
 
 from h3lm.data.prepare_labelled import LabelledOptions, prepare_labelled
+from h3lm.errors import UserError
 from h3lm.models import H3ClassificationConfig, H3ForSequenceClassification
 from h3lm.train.graphs import MAX_FORMS, WARM_STEPS, GraphedSteps
 from h3lm.train.recipe import make_recipe
 from h3lm.train.run import train
+from h3lm.train.trainer import H3Trainer
 
 
 class Replayed:
@@ -65,6 +69,51 @@ def test_a_form_is_captured_once_and_replayed_on_new_inputs():
             model.zero_grad()
             steps({"x": torch.randn(rows, 3)}, step)
     assert len(pools) == MAX_FORMS
+
+
+def test_a_step_that_adds_to_gradients_has_a_graph_of_its_own():
+    model = nn.Linear(3, 1)
+    parameters, forms = list(model.parameters()), []
+
+    class Adding(Replayed):
+        def __init__(self, run, parameters):
+            self.adds = parameters[0].grad is not None
+            kept = [None if p.grad is None else p.grad.clone() for p in parameters]
+            super().__init__(run, parameters)
+            for grad, before in zip(self.grads, kept, strict=True):
+                if before is not None:  # a capture runs nothing
+                    grad.copy_(before)
+
+        def replay(self):
+            for p, grad in zip(self.parameters, self.grads, strict=True):
+                p.grad = grad if self.adds else None
+            self.loss.copy_(self.run())
+            for kept, p in zip(self.grads, self.parameters, strict=True):
+                kept.copy_(p.grad)
+
+    def capture(run, pool):
+        forms.append(parameters[0].grad is not None)
+        graph = Adding(run, parameters)
+        return graph, graph.loss
+
+    def step(inputs):
+        loss = model(inputs["x"]).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    steps = GraphedSteps(parameters, capture)
+    for number in range(WARM_STEPS + 4):
+        parts = [torch.randn(rows, 3) + number for rows in (4, 4, 4, 2)]
+        model.zero_grad()
+        for x in parts:
+            step({"x": x})
+        expected = [p.grad.clone() for p in parameters]
+        model.zero_grad()
+        for x in parts:
+            steps({"x": x}, step)
+        for parameter, grad in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, grad)
+    assert forms == [False, True]  # of two rows there is never a first step to add to
 
 
 def test_what_cannot_be_captured_is_launched(caplog):
@@ -157,3 +206,78 @@ def test_a_run_by_graphs_is_the_run_without(mixers, tmp_path, caplog):
         losses.append([entry["loss"] for entry in map(json.loads, lines) if "loss" in entry])
     assert "cannot be captured" not in caplog.text
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("mixers", ["h3", "hybrid", "attention"])
+@pytest.mark.parametrize("compiled", [None, "blocks"])
+def test_a_language_model_by_graphs_trains_to_the_same_bits(
+    tiny, tmp_path, monkeypatch, caplog, mixers, compiled
+):
+    """Clipped, with dropout and accumulation, evaluated, and gone on with from a checkpoint."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph))[1]
+    )
+
+    def run(name, **changes):
+        changes = {"output_dir": str(tmp_path / name), "steps": 9} | changes
+        model = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "d_state": 64, "embedding_dropout": 0.1, "residual_dropout": 0.1}  # fmt: skip
+        if mixers == "attention":
+            model |= {"rotary_dim": 16}
+        recipe = tiny(
+            mixers=mixers, model=model, precision="bf16", block_length=128, batch_size=16,
+            micro_batch_size=4, max_grad_norm=0.5, save_every=5, eval_every=4, deterministic=True,
+            compile=compiled,
+            **changes,
+        )  # fmt: skip
+        try:
+            train(recipe, Console(quiet=True))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        lines = (recipe.folder / "log.jsonl").read_text().splitlines()
+        entries = [json.loads(line) for line in lines]
+        keys = ("loss", "grad_norm", "eval_loss", "learning_rate")
+        return [[entry[k] for k in keys if k in entry] for entry in entries if "step" in entry]
+
+    launched = run("launched", graphs=False)
+    assert len(launched) > 9
+    assert not replays
+    assert run("graphs") == launched
+    # a step's first part from the third step on; the others have run twice by then
+    assert len(replays) == 7 + (4 * 9 - 9) - 3 * 2 - 2
+    kept = tmp_path / "graphs" / "checkpoints"
+    for folder in set(kept.iterdir()) - {kept / "checkpoint-5"}:
+        shutil.rmtree(folder)
+    del replays[:]
+    assert run("graphs") == launched
+    assert replays
+    assert "cannot be captured" not in caplog.text
+
+
+@pytest.mark.gpu
+def test_a_loss_that_is_no_number_ends_a_run_by_graphs(tiny):
+    recipe = tiny(mixers="h3", precision="bf16", steps=12, learning_rate=1e30, log_every=4)
+    with pytest.raises(UserError, match="is not finite at step"):
+        train(recipe, Console(quiet=True))
+
+
+def test_when_a_run_is_captured(tiny):
+    """What the host looks at within a step cannot be part of a graph."""
+
+    def wants(recipe, recomputed=False):
+        trainer = SimpleNamespace(
+            recipe=recipe, args=SimpleNamespace(gradient_checkpointing=recomputed)
+        )
+        return H3Trainer.wants_graphs(trainer)
+
+    assert wants(tiny())
+    assert not wants(tiny(), recomputed=True)
+    assert not wants(tiny(reset_state_at_documents=True))
+    assert not wants(tiny(profile_steps=2))
+    assert wants(tiny(profile_steps=2, graphs=True))
+    assert not wants(tiny(graphs=False))

@@ -45,6 +45,18 @@ def test_slices_of_rows_keep_what_attention_gathers(tiny):
     assert sliced.tokens == 4 * 6
 
 
+def test_sharded_blocks_stay_whole_where_there_is_room():
+    shards = replace(SMALL, parts=2)
+    more = shards.needs(False, gathered=True) - shards.needs(False)
+    assert more == 2 * (SMALL.parameters - SMALL.vocab * SMALL.width)
+    assert shards.keeps_gathered(False)
+    tight = replace(shards, total=int(shards.needs(False) / memory.USABLE) + 1)
+    assert tight.choose(None)[0] is False
+    assert not tight.keeps_gathered(False)
+    assert not SMALL.keeps_gathered(False)  # nothing is sharded
+    assert not replace(shards, total=None).keeps_gathered(False)
+
+
 def test_gradients_that_are_not_accumulated_take_the_place_of_activations():
     once = replace(SMALL, accumulated=False)
     assert SMALL.needs(False) - once.needs(False) == 4 * SMALL.parameters

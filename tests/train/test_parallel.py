@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 from h3lm.errors import UserError
 from h3lm.models import H3ForCausalLM
 from h3lm.train.arguments import training_arguments
+from h3lm.train.parallel import clip_gradients
 from h3lm.train.processes import one_voice
 from h3lm.train.recipe import make_recipe
 from h3lm.train.run import train
@@ -96,6 +97,27 @@ def test_two_processes_train_as_one_does(together, way):
     assert len(summaries[1]["sample"]) > 0
     model = H3ForCausalLM.from_pretrained(two / "model")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.slow
+def test_blocks_that_stay_gathered_train_alike_and_are_clipped_alike(together):
+    folder, _ = together
+    assert min(log(folder / "gathered", "grad_norm")) > 0.1
+    for key in ("loss", "grad_norm"):
+        found = log(folder / "gathered", key)
+        assert found == pytest.approx(log(folder / "gathered-ddp", key), abs=1e-5)
+
+
+def test_gradients_are_clipped_as_torch_clips_them():
+    models = [torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)) for _ in range(2)]
+    for model in models:
+        for number, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.full_like(parameter, number + 1.0)
+    for bound in (float("inf"), 1e3, 0.5):
+        norm = torch.nn.utils.clip_grad_norm_(models[0].parameters(), bound)
+        torch.testing.assert_close(clip_gradients(models[1], bound), norm)
+        for a, b in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
 
 
 @pytest.mark.slow
@@ -231,6 +253,17 @@ def test_a_sharded_run_that_is_killed_goes_on_by_the_same_recipe(tiny, recipe_fi
     assert 4 <= step < 60
     assert "written by 2 processes and read by 1" in shown
     run(tiny(**changes, output_dir=str(tmp_path / "straight")))
+    assert log(tmp_path / "run") == pytest.approx(log(tmp_path / "straight"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_one_has_written(tiny, recipe_file, tmp_path):
+    run(tiny(**RECIPE, output_dir=str(tmp_path / "straight")))
+    shutil.copytree(tmp_path / "straight", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-6")
+    shown = output_of(torchrun(2, "-m", "h3lm", "train", recipe_file(**RECIPE, parallel="fsdp")))
+    assert "resuming at step 4" in shown
+    assert "written by 1 process and read by 2: " in shown
     assert log(tmp_path / "run") == pytest.approx(log(tmp_path / "straight"), abs=1e-5)
 
 

@@ -24,6 +24,7 @@ from h3lm.errors import UserError
 from h3lm.models import modeling_h3
 from h3lm.ssm import DiagonalSSM
 from h3lm.train.interrupt import RunStopped
+from h3lm.train.parallel import ShardAdamW
 from h3lm.train.processes import is_first, one_voice, rank
 from h3lm.train.recipe import Recipe, load_recipe
 from h3lm.train.run import train
@@ -93,7 +94,7 @@ def watched(recipe: Recipe) -> dict[str, list[str]]:
     )
     system, linear, norm = DiagonalSSM.system, torch.nn.Linear.forward, torch.nn.LayerNorm.forward
     head_loss = modeling_h3.head_loss
-    step = torch.optim.AdamW.step
+    step = ShardAdamW.step
 
     def noting_system(self, *arguments):
         seen["diagonal"] |= {str(p.dtype) for p in self.parameters()}
@@ -122,13 +123,13 @@ def watched(recipe: Recipe) -> dict[str, list[str]]:
 
     DiagonalSSM.system, torch.nn.Linear.forward = noting_system, noting_linear
     modeling_h3.head_loss = noting_head
-    torch.nn.LayerNorm.forward, torch.optim.AdamW.step = noting_norm, noting_step
+    torch.nn.LayerNorm.forward, ShardAdamW.step = noting_norm, noting_step
     try:
         run(recipe)
     finally:
         DiagonalSSM.system, torch.nn.Linear.forward = system, linear
         modeling_h3.head_loss = head_loss
-        torch.nn.LayerNorm.forward, torch.optim.AdamW.step = norm, step
+        torch.nn.LayerNorm.forward, ShardAdamW.step = norm, step
         h3lm.train.memory.kept_by_blocks = kept
     return {kind: sorted(found) for kind, found in seen.items()}
 
@@ -146,6 +147,11 @@ def main(recipe_file: str, place: str) -> None:
         run(to(parallel, parallel=parallel))
         report[parallel] = run_cut(to(f"{parallel}-cut", parallel=parallel))
     run(to("recomputed", parallel="fsdp", gradient_checkpointing=True, micro_batch_size=1))
+    keeps = h3lm.train.memory.Estimate.keeps_gathered  # a CPU has no room that is known
+    h3lm.train.memory.Estimate.keeps_gathered = lambda *_: True
+    run(to("gathered", parallel="fsdp", max_grad_norm=0.1))
+    run(to("gathered-ddp", max_grad_norm=0.1))
+    h3lm.train.memory.Estimate.keeps_gathered = keeps
     # traced and differentiated by the compiler; no code is generated, which takes a minute
     compiler = torch.compile
     torch.compile = lambda f: compiler(f, backend="aot_eager")

@@ -27,7 +27,7 @@ from h3lm.flashconv.filters import Filter
 from h3lm.flashconv.kernels import fft_launch, fft_long, toeplitz_triton
 from h3lm.flashconv.kernels.fft_long import LongRun, LongSize
 from h3lm.flashconv.kernels.fft_size import SIZES, Size
-from h3lm.flashconv.kernels.toeplitz_triton import Tile, ToeplitzSize
+from h3lm.flashconv.kernels.toeplitz_size import Tile, ToeplitzSize
 
 AnySize = Size | LongSize | ToeplitzSize
 Variant = tuple[int, AnySize]

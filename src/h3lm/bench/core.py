@@ -18,6 +18,7 @@ from h3lm.bench.registry import Shape, core_shapes, length_shapes, width_shapes
 from h3lm.bench.roofline import both_roof_ms, forward_roof_ms
 from h3lm.errors import UserError
 from h3lm.flashconv import h3_core, library
+from h3lm.flashconv.dispatch import HOPPER_HEAD_DIMS
 from h3lm.ssm import DiagonalSSM, ShiftSSM
 from h3lm.ssm.operators import ChunkOperators
 
@@ -59,7 +60,8 @@ def run(folder: Path, say: Callable[[str], None], shapes: list[Shape] | None = N
     name, environment = "core_" + measure.gpu_name(), measure.environment("h3lm bench core")
     rows = _measure_all(shapes or core_shapes(), partial(measure_shape, backends=backends), say)
     if shapes is None:
-        rows += _measure_all(core_shapes()[:1], measure_heads, say)
+        rows += _measure_all(core_shapes()[:1], partial(measure_heads, backends=backends), say)
+        rows += _measure_all(core_shapes()[:1], measure_retention, say)
     path = report.write(name, folder, environment, NOTES, rows)
     if shapes is None:
         _write_growth(f"{name}_growth", folder, environment, backends[:1], say)
@@ -134,22 +136,33 @@ def measure_shape(shape: Shape, backends: list[str]) -> Iterator[report.Row]:
         ):
             heads = [_to_heads(x) for x in (q, k, v, do)]
             yield _row(shape, name, _attention(peer), heads, roof, repeats=9)
-
-    if find_spec("fla") is not None:
+    if find_spec("fla") is not None and shape.length <= MAX_ATTENTION_LENGTH:
         # positions before heads is what it takes
         rows = [_to_heads(x).transpose(1, 2).contiguous() for x in (q, k, v, do)]
         yield _row(shape, "retention (fla)", _retention, rows, roof, repeats=9)
 
 
-def measure_heads(shape: Shape) -> Iterator[report.Row]:
-    """Heads of several channels by their kernel, and one size of them by plain PyTorch."""
+def measure_retention(shape: Shape) -> Iterator[report.Row]:
+    """Retention in plain PyTorch, compiled: for one shape, since each takes a minute to compile."""
+    size = (shape.rows, shape.channels, shape.length)
+    q, k, v, do = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    heads = [_to_heads(x) for x in (q, k, v, do)]
+    compiled = torch.compile(chunked_retention, dynamic=False)
+    yield _row(shape, "retention (compiled)", compiled, heads, forward_roof_ms(q, k, v), repeats=9)
+
+
+def measure_heads(shape: Shape, backends: list[str]) -> Iterator[report.Row]:
+    """Heads of several channels by their kernels, and one size of them by plain PyTorch."""
     size = (shape.rows, shape.channels, shape.length)
     q, k, v, do = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     roof = forward_roof_ms(q, k, v)
     for head_dim in (2, 4, 8):
         operators = _operators(shape.channels, head_dim)
-        row = _kernel_row(shape, "triton", operators, (q, k, v, do), roof)
-        yield row | {"path": f"triton, head_dim {head_dim}"}
+        for backend in backends:
+            if backend == "gluon" and head_dim not in HOPPER_HEAD_DIMS:
+                continue
+            row = _kernel_row(shape, backend, operators, (q, k, v, do), roof)
+            yield row | {"path": f"{backend}, head_dim {head_dim}"}
     path = _torch_path(operators, head_dim)
     with suppress(torch.cuda.OutOfMemoryError):  # it holds every pair of channels in float32
         yield _row(shape, f"torch, head_dim {head_dim}", path, (q, k, v, do), roof, repeats=1)
@@ -259,6 +272,35 @@ def _retention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from fla.ops.retention import chunk_retention
 
     return chunk_retention(q, k, v)[0]
+
+
+def chunked_retention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 128) -> Tensor:
+    """Retention by chunks (Sun et al. 2023, arXiv 2307.08621, eq. 7), all products in one dtype.
+
+    o_t = sum over s <= t of decay^(t - s) (q_t k_s) v_s, with the decays 1 - 2^(-5 - head). States
+    of chunks are summed by one product with powers of the decay, in float32.
+
+    Args:
+        q, k, v: (B, heads, L, d), L a multiple of `chunk`.
+
+    Returns:
+        (B, heads, L, d).
+    """
+    n = q.shape[2] // chunk
+    q, k, v = (x.unflatten(2, (n, chunk)) for x in (q * q.shape[-1] ** -0.5, k, v))
+    rate = torch.log1p(-(2.0 ** (-5.0 - torch.arange(q.shape[1], device=q.device))))[:, None, None]
+    at = torch.arange(chunk, device=q.device)
+    ago = at[:, None] - at
+    within = torch.where(ago >= 0, torch.exp(rate * ago.clamp(min=0)), 0.0).to(q.dtype)
+    o = ((q @ k.mT) * within[:, None]) @ v
+    into = torch.exp(rate * (chunk - 1 - at)[:, None]).to(q.dtype)
+    added = (k * into[:, None]).mT @ v  # [B, heads, n, d, d]
+    number = torch.arange(n, device=q.device)
+    apart = number[:, None] - number - 1
+    passed = torch.where(apart >= 0, torch.exp(rate * chunk * apart.clamp(min=0)), 0.0)
+    states = torch.einsum("hnm,bhmde->bhnde", passed, added.float()).to(q.dtype)
+    out_of = torch.exp(rate * (at + 1)[:, None]).to(q.dtype)
+    return (o + (q * out_of[:, None]) @ states).flatten(2, 3)
 
 
 def _attention(backend: SDPBackend) -> Forward:

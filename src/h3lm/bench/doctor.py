@@ -19,6 +19,7 @@ from h3lm.layers.self_test import step_fault
 from h3lm.models.generation import pick_device
 from h3lm.ssm import DiagonalSSM, DiagonalSystem, ShiftSSM, fused_filters
 from h3lm.ssm.fused_operators import operators_fault
+from h3lm.ssm.fused_parameters import parameters_fault
 
 PACKAGES = ("h3lm", "torch", "triton", "transformers", "accelerate", "safetensors", "datasets")
 # A fast path may be twice as wrong as plain PyTorch in the same dtype, plus rounding of the result
@@ -101,9 +102,11 @@ def run_check(op: str, dtype: torch.dtype, backend: str, device: torch.device) -
 def _self_tests(device: torch.device) -> Iterator[tuple[str, str, str]]:
     """What is checked before its first use: name, what it agrees with, what is wrong with it."""
     if torch.cuda.get_device_capability(device)[0] == 9:
-        yield "Hopper kernels", "as the Triton kernels", hopper_fault(device)
+        yield "Hopper kernels", "as the Triton kernels", hopper_fault(device, False)
+        yield "Hopper kernels of heads", "as the Triton kernels", hopper_fault(device, True)
     yield "few channels in segments", "as whole rows", segments_fault(device)
     yield "making of operators", "as in PyTorch", operators_fault(device)
+    yield "parameters of SSMs", "as in PyTorch", parameters_fault(device)
     yield "decoding step", "as its modules", step_fault(device)
     for kind, modes in fused_filters.checks():
         name = f"filters of S4, {kind}, up to {modes} modes"

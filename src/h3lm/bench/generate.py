@@ -33,7 +33,7 @@ from h3lm.models.sampling import Chooser
 NEW_TOKENS = 128
 # rows and prompt length, the most telling first
 SHAPES = ((64, 1536), (64, 512), (64, 1024), (1, 512), (16, 8192), (4, 65536))
-LIBRARY_SHAPES = ((64, 1024), (64, 512))  # besides the first; up to its 2048 positions
+LIBRARY_SHAPES = ((64, 1536), (64, 1024), (64, 512))  # up to its 2048 positions
 FITTING = 8192  # positions of which as many rows as fit are run
 LONG = 2**18  # tokens of prompts from which they are read once
 CONTEXTS = ((1, 1024), (1, 2**20))  # of pure H3 alone: its step must not care
@@ -102,20 +102,19 @@ def run(
 def _jobs(
     models: dict[str, H3ForCausalLM], preset: str, bandwidth: float, parts: bool
 ) -> Iterator[Callable[[], Iterable[report.Row]]]:
-    for i, (rows, prompt) in enumerate(SHAPES):
+    for rows, prompt in SHAPES:
         for name, model in models.items():
             yield partial(_row, name, model, rows, prompt, bandwidth)
         yield partial(_independent, models["Transformer"].config, rows, prompt, bandwidth)
-        if i == 0:
-            yield partial(_library, preset, rows, prompt)
-        if i == 0 and parts:
-            yield partial(_parts, models, bandwidth)
-    for name, model in models.items():
-        yield partial(_fitting, name, model, bandwidth)
-    for rows, prompt in LIBRARY_SHAPES:
-        yield partial(_library, preset, rows, prompt)
+    yield partial(_steps_by_turns, "pure H3", models["pure H3"], bandwidth)
     for rows, prompt in CONTEXTS:
         yield partial(_row, "pure H3", models["pure H3"], rows, prompt, bandwidth)
+    if parts:
+        yield partial(_parts, models, bandwidth)
+    for rows, prompt in LIBRARY_SHAPES:
+        yield partial(_library, preset, rows, prompt)
+    for name, model in models.items():
+        yield partial(_fitting, name, model, bandwidth)
 
 
 class Clock(BaseStreamer):
@@ -266,6 +265,29 @@ def _row(
         "MiB a sequence": decoding.bytes_of_row(model, prompt + NEW_TOKENS) / 2**20,
         "peak GiB": peak / 2**30,
     }  # fmt: skip
+
+
+@torch.no_grad()
+def _steps_by_turns(name: str, model: H3ForCausalLM, bandwidth: float) -> Iterator[report.Row]:
+    """The step alone at all of `CONTEXTS`, by turns: clocks fall behind a long prompt."""
+    _clean()
+    decoders = []
+    for rows, prompt in CONTEXTS:
+        decoder = filled_decoder(model, rows, prompt + NEW_TOKENS)
+        decoder.cache.start_steps(prompt)
+        decoder.graph = decoder.record()
+        decoders.append(decoder)
+    turns = [
+        [measure.median_ms(decoder.graph.replay, 15) for decoder in decoders] for _ in range(9)
+    ]
+    for (rows, prompt), times in zip(CONTEXTS, zip(*turns, strict=True), strict=True):
+        step = sorted(times)[len(times) // 2] / 1e3
+        floor = floor_bytes(model, rows, prompt) / bandwidth
+        yield {
+            "model": name + ", the step alone, by turns", "batch": rows, "prompt": prompt,
+            "tokens/s": rows / step, "step ms": 1e3 * step, "floor ms": 1e3 * floor,
+            "% of floor": 100 * floor / step,
+        }  # fmt: skip
 
 
 @torch.no_grad()
@@ -511,7 +533,9 @@ def _product_parts(pure: H3ForCausalLM, rows: int) -> Iterator[_Part]:
     ]  # fmt: skip
     for name, call, size in kinds:
         yield _Part(name, call, count, size)
-    yield _Part("head and choice", lambda i: pure.lm_head(u).argmax(-1), 1, _bytes(pure.lm_head))
+    yield _Part(
+        "head and choice", lambda i: product(pure.lm_head, u).argmax(-1), 1, _bytes(pure.lm_head)
+    )
 
 
 def _bytes(linear: Any) -> int:

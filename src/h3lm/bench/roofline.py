@@ -81,7 +81,7 @@ def conv_work(size: Any, gates: int) -> tuple[Work, Work]:
 def _conv_flop(size: Any) -> tuple[float, float]:
     """Operations of the matrix products for an element, forward and backward."""
     from h3lm.flashconv.kernels.fft_long import MIN_OUTER, LongSize
-    from h3lm.flashconv.kernels.toeplitz_triton import ToeplitzSize
+    from h3lm.flashconv.kernels.toeplitz_size import ToeplitzSize
 
     if isinstance(size, ToeplitzSize):
         # blocks above the diagonal are left out, those on it are full

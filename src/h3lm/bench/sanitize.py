@@ -10,17 +10,19 @@ cache of memory, so that an access behind a tensor is one behind an allocation.
 """
 
 import argparse
+import json
 import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from fnmatch import fnmatch
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -44,6 +46,8 @@ TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "synccheck"
 FOLLOW = ("--target-processes", "all", "--launch-timeout", "100", "--error-exitcode", "1")
 ALLOWED = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 RIGHT = "right, "  # and what was run
+NONE = "none"  # in the place of a tool
+SAME = ("gpu", "driver", "torch", "triton", "compute-sanitizer")  # of runs that share a report
 
 
 class Problem(NamedTuple):
@@ -72,6 +76,7 @@ def problems() -> Iterator[tuple[str, Problem]]:
     blocks, fft = "Toeplitz blocks", "block FFT"
     yield f"conv: {blocks}", Problem(blocks, 3, 2, 301, 301, options="gs")
     yield f"conv: {blocks}", Problem(blocks, 5, 2, 1000, 200, 30, "s")
+    yield f"conv: {blocks}", Problem(blocks, 70, 2, 250, 250, options="s")
     yield f"conv: {blocks}", Problem(blocks, 2, 2, 130, 70, 20, "c")
     for points in SIZES:
         name = f"conv: {fft}, {points}"
@@ -193,16 +198,20 @@ def run_under(prefix: list[str], kernels: Kernels, end: float) -> Ran:
     if start >= end:
         return Ran("not run: out of time", False, "", 0.0)
     environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if prefix else {})
+    # a session of its own: the tool's child would outlive the tool
+    process = subprocess.Popen(
+        [*prefix, *kernels.command()], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            [*prefix, *kernels.command()], env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, check=False, timeout=end - start,
-        )  # fmt: skip
+        output, _ = process.communicate(timeout=end - start)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
         return Ran("not done: out of time", False, "", time.monotonic() - start)
-    said, clean = verdict(done.stdout, RIGHT + kernels.name, tool=bool(prefix))
-    clean = clean and done.returncode == 0
-    return Ran(said, clean, done.stdout, time.monotonic() - start)
+    said, clean = verdict(output, RIGHT + kernels.name, tool=bool(prefix))
+    clean = clean and process.returncode == 0
+    return Ran(said, clean, output, time.monotonic() - start)
 
 
 def verdict(output: str, right: str, tool: bool = True) -> tuple[str, bool]:
@@ -224,21 +233,16 @@ def sanitize(
 ) -> Iterator[tuple[Kernels, str, Ran]]:
     """Run each name without a tool, and if that is right under each tool, side by side."""
     with ThreadPoolExecutor(processes) as pool:
-        alone = list(pool.map(lambda kernels: run_under([], kernels, end), every))
-        right = []
-        for kernels, ran in zip(every, alone, strict=True):
-            if ran.clean:
-                right.append(kernels)
-            else:
-                yield kernels, "none", ran
-        jobs = [(tool, kernels) for tool in tools for kernels in right]
-
-        def one(job: tuple[str, Kernels]) -> Ran:
-            tool, kernels = job
-            return run_under([program, "--tool", tool, *TOOLS[tool], *FOLLOW], kernels, end)
-
-        for (tool, kernels), ran in zip(jobs, pool.map(one, jobs), strict=True):
-            yield kernels, tool, ran
+        running = {pool.submit(run_under, [], kernels, end): (kernels, NONE) for kernels in every}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                (kernels, tool), ran = running.pop(future), future.result()
+                if tool != NONE or not ran.clean:
+                    yield kernels, tool, ran
+                    continue
+                for tool in tools:
+                    prefix = [program, "--tool", tool, *TOOLS[tool], *FOLLOW]
+                    running[pool.submit(run_under, prefix, kernels, end)] = (kernels, tool)
 
 
 def main() -> int:
@@ -277,18 +281,27 @@ def main() -> int:
             failed += 1
             sys.stdout.write("\n".join(ran.output.splitlines()[-60:]) + "\n")
         sys.stdout.flush()
+        if given.out is not None:  # each time: what was found stays, whatever ends the run
+            more = "".join(f" --program {program}" for program in given.program)
+            environment = measure.environment(f"python -m h3lm.bench.sanitize{more}")
+            write(given.out, environment | {"compute-sanitizer": _version(program)}, rows)
     sys.stdout.write(f"{len(rows) - failed} of {len(rows)} clean\n")
-    if given.out is not None:
-        command = "python -m h3lm.bench.sanitize " + " ".join(
-            f"--program {p}" for p in given.program
-        )
-        environment = measure.environment(command.strip()) | {
-            "compute-sanitizer": _version(program)
-        }
-        report.write(f"sanitizer_{measure.gpu_name()}", given.out, environment, NOTES, rows)
     return int(failed > 0)
 
 
+def write(folder: Path, environment: dict[str, str], rows: list[report.Row]) -> Path:
+    """Write the report; what earlier runs in a like environment said of other kernels stays."""
+    name = f"sanitizer_{measure.gpu_name()}"
+    said = {(row["kernels"], row["tool"]): row for row in rows}
+    path = folder / f"{name}.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        if all(before["environment"].get(key) == environment[key] for key in SAME):
+            said = {(row["kernels"], row["tool"]): row for row in before["rows"]} | said
+    return report.write(name, folder, environment, NOTES, [said[key] for key in sorted(said)])
+
+
+@cache
 def _version(program: str) -> str:
     said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     found = re.search(r"Version (\S+)", said.stdout)

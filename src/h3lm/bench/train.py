@@ -6,6 +6,7 @@ of the memory asks for it, gradients clipped, fused AdamW. On several GPUs by FS
 slices of each row.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -13,8 +14,8 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,15 +39,19 @@ from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.slices import share_rows
 from h3lm.train.compiling import compile_model
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
+from h3lm.train.graphs import GraphedSteps
 from h3lm.train.memory import Estimate
 from h3lm.train.mesh import Mesh
-from h3lm.train.parallel import shard_model
+from h3lm.train.parallel import ShardAdamW, clip_gradients, is_sharded, shard_model
+from h3lm.train.processes import is_first, rank, world_size
 from h3lm.train.profiling import communication_ms
 from h3lm.train.recipe import Recipe
 from h3lm.train.throughput import FORMULA, flops_per_token, peak_flops
 
 WAYS = ("fsdp", "ddp", "seq")
-WARM_UP = 3
+WARM_UP, WARM_UP_LAUNCHED = 5, 2  # steps before graphs are replayed, and where there are none
+LONGEST_MS = 6000  # that steps are timed for, but for the last two
+ALONE = 3  # steps timed one by one, for the phases of graphs
 PHASES = ("forward", "backward", "optimizer")
 NOTES = (
     "Training steps on random tokens read from memory-mapped blocks: float32 weights, bfloat16 "
@@ -55,7 +60,8 @@ NOTES = (
     "kernels in a profiled step, most of which run beside others, and the part that runs alone; "
     "data: what the host waits for a batch. Attention by the fastest of SDPA's backends here. "
     "Estimate: what `h3lm train` prints before a run. Ratio: tokens/s over those of the first "
-    "model of the same shape; scaling: tokens/s over those of one GPU with as many tokens. "
+    "model of the same shape; scaling: tokens/s over those of one GPU with as many tokens; peak "
+    "ratio: memory of the GPU of a slice over that of one GPU with the same rows. "
     f"MFU: {FORMULA}; over the GPU's dense bfloat16 peak."
 )
 
@@ -73,6 +79,11 @@ class Contender:
     name: str
     mixers: str
     fields: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def word(self) -> str:
+        """For the command line."""
+        return self.name.partition(",")[0]
 
     def config(self, preset: str) -> H3Config:
         """The model's config; without dropout, whose cost is not the question."""
@@ -104,7 +115,8 @@ class Job:
         compiled: Whether blocks go through `torch.compile`.
         recomputed: Whether blocks are recomputed; None for what the estimate of the memory says.
         device: "cuda", or "cpu".
-        repeats: Steps that are timed.
+        repeats: Steps that are timed at most; 0 for the memory of one alone.
+        graphs: Whether one GPU replays steps as CUDA graphs, unless blocks are recomputed.
     """
 
     preset: str
@@ -117,6 +129,7 @@ class Job:
     recomputed: bool | None = None
     device: str = "cuda"
     repeats: int = 8
+    graphs: bool = True
 
     @property
     def readers(self) -> int:
@@ -150,8 +163,12 @@ def run(
     recomputed: bool | None = None,
     contenders: tuple[Contender, ...] = CONTENDERS,
     device: str = "cuda",
+    graphs: bool = True,
 ) -> Path:
     """Check the kernels, time training steps, and write a report into a folder.
+
+    Several processes are started for each measurement, or are those of `torchrun`, where it has
+    started this one: then all must come here, the first measures one GPU, and it writes.
 
     Args:
         folder: Where the report goes.
@@ -165,12 +182,17 @@ def run(
         recomputed: Whether blocks are recomputed; None for what the estimate of the memory says.
         contenders: What is compared; the first is what the others are divided by.
         device: "cuda", or "cpu" to see that it runs.
+        graphs: Whether one GPU replays steps as CUDA graphs, unless blocks are recomputed.
 
     Raises:
-        UserError: without so many CUDA devices, or if there is no such way.
+        UserError: without so many CUDA devices, if there is no such way, or if `torchrun` has
+            started another number of processes.
         RuntimeError: if a kernel is wrong: a fast wrong one is not timed.
     """
     _check(world, way, device)
+    if world_size() > 1:
+        _meet(rank(), device)
+        say = say if is_first() else _nothing
     if device == "cuda":
         list(checked_backends(say))
     tokens = tokens or TRAIN_TOKENS.get(preset, 16384)
@@ -182,7 +204,7 @@ def run(
                 times = number if way == "seq" else 1
                 job = Job(
                     preset, contender, max(1, tokens // length), length * times, number, way,
-                    compiled, recomputed, device,
+                    compiled, recomputed, device, graphs=graphs,
                 )  # fmt: skip
                 row = _row(job)
                 speed = row["tokens/s"]
@@ -192,20 +214,40 @@ def run(
                         row["ratio"] = speed / speeds[number, contenders[0].name]
                     if number > 1 and (1, contender.name) in speeds:
                         row["scaling"] = speed / speeds[1, contender.name]
+                    if number > 1 and way == "seq" and "peak GiB" in row:
+                        row |= _beside_whole(row, job)
                 rows.append(row)
                 words = (f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items())
                 say("  ".join(words))
-    how = "compiled" if compiled else "eager"
+    how = ("compiled" if compiled else "eager") + ("" if graphs else "_launched")
     several = f"_{way}{world}" if world > 1 else ""
     gpu = measure.gpu_name() if device == "cuda" else "cpu"
     name = f"train_{preset}_{how}{several}_{gpu}"
     command = f"h3lm bench train --preset {preset} --world {world} --parallel {way}"
     command += "".join(f" --length {length}" for length in lengths or ())
     command += f" --tokens {tokens}" + ("" if compiled else " --no-compile")
+    command += "" if graphs else " --no-graphs"
+    if contenders != CONTENDERS:
+        command += "".join(f" --model {contender.word}" for contender in contenders)
     command += {None: "", True: " --recompute", False: " --keep"}[recomputed]
+    if not is_first():
+        return folder / f"{name}.md"
     plot_phases(folder / f"{name}.png", rows)
     environment = measure.environment(command) if device == "cuda" else {"command": command}
     return report.write(name, folder, environment, NOTES, rows)
+
+
+def contenders_of(words: list[str] | None) -> tuple[Contender, ...]:
+    """The contenders of some words, in the order of all.
+
+    Raises:
+        UserError: if there is none of a word.
+    """
+    known = {contender.word: contender for contender in CONTENDERS}
+    for word in words or ():
+        if word not in known:
+            raise UserError(f"model={word!r} is not one of {', '.join(known)}")
+    return tuple(known[word] for word in known if not words or word in words)
 
 
 def _check(world: int, way: str, device: str) -> None:
@@ -213,10 +255,22 @@ def _check(world: int, way: str, device: str) -> None:
         raise UserError(f"parallel={way!r} is not one of {', '.join(WAYS)}")
     if world < 1:
         raise UserError(f"world={world} must be a number of GPUs")
+    if world_size() not in (1, world):
+        raise UserError(f"torchrun has started {world_size()} processes, not world={world}")
     there = torch.cuda.device_count()
     if device == "cuda" and world > there:
         found = f"there {'is' if there == 1 else 'are'} {there or 'no'} CUDA device"
         raise UserError(f"bench train times {world} GPUs, and {found}{'s' * (there != 1)} here")
+
+
+def _beside_whole(row: report.Row, job: Job) -> report.Row:
+    """Memory of slices beside that of one GPU on the same rows, in a single step."""
+    try:
+        alone = replace(job, world=1, graphs=False, repeats=0)
+        whole = float(measure_job(alone)["peak GiB"])
+    except torch.cuda.OutOfMemoryError:
+        return {"peak of one GPU": "out of memory"}
+    return {"peak of one GPU": whole, "peak ratio": float(row["peak GiB"]) / whole}
 
 
 def _row(job: Job) -> report.Row:
@@ -231,11 +285,13 @@ def _row(job: Job) -> report.Row:
 
 
 def measure_job(job: Job) -> report.Row:
-    """Measure in processes of their own where there are several.
+    """Measure in the processes of `torchrun`, or where there are several, in some of their own.
 
     Raises:
         OutOfMemoryError: if the memory of one does not suffice.
     """
+    if distributed.is_initialized():
+        return _measure_together(job)
     with tempfile.TemporaryDirectory() as place:
         _write_blocks(Path(place), job)
         if job.world == 1:
@@ -256,46 +312,94 @@ def measure_job(job: Job) -> report.Row:
         return json.loads((Path(place) / "row.json").read_text(encoding="utf-8"))
 
 
-def _in_process(rank: int, job: Job, place: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.world)}
-    backend = "gloo"
-    if job.device == "cuda":
-        torch.cuda.set_device(rank)
-        backend = "nccl"
-    else:
-        torch.set_num_threads(1)
-    distributed.init_process_group(backend, rank=rank, world_size=job.world)
-    row = _measure(rank, job, place)
-    if rank == 0:
+def _in_process(number: int, job: Job, place: str) -> None:
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(job.world)}
+    _meet(number, job.device)
+    row = _measure(number, job, place)
+    if number == 0:
         (Path(place) / "row.json").write_text(json.dumps(row), encoding="utf-8")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def _measure(rank: int, job: Job, place: str) -> report.Row:
+def _meet(number: int, device: str) -> None:
+    """Find the other processes, if that is not done."""
+    if device == "cuda":
+        torch.cuda.set_device(number)
+    else:
+        torch.set_num_threads(1)
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+def _measure_together(job: Job) -> report.Row:
+    """One process's part of a measurement among those of `torchrun`; the row is the first's."""
+    with tempfile.TemporaryDirectory() as mine:
+        if is_first():
+            _write_blocks(Path(mine), job)
+        (place,) = _first_tells(mine)
+        row: report.Row | None = None
+        with suppress(torch.cuda.OutOfMemoryError) if job.world == 1 else nullcontext():
+            if job.world > 1 or is_first():
+                row = _measure(rank(), job, place)
+        (row,) = _first_tells(row)
+    if row is None:
+        raise torch.cuda.OutOfMemoryError
+    return row
+
+
+def _first_tells(what: Any) -> list[Any]:
+    told = [what]
+    distributed.broadcast_object_list(told)
+    return told
+
+
+def _nothing(_: str) -> None:
+    """Said by processes that are not the first."""
+
+
+def _measure(number: int, job: Job, place: str) -> report.Row:
     """One process's part of a measurement; the row is the first's."""
+    gc.collect()  # what was measured before
     device = torch.device(job.device)
     config = job.contender.config(job.preset)
     estimate = _estimate(job, config, device)
     recomputed, _ = estimate.choose(job.recomputed)
+    gathered = estimate.keeps_gathered(recomputed)
     torch.manual_seed(0)
     with device:
         model = H3ForCausalLM(config).train()
     parameters, work = model.num_parameters(), flops_per_token(model, job.length)
-    call = _prepare(model, job, recomputed)
+    call = _prepare(model, job, recomputed, gathered)
     attention = _fastest_attention(config, job, device)
-    batches = _batches(job, Path(place), rank, device)
-    step = _Step(call, model, job, attention)
+    batches = _batches(job, Path(place), number, device)
+    step = _Step(call, model, job, attention, graphs=job.graphs and not recomputed)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    taken = [step(*_timed(lambda: next(batches))) for _ in range(WARM_UP + job.repeats)]
-    spent = _milliseconds(taken[WARM_UP:], device)
+
+    def take() -> _Marks:
+        return step(*_timed(lambda: next(batches)))
+
+    if not job.repeats:
+        _phases(take(), device)
+        return {"peak GiB": torch.cuda.max_memory_allocated() / 2**30}
+    for _ in range((WARM_UP_LAUNCHED if step.graphs is None else WARM_UP) - 1):
+        take()
+    _, last = _timed(lambda: _phases(take(), device))
+    repeats = max(2, min(job.repeats, int(LONGEST_MS / _largest(last, job, device))))
+    taken = [take() for _ in range(repeats)]
+    spent = _milliseconds(taken, device)
+    if step.graphs is not None:  # which tell the points of their last replay alone
+        replays = [_phases(step(next(batches), 0.0), device) for _ in range(ALONE)]
+        medians = [median(times) for times in zip(*replays, strict=True)]
+        spent |= dict(zip(PHASES, medians, strict=True))
     held = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    peak = _largest(held, device)
+    peak = _largest(held, job, device)
     rate = 1000 * job.tokens / spent["step"]
     row: report.Row = {
         "parameters": f"{parameters:,}",
         "recomputed": "yes" if recomputed else "no",
+        "graphs": "yes" if step.graphs is not None and step.graphs.captured else "no",
         "tokens/s": rate,
     }
     roof = peak_flops(device)
@@ -308,7 +412,7 @@ def _measure(rank: int, job: Job, place: str) -> report.Row:
         row["all-reduce GB/s"] = _bandwidth(device)
     if peak:
         row["peak GiB"] = peak / 2**30
-    row["estimate GiB"] = estimate.needs(recomputed) / 2**30
+    row["estimate GiB"] = estimate.needs(recomputed, gathered) / 2**30
     if attention is not None:
         row["attention"] = attention.name.lower()
     return row
@@ -322,14 +426,14 @@ def _estimate(job: Job, config: H3Config, device: torch.device) -> Estimate:
     return Estimate.of(config, recipe, job.mesh, device, half=True)
 
 
-def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool) -> nn.Module:
+def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool, gathered: bool) -> nn.Module:
     """The model as the trainer would have it."""
     if recomputed:
         new = "activation_checkpointing_enable"  # in transformers 5.23
         enable: Any = getattr(model, new, model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     if job.world > 1 and job.way == "fsdp":
-        shard_model(model, compute_dtype=torch.bfloat16)
+        shard_model(model, compute_dtype=torch.bfloat16, keep_gathered=gathered)
     if job.compiled:
         torch._dynamo.reset()
         compile_model(model, "blocks")
@@ -337,31 +441,55 @@ def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool) -> nn.Module:
         return model
     if job.way == "seq":
         share_rows(model, distributed.group.WORLD)
-    return nn.parallel.DistributedDataParallel(model)
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 class _Step:
     """A training step and the marks of time that it leaves."""
 
     def __init__(
-        self, call: nn.Module, model: H3ForCausalLM, job: Job, attention: SDPBackend | None
+        self,
+        call: nn.Module,
+        model: H3ForCausalLM,
+        job: Job,
+        attention: SDPBackend | None,
+        *,
+        graphs: bool,
     ) -> None:
         self.call, self.model, self.job, self.attention = call, model, job, attention
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        self.optimizer = ShardAdamW(model.parameters(), lr=1e-4, fused=True)
+        captured = graphs and job.device == "cuda" and job.world == 1
+        self.graphs = GraphedSteps(model.parameters()) if captured else None
+        # within a graph it is the same event in every step
+        self.between = torch.cuda.Event(enable_timing=True, external=True) if captured else None
 
     def __call__(self, batch: dict[str, Tensor], waited: float) -> "_Marks":
         marks = _Marks(self.job.device, waited)
         marks.set()
-        with self._attending(), torch.autocast(self.job.device, torch.bfloat16):
-            loss = self.call(**batch, use_cache=False, skip_logits=True).loss
+        if self.graphs is None:
+            self._passes(batch, marks.set)
+        else:
+            assert self.between is not None
+            between = self.between
+            self.graphs(batch, lambda held: self._passes(held, between.record))
+            marks.points.append(between)
         marks.set()
-        loss.backward()
-        marks.set()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if is_sharded(self.model):
+            clip_gradients(self.model, 1.0)
+        else:
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         marks.set()
         return marks
+
+    def _passes(self, batch: dict[str, Tensor], turned: Callable[[], object]) -> Tensor:
+        """Forward and backward; `turned` is called between them."""
+        with self._attending(), torch.autocast(self.job.device, torch.bfloat16):
+            loss = self.call(**batch, use_cache=False, skip_logits=True).loss
+        turned()
+        loss.backward()
+        return loss.detach()
 
     def _attending(self) -> AbstractContextManager:
         return nullcontext() if self.attention is None else sdpa_kernel(self.attention)
@@ -390,14 +518,18 @@ class _Marks:
 
 def _milliseconds(taken: list[_Marks], device: torch.device) -> dict[str, float]:
     """Medians of the phases and of whole steps, from one's beginning to the next's."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    phases = zip(*([m.between(*two) for two in itertools.pairwise(m.points)]
-                   for m in taken), strict=True)  # fmt: skip
+    phases = zip(*(_phases(marks, device) for marks in taken), strict=True)
     steps = [m.between(m.points[0], n.points[0]) for m, n in itertools.pairwise(taken)]
     found = {"step": median(steps)}
     found |= {name: median(times) for name, times in zip(PHASES, phases, strict=True)}
     return found | {"data": median(marks.waited for marks in taken)}
+
+
+def _phases(marks: _Marks, device: torch.device) -> list[float]:
+    """Durations of a step's phases, when the device has done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return [marks.between(*two) for two in itertools.pairwise(marks.points)]
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -421,12 +553,12 @@ def _write_blocks(folder: Path, job: Job) -> None:
 
 
 def _batches(
-    job: Job, folder: Path, rank: int, device: torch.device
+    job: Job, folder: Path, mine: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """This process's part of each batch, on its device."""
     blocks = JoinedBlocks({"": folder}, "train", job.length)
     order = Order([len(blocks)], 0)
-    row_slice = (rank, job.world) if job.way == "seq" and job.world > 1 else (0, 1)
+    row_slice = (mine, job.world) if job.way == "seq" and job.world > 1 else (0, 1)
     loader = DataLoader(
         BlockDataset(blocks),
         batch_size=job.rows,
@@ -434,11 +566,12 @@ def _batches(
         collate_fn=BlockCollator(row_slice=row_slice),
         pin_memory=device.type == "cuda",
     )
+    # of all processes; what divides the sum is a constant here, which would stall the GPU
+    number_of_tokens = torch.tensor(job.tokens, device=device)
     for number, batch in enumerate(loader):
-        if job.readers == 1 or number % job.readers == rank:
+        if job.readers == 1 or number % job.readers == mine:
             yield {name: x.to(device, non_blocking=True) for name, x in batch.items()} | {
-                # of all processes; what divides the sum is a constant here
-                "num_items_in_batch": torch.tensor(job.tokens, device=device)
+                "num_items_in_batch": number_of_tokens
             }
 
 
@@ -471,8 +604,8 @@ def _fastest_attention(config: H3Config, job: Job, device: torch.device) -> SDPB
     return min(times, key=lambda backend: times[backend]) if times else None
 
 
-def _largest(number: float, device: torch.device) -> float:
-    if not distributed.is_initialized():
+def _largest(number: float, job: Job, device: torch.device) -> float:
+    if job.world == 1:
         return number
     told = torch.tensor(number, dtype=torch.float64, device=device)
     distributed.all_reduce(told, op=distributed.ReduceOp.MAX)

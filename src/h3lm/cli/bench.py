@@ -48,6 +48,9 @@ def train(
     ] = None,
     tokens: Annotated[int | None, Option(help="Tokens of a step on each GPU.")] = None,
     compiled: Annotated[bool, Option("--compile/--no-compile", help="By torch.compile.")] = True,
+    graphs: Annotated[
+        bool, Option(help="Replay the steps of one GPU as CUDA graphs, unless it recomputes.")
+    ] = True,
     recompute: Annotated[
         bool | None,
         Option(
@@ -55,14 +58,18 @@ def train(
             help="Recompute blocks in the backward pass; else where the memory asks for it.",
         ),
     ] = None,
+    model: Annotated[
+        list[str] | None, Option(help="transformer, hybrid or h3; give it again for more.")
+    ] = None,
 ) -> None:
     """Training steps of a preset: H3 and the hybrid beside the Transformer."""
-    from h3lm.bench.train import run
+    from h3lm.bench.train import contenders_of, run
 
     print(
         run(
             out, print, preset=preset, world=world, way=parallel, lengths=length, tokens=tokens,
-            compiled=compiled, recomputed=recompute,
+            compiled=compiled, recomputed=recompute, graphs=graphs,
+            contenders=contenders_of(model),
         )
     )  # fmt: skip
 

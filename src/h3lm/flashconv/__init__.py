@@ -7,6 +7,7 @@ from h3lm.flashconv.fft_chunks import fft_operators as fft_operators
 from h3lm.flashconv.fft_library import KeptFilter as KeptFilter
 from h3lm.flashconv.op import fft_conv as fft_conv
 from h3lm.flashconv.op import h3_core as h3_core
+from h3lm.flashconv.op import h3_core_qkv as h3_core_qkv
 from h3lm.flashconv.op import h3_end_state as h3_end_state
 from h3lm.flashconv.op import ssm_conv as ssm_conv
 from h3lm.flashconv.op import zero_state as zero_state

@@ -19,6 +19,7 @@ KERNEL_OPS = ("h3_core", "h3_end_state", "ssm_conv", "h3_step", "fft_conv")
 CHUNK_LENGTH = 64
 MAX_TAPS = 128
 HEAD_DIMS = (1, 2, 4, 8)
+HOPPER_HEAD_DIMS = (1, 8)
 MAX_MODES = 64
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 96 KB are enough for a half dtype and d_state 64: every GPU from 8.0 on has 99 KB
@@ -33,6 +34,7 @@ MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL = 1 << 22, 1 << 19
 MAX_TOEPLITZ_LAGS = {8: (256, 256), 9: (1024, 768), 10: (1024, 768)}
 # a segment of a row is whole tiles of half inputs (two of float32), and at least 8 of them
 SEGMENT_UNIT, MIN_SEGMENT = 4096, 8 * 4096
+MAX_SHARED_ROW = 2048  # up to this length several rows share a tile of 64 chunks
 GLUON_DTYPES = (torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("h3lm.flashconv")
@@ -243,14 +245,17 @@ def _gluon_lacks(op: str, dtype: torch.dtype, problem: Problem) -> str:
         return "the other kernel is for Hopper GPUs"
     if op not in ("h3_core", "h3_end_state"):
         return "the Hopper kernel is for h3_core"
-    if problem.head_dim > 1:
-        return "the Hopper kernel takes head_dim 1"
+    if problem.head_dim not in HOPPER_HEAD_DIMS:
+        return "the Hopper kernels take head_dim 1 and 8"
     if problem.packed:
         return "the Hopper kernel takes no cu_seqlens"
     if dtype not in GLUON_DTYPES:
         return "the Hopper kernel takes bfloat16 and float16"
-    if problem.num_modes != 32 or problem.n_taps > 64:
+    heads = problem.head_dim > 1
+    if problem.num_modes != 32 or (problem.n_taps > 64 and not heads):
         return "the Hopper kernel takes d_state 64 and up to 64 taps"
+    if heads and problem.length % CHUNK_LENGTH:
+        return f"the Hopper kernel of heads takes lengths that are multiples of {CHUNK_LENGTH}"
     if problem.length % 16 or not problem.aligned:
         return "the Hopper kernel takes lengths and strides that are multiples of 16"
     return ""
@@ -291,7 +296,9 @@ def is_aligned(x: Tensor) -> bool:
     rows = 0 if x.shape[0] == 1 else x.stride(0)
     channels = 0 if x.shape[1] == 1 else x.stride(1)
     aligned = x.storage_offset() % 16 == 0 and rows % 16 == 0 and channels % 16 == 0
-    return aligned and x.stride(2) == 1 and rows < 2**28
+    # rows that share a tile lie at offsets of 32 bits
+    near = rows < 2**28 or x.shape[2] > MAX_SHARED_ROW
+    return aligned and x.stride(2) == 1 and near
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:

@@ -246,14 +246,25 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
         wanted = (needs[0] or needs[4], needs[1] or needs[2] or needs[3], needs[5])
-        grads = iter(torch.ops.h3lm.fft_conv_bwd(dy, *tensors, ctx.circular, *wanted))
+        run: Any = _backward if _nobody_looks(dy) else torch.ops.h3lm.fft_conv_bwd
+        grads = iter(run(dy, *tensors, ctx.circular, *wanted))
         present = _present(tensors, *wanted)
         return *(next(grads) if there else None for there in present), None
 
 
-def _below_autograd(*inputs: Any) -> Tensor:
+def _nobody_looks(x: Tensor) -> bool:
+    """Whether no compiler and no mode wants to see each operator: then it is called as it is.
+
+    A way through the dispatcher takes as long as a launch.
+    """
+    return type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _below_autograd(u: Tensor, *rest: Any) -> Tensor:
+    if _nobody_looks(u):
+        return _forward(u, *rest)
     with torch._C._AutoDispatchBelowAutograd():
-        y: Tensor = torch.ops.h3lm.fft_conv_fwd(*inputs)
+        y: Tensor = torch.ops.h3lm.fft_conv_fwd(u, *rest)
     return y
 
 

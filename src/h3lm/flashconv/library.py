@@ -10,7 +10,7 @@ needs, are an output without a gradient. The kernels themselves are imported at 
 """
 
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from h3lm.flashconv.chunks import last_inputs
 from h3lm.flashconv.dispatch import CHUNK_LENGTH, is_aligned
 from h3lm.flashconv.state import H3State, as_real_pairs, diagonal_shape
 from h3lm.ssm.operators import ChunkOperators
+
+if TYPE_CHECKING:
+    from h3lm.flashconv.kernels.launch import Gradients
 
 MIN_STATES = 16
 PAIRS = 64  # of channels of heads, that a program walks with
@@ -37,12 +40,16 @@ def h3_core(
     initial_state: H3State | None = None,
     with_state: bool = True,
     cu_seqlens: Tensor | None = None,
+    qkv: Tensor | None = None,
 ) -> tuple[Tensor, H3State | None]:
-    """`flashconv.h3_core`, left to right, by the kernels of a backend."""
+    """`flashconv.h3_core`, left to right, by the kernels of a backend.
+
+    Of q, k and v that are the thirds of `qkv`, the gradient is made as one tensor.
+    """
     q, k, v = (_positions_last(x) for x in (q, k, v))
     o, end = _run(
         q, k, v, operators, initial_state, backend,
-        with_output=True, with_end=with_state, cu_seqlens=cu_seqlens,
+        with_output=True, with_end=with_state, cu_seqlens=cu_seqlens, qkv=qkv,
     )  # fmt: skip
     if not with_state:
         return o, None
@@ -116,6 +123,7 @@ def _run(
     with_end: bool,
     filtered: bool = True,
     cu_seqlens: Tensor | None = None,
+    qkv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(k.device.type, enabled=False):
         filters = _filter_blocks(operators) if filtered else None
@@ -128,10 +136,15 @@ def _run(
             start = start.flatten(1, -3)
         matrices = _kernel_matrices(operators, start)
         bounds = None if cu_seqlens is None else cu_seqlens.int().contiguous()
-        inputs = (q, k, v, filters, *matrices[:4], carry, matrices[4], bounds)
+        others = (filters, *matrices[:4], carry, matrices[4], bounds)
+        inputs = (q, k, v, *others)
         needs = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        run = torch.ops.h3lm.h3_core_fwd
-        o, end, _ = run(*inputs, with_output, with_end, needs, backend)
+        if qkv is not None and qkv.stride(-1) == 1:
+            run = torch.ops.h3lm.h3_core_qkv_fwd
+            o, end, _ = run(qkv, *others, with_end, needs, backend)
+        else:
+            run = torch.ops.h3lm.h3_core_fwd
+            o, end, _ = run(*inputs, with_output, with_end, needs, backend)
         return o, end[:, :, : operators.num_modes] if with_end else end
 
 
@@ -265,13 +278,13 @@ def _kernels(backend: str, M: Tensor, *tensors: Tensor | None) -> ModuleType:
     from h3lm.flashconv.kernels import chunk_triton, heads_triton
 
     given = [x for x in tensors if x is not None]
-    if len(M) != given[0].shape[1]:
-        return heads_triton
+    heads = len(M) != given[0].shape[1]
+    triton = heads_triton if heads else chunk_triton
     if backend == "gluon" and all(is_aligned(x) for x in given):
         from h3lm.flashconv.kernels.self_test import hopper_kernels
 
-        return hopper_kernels(given[0].device) or chunk_triton
-    return chunk_triton
+        return hopper_kernels(given[0].device, heads) or triton
+    return triton
 
 
 def _segments(k: Tensor, M: Tensor, bounds: Tensor | None) -> int:
@@ -289,6 +302,29 @@ def _segments(k: Tensor, M: Tensor, bounds: Tensor | None) -> int:
 
 @torch.library.custom_op("h3lm::h3_core_fwd", mutates_args=())
 def _forward(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    filters: Tensor | None,
+    M: Tensor,
+    K: Tensor,
+    P: Tensor,
+    decay: Tensor,
+    carry: Tensor | None,
+    start: Tensor | None,
+    bounds: Tensor | None,
+    with_output: bool,
+    with_end: bool,
+    save_states: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch(
+        q, k, v, filters, M, K, P, decay, carry, start, bounds,
+        with_output, with_end, save_states, backend,
+    )  # fmt: skip
+
+
+def _launch(
     q: Tensor | None,
     k: Tensor,
     v: Tensor | None,
@@ -338,11 +374,25 @@ def _(
     save_states: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from h3lm.flashconv.kernels.launch import rows_of_walk, saved_states_shape
+    return _fake_forward(k, M, decay, bounds, with_output, with_end, save_states)
 
-    B, D, L = k.shape
+
+def _fake_forward(
+    k: Tensor,
+    M: Tensor,
+    decay: Tensor,
+    bounds: Tensor | None,
+    with_output: bool,
+    with_end: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from h3lm.flashconv.kernels.launch import empty_rows, rows_of_walk, saved_states_shape
+
+    D = k.shape[1]
     H, modes, _ = decay.shape
-    o = k.new_empty((B, D, L) if with_output else (0,))
+    o = k.new_empty(0)
+    if with_output:
+        o = empty_rows(k) if H == D else k.new_empty(k.shape)
     rows = rows_of_walk(k, 1, bounds)
     end = k.new_empty((rows, D * (D // H), modes, 2) if with_end else (0,), dtype=torch.float32)
     cut = _segments(k, M, bounds)
@@ -368,20 +418,44 @@ def _backward(
     states: Tensor,
     backend: str,
 ) -> list[Tensor]:
+    grads = _gradients(
+        do, dend, q, k, v, filters, M, K, P, decay, carry, start, bounds, states, backend
+    )
+    return [x for x in grads.in_order() if x is not None]
+
+
+def _gradients(
+    do: Tensor,
+    dend: Tensor | None,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor | None,
+    filters: Tensor | None,
+    M: Tensor,
+    K: Tensor,
+    P: Tensor,
+    decay: Tensor,
+    carry: Tensor | None,
+    start: Tensor | None,
+    bounds: Tensor | None,
+    states: Tensor,
+    backend: str,
+    **options: Any,
+) -> "Gradients":
     from h3lm.flashconv.kernels import segments as in_segments
     from h3lm.flashconv.kernels.launch import Operators
 
     operators = Operators(filters, M, K, P, decay)
     do = _positions_last(do)
+    if q is None:  # of an end state; Hopper's backward pass has outputs
+        backend = "triton"
     kernels, cut = _kernels(backend, M, q, k, v, do), _segments(k, M, bounds)
     given = (do, dend, q, k, v, operators, carry, start, states)
     if cut > 1:
-        grads = in_segments.backward(kernels, *given, segments=cut)
-    elif bounds is not None:
-        grads = kernels.backward(*given, bounds=bounds)
-    else:
-        grads = kernels.backward(*given)
-    return [x for x in grads.in_order() if x is not None]
+        return in_segments.backward(kernels, *given, segments=cut, **options)
+    if bounds is not None:
+        return kernels.backward(*given, bounds=bounds, **options)
+    return kernels.backward(*given, **options)
 
 
 @_backward.register_fake
@@ -402,13 +476,12 @@ def _(
     states: Tensor,
     backend: str,
 ) -> list[Tensor]:
-    inputs = (q, k, v, filters, M, K, P, decay, carry, start)
-    dtypes = (*[k.dtype] * 3, *[torch.float32] * 7)
-    return [
-        k.new_empty(x.shape, dtype=dtype)
-        for x, dtype in zip(inputs, dtypes, strict=True)
-        if x is not None
-    ]
+    from h3lm.flashconv.kernels.launch import empty_rows
+
+    alone = len(decay) == k.shape[1]
+    data = [empty_rows(k) if alone else k.new_empty(k.shape) for x in (q, k, v) if x is not None]
+    others = (filters, M, K, P, decay, carry, start)
+    return data + [k.new_empty(x.shape, dtype=torch.float32) for x in others if x is not None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -451,6 +524,122 @@ def _differentiate(
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+@torch.library.custom_op("h3lm::h3_core_qkv_fwd", mutates_args=())
+def _forward_qkv(
+    qkv: Tensor,
+    filters: Tensor,
+    M: Tensor,
+    K: Tensor,
+    P: Tensor,
+    decay: Tensor,
+    carry: Tensor | None,
+    start: Tensor | None,
+    bounds: Tensor | None,
+    with_end: bool,
+    save_states: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`h3_core_fwd` of the thirds of a tensor, (B, 3 D, L)."""
+    q, k, v = qkv.chunk(3, 1)
+    return _launch(
+        q, k, v, filters, M, K, P, decay, carry, start, bounds, True, with_end, save_states, backend
+    )
+
+
+@_forward_qkv.register_fake
+def _(
+    qkv: Tensor,
+    filters: Tensor,
+    M: Tensor,
+    K: Tensor,
+    P: Tensor,
+    decay: Tensor,
+    carry: Tensor | None,
+    start: Tensor | None,
+    bounds: Tensor | None,
+    with_end: bool,
+    save_states: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    k = qkv.chunk(3, 1)[1]
+    return _fake_forward(k, M, decay, bounds, True, with_end, save_states)
+
+
+@torch.library.custom_op("h3lm::h3_core_qkv_bwd", mutates_args=())
+def _backward_qkv(
+    do: Tensor,
+    dend: Tensor | None,
+    qkv: Tensor,
+    filters: Tensor,
+    M: Tensor,
+    K: Tensor,
+    P: Tensor,
+    decay: Tensor,
+    carry: Tensor | None,
+    start: Tensor | None,
+    bounds: Tensor | None,
+    states: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    from h3lm.flashconv.kernels.launch import empty_rows
+
+    q, k, v = qkv.chunk(3, 1)
+    whole = empty_rows(qkv)
+    thirds = whole.chunk(3, 1)
+    options = {"into": thirds} if len(M) == k.shape[1] else {}  # heads make tensors of their own
+    grads = _gradients(
+        do, dend, q, k, v, filters, M, K, P, decay, carry, start, bounds, states, backend, **options
+    )
+    made, others = grads.in_order()[:3], grads.in_order()[3:]
+    for third, grad in zip(thirds, made, strict=True):
+        if grad is not None and grad is not third:
+            third.copy_(grad)
+    return [whole, *(x for x in others if x is not None)]
+
+
+@_backward_qkv.register_fake
+def _(
+    do: Tensor,
+    dend: Tensor | None,
+    qkv: Tensor,
+    filters: Tensor,
+    M: Tensor,
+    K: Tensor,
+    P: Tensor,
+    decay: Tensor,
+    carry: Tensor | None,
+    start: Tensor | None,
+    bounds: Tensor | None,
+    states: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    from h3lm.flashconv.kernels.launch import empty_rows
+
+    others = (filters, M, K, P, decay, carry, start)
+    made = [qkv.new_empty(x.shape, dtype=torch.float32) for x in others if x is not None]
+    return [empty_rows(qkv), *made]
+
+
+def _setup_context_qkv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, with_end, save_states, backend = inputs
+    _setup_context(ctx, (*tensors, True, with_end, save_states, backend), output)
+
+
+def _differentiate_qkv(
+    ctx: Any, do: Tensor | None, dend: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *tensors, states = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(tensors[0].chunk(3, 1)[1])
+    dend = None if dend is None or not dend.numel() else dend.contiguous()
+    grads = iter(torch.ops.h3lm.h3_core_qkv_bwd(do, dend, *tensors, states, ctx.backend))
+    given = [None if x is None else next(grads).to(x.dtype) for x in tensors[:-1]]
+    return (*given, None, None, None, None)
+
+
+_forward_qkv.register_autograd(_differentiate_qkv, setup_context=_setup_context_qkv)
 
 
 @torch.library.custom_op("h3lm::h3_step", mutates_args=("ring", "diagonal"))

@@ -5,7 +5,7 @@ share: direction, the empty sequence, chunk operators made from a system.
 """
 
 from itertools import pairwise
-from typing import overload
+from typing import Any, overload
 
 import torch
 from jaxtyping import Complex, Float, Integer
@@ -99,17 +99,66 @@ def h3_core(
         >>> o.shape, state.shift.shape, state.diagonal.shape
         (torch.Size([2, 8, 100]), torch.Size([2, 8, 63]), torch.Size([2, 8, 32]))
     """
+    return _h3_core(
+        q, k, v, taps, system, head_dim=head_dim, initial_state=initial_state,
+        return_final_state=return_final_state, cu_seqlens=cu_seqlens, reverse=reverse,
+        backend=backend, process_group=process_group,
+    )  # fmt: skip
+
+
+def h3_core_qkv(
+    qkv: Float[Tensor, "B D_times_3 L"],
+    taps: Float[Tensor, "D n_taps"],
+    system: DiagonalSystem | ChunkOperators,
+    **options: Any,
+) -> tuple[Float[Tensor, "B D L"], H3State | None]:
+    """`h3_core` of q, k and v that lie one behind the other in a tensor, as a projection makes it.
+
+    Kernels make its gradient as one tensor, too: nothing is copied around the core.
+
+    Args:
+        qkv: (B, 3 D, L); else as there.
+        taps, system: As in `h3_core`.
+        options: Its keyword arguments.
+
+    Raises:
+        ValueError: as there, or if the channels of qkv are no three times those of the taps.
+    """
+    if qkv.shape[1] != 3 * len(taps):
+        raise ValueError(
+            f"qkv has {qkv.shape[1]} channels, not 3 times the {len(taps)} of the taps"
+        )
+    q, k, v = qkv.chunk(3, 1)
+    return _h3_core(q, k, v, taps, system, qkv=qkv, **options)
+
+
+def _h3_core(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    taps: Tensor,
+    system: DiagonalSystem | ChunkOperators,
+    *,
+    head_dim: int = 1,
+    initial_state: H3State | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    backend: str = "auto",
+    process_group: ProcessGroup | None = None,
+    qkv: Tensor | None = None,
+) -> tuple[Tensor, H3State | None]:
     _check_like("q", q, k=k, v=v)
     _check_heads(k, taps, system, head_dim)
     if process_group is not None:
         from h3lm.flashconv import sequence_parallel  # it runs this op on each slice
 
         _check_slice(reverse)
-        o, end = sequence_parallel.h3_core(
+        return sequence_parallel.h3_core(
             q, k, v, taps, system, process_group=process_group, head_dim=head_dim,
             initial_state=initial_state, cu_seqlens=cu_seqlens, backend=backend,
+            with_state=return_final_state, qkv=qkv,
         )  # fmt: skip
-        return o, end if return_final_state else None
     sequences = _check_sequences(q, cu_seqlens)
     _check_h3_state(initial_state, sequences, k, taps, system, head_dim)
     problem = _problem(system, taps.shape[1], head_dim, cu_seqlens, q, k, v)
@@ -129,6 +178,7 @@ def h3_core(
         o, state = library.h3_core(
             q, k, v, _operators(system, taps), backend=choice.backend, head_dim=head_dim,
             initial_state=initial_state, with_state=return_final_state, cu_seqlens=cu_seqlens,
+            qkv=None if reverse else qkv,
         )  # fmt: skip
     else:
         operators = _operators(system, taps)
@@ -623,8 +673,7 @@ def _check_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
             f"cu_seqlens must be at least two integers, got {tuple(cu_seqlens.shape)} "
             f"{cu_seqlens.dtype}"
         )
-    capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not (torch.compiler.is_compiling() or capturing):
+    if not (torch.compiler.is_compiling() or _is_capturing(cu_seqlens)):
         bounds = cu_seqlens.tolist()
         increasing = all(b > a for a, b in pairwise(bounds))
         if bounds[0] != 0 or bounds[-1] != x.shape[-1] or not increasing:
@@ -632,6 +681,10 @@ def _check_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
                 f"cu_seqlens must increase from 0 to the length {x.shape[-1]}, got {bounds}"
             )
     return len(cu_seqlens) - 1
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_h3_state(

@@ -1,11 +1,12 @@
 """One sequence over several processes: each holds a slice, and states pass between them.
 
-A slice is convolved from an empty state. What it leaves behind, e_r, is gathered from all; the
-state in front of slice r is then
+What a slice leaves behind, e_r, is gathered from all; the state in front of slice r is then
 
     x_{r+1} = a^{L_r} x_r + e_r,    x_0 = 0
 
-and what it adds to the slice's outputs is added, as far as the slowest mode still remembers it.
+`h3_core` makes e_r first, from that end of the slice which the slowest mode still remembers there,
+and then runs the slice from x_r. `ssm_conv`, which has no way to a state alone, runs the slice from
+an empty state and adds what x_r adds to its outputs, as far as the slowest mode remembers it.
 Of the short filter only its last taps - 1 inputs go to the next process. Gradients go the other
 way by the same two exchanges. Nothing is approximated.
 
@@ -13,12 +14,15 @@ Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 2, over processes in plac
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
+from torch.nn import functional as F
 
 from h3lm.flashconv import op
 from h3lm.flashconv.state import H3State
@@ -49,31 +53,54 @@ def h3_core(
     initial_state: H3State | None,
     cu_seqlens: Tensor | None,
     backend: str,
-) -> tuple[Tensor, H3State]:
-    """`flashconv.h3_core` of this process's slice; see there. The state is always made."""
+    with_state: bool = True,
+    slowest: float | None = None,
+    qkv: Tensor | None = None,
+) -> tuple[Tensor, H3State | None]:
+    """`flashconv.h3_core` of this process's slice; see there.
+
+    Args:
+        q, k, v, taps, system, process_group, head_dim: As there.
+        initial_state, cu_seqlens, backend: As there.
+        with_state: As `return_final_state` there.
+        slowest: The largest |a| of the system; without it, it is asked for, and the host waits for
+            all that the device has to do.
+        qkv: What q, k and v are thirds of, as in `flashconv.h3_core_qkv`.
+    """
     slice_ = _Slice.of(k.shape[-1], cu_seqlens, process_group)
     slice_.check_start(initial_state)
+    modes = system.system if isinstance(system, ChunkOperators) else system
+    count = taps.shape[1] - 1
+    slice_.check_long_enough(count)
     # Every process takes the same steps, needed or not: what one skips, another would wait for
-    history = _send_on(k, taps.shape[1] - 1, slice_)
+    begin = slice_.remembered(slice_.reach(modes, slowest), count)
+    tail = max(slice_.last_start, slice_.length - count)
+    D = k.shape[1]
+    run: Callable[..., tuple[Tensor, H3State | None]]
+    if qkv is None:
+        k, k_tail, k_end = _WithEnds.apply(k, (0, D, tail), (0, D, begin))
+        v, v_end = _WithEnds.apply(v, (0, D, begin))
+        run = partial(op.h3_core, q, k, v)
+    else:
+        ends = (D, 2 * D, tail), (D, 2 * D, begin), (2 * D, 3 * D, begin)
+        qkv, k_tail, k_end, v_end = _WithEnds.apply(qkv, *ends)
+        run = partial(op.h3_core_qkv, qkv)
+    history = _send_on(k_tail, count, slice_)
     start = op.zero_state(slice_.rows(k), k, taps, system, head_dim)
     start = H3State(_add_to_first(start.shift, history), start.diagonal)
     if initial_state is not None:
-        start = H3State(start.shift + initial_state.shift, initial_state.diagonal)
-    o, end = op.h3_core(
-        q, k, v, taps, system, head_dim=head_dim, initial_state=start, return_final_state=True,
-        cu_seqlens=slice_.cu_seqlens, backend=backend,
+        start = H3State(start.shift + initial_state.shift, start.diagonal + initial_state.diagonal)
+    # what is so far known to stand in front of all that the end state is made of
+    known = start if begin == 0 else None
+    end = op.h3_end_state(
+        k_end, v_end, taps, system, head_dim=head_dim, initial_state=known, backend=backend
+    )
+    before = _state_before(end.diagonal, modes, slice_)
+    return run(
+        taps, system, head_dim=head_dim,
+        initial_state=H3State(start.shift, _add_to_first(start.diagonal, before)),
+        return_final_state=with_state, cu_seqlens=slice_.cu_seqlens, backend=backend,
     )  # fmt: skip
-    assert end is not None
-    modes = system.system if isinstance(system, ChunkOperators) else system
-    before, left = _pass_on(end.diagonal, modes, slice_)
-    reach = slice_.reach(modes)
-    nothing = torch.zeros_like(k[..., :reach])
-    added, _ = op.h3_core(
-        q[..., :reach], nothing, nothing, taps, system, head_dim=head_dim,
-        initial_state=H3State(torch.zeros_like(history), before), backend=backend,
-    )  # fmt: skip
-    final = H3State(end.shift, _add_to_first(end.diagonal, left))
-    return _AddToBeginning.apply(o, added), final
 
 
 @torch.compiler.disable
@@ -100,8 +127,10 @@ def ssm_conv(
         return_final_state=True, cu_seqlens=slice_.cu_seqlens, method=method, backend=backend,
     )  # fmt: skip
     assert end is not None
-    before, left = _pass_on(end, modes, slice_)
-    reach = slice_.reach(modes)
+    last = end if slice_.cu_seqlens is None else end[-1:]
+    before = _state_before(last, modes, slice_)
+    left = _over_heads(_decay(modes, slice_.first_end).to(before.dtype), before) * before
+    reach = slice_.felt(slice_.reach(modes))
     added, _ = op.ssm_conv(
         torch.zeros_like(u[..., :reach]), system, initial_state=before, method=method,
         post_gate=None if post_gate is None else post_gate[..., :reach], backend=backend,
@@ -127,12 +156,12 @@ def slice_boundaries(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
     return torch.cat([edges[0], inside, edges[1]])
 
 
-def gather_lengths(length: int, group: ProcessGroup, device: torch.device) -> list[int]:
-    """Length of every process's slice, in order; it waits for the device."""
-    mine = torch.tensor([length], device=device)
-    return _gather(mine, group).flatten().tolist()
+def gather_lengths(length: int, group: ProcessGroup, device: torch.device) -> Tensor:
+    """Length of every process's slice, in order, on the device."""
+    return _gather(torch.full((1,), length, device=device), group).flatten()
 
 
+@torch.compiler.disable
 def gather_positions(x: Tensor, lengths: list[int], group: ProcessGroup) -> Tensor:
     """All processes' slices (B, heads, L, d) of keys or values, joined along the positions.
 
@@ -140,7 +169,7 @@ def gather_positions(x: Tensor, lengths: list[int], group: ProcessGroup) -> Tens
 
     Args:
         x: This process's slice.
-        lengths: Of every process's slice; `gather_lengths` knows them.
+        lengths: Of every process's slice, as `gather_lengths` tells.
         group: The processes.
     """
     return _GatherPositions.apply(x, lengths, group)
@@ -202,45 +231,68 @@ class _Slice:
         if state is not None and not self.is_first:
             raise ValueError("initial_state stands before the whole row: only rank 0 gives one")
 
-    def reach(self, system: DiagonalSystem) -> int:
-        """How far into the slice the state before it is felt, in positions; at least 1.
+    def check_long_enough(self, count: int) -> None:
+        """Check that the next slice finds the inputs of its short filter in this one alone."""
+        if count > self.length and self.passes_through and not self.is_last:
+            raise ValueError(
+                f"a slice of {self.length} positions is shorter than the {count} values that the "
+                "short filter takes from it: use fewer processes or longer rows"
+            )
+
+    def reach(self, system: DiagonalSystem, slowest: float | None = None) -> int | None:
+        """For how many positions a state is felt; None for ever.
 
         Behind it the slowest mode has decayed below the square of a rounding error. It is whole
         units: rows of another length the kernels do not take.
         """
-        if self.is_first or not self.goes_on:
-            # nothing comes in; but all processes must take part in the gradient's way
-            return min(self.first_end, UNIT)
-        slowest = float(system.a.detach().abs().max())
+        if slowest is None:
+            slowest = float(slowest_decay(system))
         if slowest >= 1:
-            return self.first_end
+            return None
         steps = 1.0
         if slowest > 0:
             steps += 2 * math.log(torch.finfo(system.a.real.dtype).eps) / math.log(slowest)
-        return min(self.first_end, UNIT * math.ceil(steps / UNIT))
+        return UNIT * math.ceil(steps / UNIT)
+
+    def felt(self, reach: int | None) -> int:
+        """How far into the slice the state before it is felt, in positions; at least 1."""
+        if self.is_first or not self.goes_on:
+            # nothing comes in; but all processes must take part in the gradient's way
+            reach = UNIT
+        return self.first_end if reach is None else min(self.first_end, reach)
+
+    def remembered(self, reach: int | None, count: int) -> int:
+        """From where on positions are remembered by the state behind the slice.
+
+        What the `count` inputs in front of it add to the first values of the short filter is
+        forgotten, too.
+        """
+        if reach is None:
+            return self.last_start
+        return max(self.last_start, self.length - reach - UNIT * math.ceil(count / UNIT))
 
 
-def _send_on(k: Tensor, count: int, slice_: _Slice) -> Tensor:
+def slowest_decay(system: DiagonalSystem) -> Tensor:
+    """The largest |a|, where the system is."""
+    return system.a.detach().abs().amax()
+
+
+def _send_on(tail: Tensor, count: int, slice_: _Slice) -> Tensor:
     """The `count` values of k in front of the slice, sent by the process before."""
-    L = slice_.length
-    if count > L and slice_.passes_through and not slice_.is_last:
-        raise ValueError(
-            f"a slice of {L} positions is shorter than the {count} values that the short filter "
-            "takes from it: use fewer processes or longer rows"
-        )
-    tail = k[..., max(slice_.last_start, L - count) :] if count else k[..., :0]
-    tail = torch.nn.functional.pad(tail, (count - tail.shape[-1], 0))
-    return _FromBefore.apply(tail, slice_)
+    return _FromBefore.apply(F.pad(tail, (count - tail.shape[-1], 0)), slice_)
 
 
-def _pass_on(end: Tensor, system: DiagonalSystem, slice_: _Slice) -> tuple[Tensor, Tensor]:
-    """The state in front of the slice, and what of it is left behind its first sequence."""
-    steps = torch.tensor([slice_.first_end], device=system.a.device)
-    decay = system.powers(steps)[..., 0].to(end.dtype)
-    through = decay if slice_.passes_through else torch.zeros_like(decay)
-    last = end if slice_.cu_seqlens is None else end[-1:]
-    before = _StateBefore.apply(last, through, slice_)
-    return before, _over_heads(decay, before) * before
+def _state_before(end: Tensor, system: DiagonalSystem, slice_: _Slice) -> Tensor:
+    """The state in front of the slice, from what the last sequence of each slice leaves behind."""
+    if slice_.passes_through and not slice_.is_last:
+        through = _decay(system, slice_.first_end).to(end.dtype)
+    else:
+        through = torch.zeros_like(system.a, dtype=end.dtype)
+    return _StateBefore.apply(end, through, slice_)
+
+
+def _decay(system: DiagonalSystem, steps: int) -> Tensor:
+    return system.powers(torch.tensor([steps], device=system.a.device))[..., 0]
 
 
 def _over_heads(decay: Tensor, state: Tensor) -> Tensor:
@@ -255,15 +307,35 @@ def _add_to_first(states: Tensor, more: Tensor) -> Tensor:
     return torch.cat([states[:1] + more, states[1:]])
 
 
+class _WithEnds(torch.autograd.Function):
+    """x, and ends of some channels; their gradients are added where that of x lies.
+
+    So x must be given to an operator whose gradient nobody else has: autograd by itself would
+    write a whole x of zeros for each end. An end is (first channel, one past the last, position).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *ends: tuple[int, int, int]) -> tuple[Tensor, ...]:
+        ctx.ends = ends
+        return x.view_as(x), *(x[:, first:stop, begin:] for first, stop, begin in ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, *of_ends = grads
+        for (first, stop, begin), end in zip(ctx.ends, of_ends, strict=True):
+            grad[:, first:stop, begin:] += end
+        return grad, *[None] * len(of_ends)
+
+
 class _AddToBeginning(torch.autograd.Function):
-    """y with something added to its first positions; its gradient is nowhere copied."""
+    """Add something to the first positions of y, in place; its gradient is nowhere copied."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, more: Tensor) -> Tensor:
         ctx.reach = more.shape[-1]
-        sum_ = y.clone()
-        sum_[..., : ctx.reach] += more
-        return sum_
+        ctx.mark_dirty(y)
+        y[..., : ctx.reach] += more
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,17 +419,14 @@ class _GatherPositions(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, lengths: list[int], group: ProcessGroup) -> Tensor:
         ctx.lengths, ctx.group = lengths, group
         longest = max(lengths)
-        padded = torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[2]))
+        padded = F.pad(x, (0, 0, 0, longest - x.shape[2]))
         slices = _gather(padded, group)
         return torch.cat([s[:, :, :n] for s, n in zip(slices, lengths, strict=True)], 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         lengths, longest = ctx.lengths, max(ctx.lengths)
-        slices = [
-            torch.nn.functional.pad(g, (0, 0, 0, longest - g.shape[2]))
-            for g in grads[0].split(lengths, 2)
-        ]
+        slices = [F.pad(g, (0, 0, 0, longest - g.shape[2])) for g in grads[0].split(lengths, 2)]
         mine = torch.empty_like(slices[0], memory_format=torch.contiguous_format)
         _REDUCE_SCATTER(mine, torch.cat(slices), group=ctx.group)
         return mine[:, :, : lengths[distributed.get_rank(ctx.group)]], None, None

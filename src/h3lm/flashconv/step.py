@@ -126,6 +126,11 @@ def _slots(ring: Tensor, position: Tensor) -> Tensor:
     return slots[:, None].expand(-1, ring.shape[1], -1)
 
 
+def rows_class(rows: int) -> int:
+    """Which sizes the kernels of a step take for so many rows: those for 1, 16 or 64 of them."""
+    return 1 if rows == 1 else 16 if rows <= 16 else 64
+
+
 def h3_step(
     q: Tensor,
     k: Tensor,

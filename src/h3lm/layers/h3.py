@@ -1,12 +1,14 @@
 """The H3 layer."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from h3lm import flashconv
-from h3lm.flashconv import H3State, RingState, StepOperators
+from h3lm.flashconv import H3State, RingState, StepOperators, sequence_parallel
 from h3lm.flashconv.state import as_real_pairs, from_real_pairs
 from h3lm.layers.both_ways import (
     BackwardReadout,
@@ -96,6 +98,9 @@ class H3(PreparingModule):
         )
         self.output_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
         self._prepared: Prepared[tuple[Tensor, ChunkOperators]] = Prepared()
+        # The diagonal SSM's largest |a|, while somebody who knows it keeps it true: what slices of
+        # a process group would otherwise wait for the device for
+        self.slowest: float | None = None
 
     def forward(
         self,
@@ -131,7 +136,8 @@ class H3(PreparingModule):
             ValueError: if both `mask` and `cu_seqlens` are given, or a bidirectional layer is
                 given a state.
         """
-        q, k, v = project_channel_first(self.qkv_proj, u).chunk(3, dim=1)
+        qkv = project_channel_first(self.qkv_proj, u)
+        q, k, v = qkv.chunk(3, dim=1)
         if self.backward_readout is not None:
             refuse_state(state)
             o = self._both_ways(q, k, v, mask, cu_seqlens, lengths)
@@ -140,7 +146,7 @@ class H3(PreparingModule):
             o, state = self.step(q, k, v, state, mask=mask)
         else:
             o, state = self.core(
-                q, k, v, state,
+                qkv, state,
                 mask=mask, cu_seqlens=cu_seqlens, process_group=process_group,
                 with_state=with_state,
             )  # fmt: skip
@@ -148,9 +154,7 @@ class H3(PreparingModule):
 
     def core(
         self,
-        q: Float[Tensor, "B D L"],
-        k: Float[Tensor, "B D L"],
-        v: Float[Tensor, "B D L"],
+        qkv: Float[Tensor, "B D_times_3 L"],
         state: H3State | None = None,
         *,
         mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
@@ -164,41 +168,53 @@ class H3(PreparingModule):
             ValueError: if `mask` is given beside `cu_seqlens` or `process_group`.
         """
         taps, operators = self.operators()
-        if mask is not None:
-            if cu_seqlens is not None:
-                raise ValueError("give mask or cu_seqlens, not both")
-            if process_group is not None:
-                raise ValueError("slices of a process group take no mask: pack the rows")
-            rows = Unpadded(mask)
-            if state is None:
-                state = flashconv.zero_state(q.shape[0], k, taps, operators, self.head_dim)
+        how: dict[str, Any] = {"head_dim": self.head_dim, "backend": self.backend}
+        if mask is None and process_group is not None:
+            return self._core_of_slice(
+                qkv, taps, operators, state, cu_seqlens, process_group, with_state
+            )
+        if mask is None:
+            return flashconv.h3_core_qkv(
+                qkv, taps, operators, initial_state=state, return_final_state=with_state,
+                cu_seqlens=cu_seqlens, **how,
+            )  # fmt: skip
+        if cu_seqlens is not None:
+            raise ValueError("give mask or cu_seqlens, not both")
+        if process_group is not None:
+            raise ValueError("slices of a process group take no mask: pack the rows")
+        q, k, v = qkv.chunk(3, dim=1)
+        if state is None:
+            state = flashconv.zero_state(len(k), k, taps, operators, self.head_dim)
 
-            def run(
-                state: H3State, cu_seqlens: Tensor, q: Tensor, k: Tensor, v: Tensor
-            ) -> tuple[Tensor, H3State]:
-                o, new = self._h3_core(q, k, v, taps, operators, state, cu_seqlens)
-                assert new is not None
-                return o, new
+        def run(
+            state: H3State, cu_seqlens: Tensor, q: Tensor, k: Tensor, v: Tensor
+        ) -> tuple[Tensor, H3State]:
+            o, new = flashconv.h3_core(
+                q, k, v, taps, operators, initial_state=state, return_final_state=True,
+                cu_seqlens=cu_seqlens, **how,
+            )  # fmt: skip
+            assert new is not None
+            return o, new
 
-            return rows.run(run, state, (q, k, v))
-        return self._h3_core(q, k, v, taps, operators, state, cu_seqlens, process_group, with_state)
+        return Unpadded(mask).run(run, state, (q, k, v))
 
-    def _h3_core(
+    @torch.compiler.disable  # what it knows of the decay is another number in each step
+    def _core_of_slice(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        qkv: Tensor,
         taps: Tensor,
         operators: ChunkOperators,
         state: H3State | None,
         cu_seqlens: Tensor | None,
-        process_group: ProcessGroup | None = None,
-        with_state: bool = True,
+        process_group: ProcessGroup,
+        with_state: bool,
     ) -> tuple[Tensor, H3State | None]:
-        return flashconv.h3_core(
+        q, k, v = qkv.chunk(3, dim=1)
+        return sequence_parallel.h3_core(
             q, k, v, taps, operators,
-            head_dim=self.head_dim, initial_state=state, return_final_state=with_state,
-            cu_seqlens=cu_seqlens, backend=self.backend, process_group=process_group,
+            process_group=process_group, head_dim=self.head_dim, initial_state=state,
+            cu_seqlens=cu_seqlens, backend=self.backend, with_state=with_state,
+            slowest=self.slowest, qkv=qkv,
         )  # fmt: skip
 
     def _both_ways(

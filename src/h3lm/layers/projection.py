@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+COLUMNS = 8  # that a bias takes: rows of half numbers then still begin at multiples of 16 bytes
+
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
     """The dtype that a linear map of x computes in: autocast's where it is on, else that of x.
@@ -25,10 +27,40 @@ def project_channel_first(linear: nn.Module, u: Tensor) -> Tensor:
     if not is_plain(linear):
         return linear(u).permute(2, 0, 1).contiguous().transpose(0, 1)
     assert isinstance(linear, nn.Linear)
-    y = linear.weight @ u.reshape(B * L, d_in).T
-    if linear.bias is not None:
-        y = y + linear.bias.to(y.dtype)[:, None]
+    rows = u.reshape(B * L, d_in)
+    weight: Tensor = linear.weight
+    bias: Tensor | None = linear.bias
+    if bias is not None and _adds_in_product(u):
+        rows, weight, bias = *bias_as_input(rows, weight, bias, _product_dtype(u)), None
+    y = weight @ rows.T
+    if bias is not None:
+        y = y + bias.to(y.dtype)[:, None]
     return y.view(-1, B, L).transpose(0, 1)
+
+
+def bias_as_input(
+    rows: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Rows and weight with a bias as the weight of one more input, which is 1.
+
+    A library's product that comes out channel first knows no bias along channels. Added behind it,
+    and summed up for its gradient, the bias costs as much as the product; as an input a tenth.
+    """
+    ones = torch.ones(len(rows), COLUMNS, dtype=dtype, device=rows.device)
+    zeros = weight.new_zeros(len(weight), COLUMNS - 1)
+    rows = torch.cat([rows.to(dtype), ones], 1)  # rounded first, or the copy would be wider
+    return rows, torch.cat([weight, bias[:, None], zeros], 1).to(dtype)
+
+
+def _adds_in_product(u: Tensor) -> bool:
+    """Whether a bias is worth it as an input: in training on a GPU, in half precision."""
+    return u.is_cuda and torch.is_grad_enabled() and _product_dtype(u).itemsize == 2
+
+
+def _product_dtype(u: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
+        return torch.get_autocast_dtype(u.device.type)
+    return u.dtype
 
 
 def project_channel_last(linear: nn.Module, o: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The check that stands before the first use of the kernels of a decoding step.
 
-They overlap one another and were tuned for few GPUs. So a block of each kind takes one step by
-kernels beside its modules, and where they differ, the modules stay in use and a warning says so.
+They overlap one another and were tuned for few GPUs. So before the first step of few or many rows a
+block of each kind takes one by kernels of these sizes beside its modules, and where they differ,
+the modules stay in use and a warning says so.
 """
 
 import logging
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from h3lm.flashconv.state import as_real_pairs
-from h3lm.flashconv.step import RingState
+from h3lm.flashconv.step import RingState, rows_class
 from h3lm.layers.block import Block
 from h3lm.layers.h3 import H3
 from h3lm.layers.mixers import MixerSizes
@@ -19,31 +20,42 @@ from h3lm.layers.step import Stream, add_norm, attend_step
 from h3lm.ssm.first_use import first_use
 
 logger = logging.getLogger("h3lm.layers")
-_known: dict[torch.device, str] = {}
+_known: dict[tuple[torch.device, int], str] = {}
 SIZES = MixerSizes(d_model=128, num_heads=2, rotary_dim=32)
-ROWS, SEEN = 3, 63  # as many positions as a ring remembers
+ROWS = {1: 1, 16: 3, 64: 33}  # that are compared, by `rows_class`
+SEEN = 63  # as many positions as a ring remembers
 TOLERANCE = 8e-2  # of what a block adds; modules in bfloat16 are off by 1.4e-2 themselves
 
 
-@first_use(logger, "kernels of decoding steps are off, modules take over", _known)
-def step_fault(device: torch.device) -> str:
-    """What is wrong with the kernels of a step on this machine; empty if they work."""
+def step_fault(device: torch.device, rows: int | None = None) -> str:
+    """What is wrong with the kernels of a step on this machine; empty if they work.
+
+    Args:
+        device: Where.
+        rows: Of the step; all sizes are tried if None.
+    """
+    classes = ROWS if rows is None else [rows_class(rows)]
+    return next(filter(None, (_fault(device, most) for most in classes)), "")
+
+
+def known_fault(device: torch.device, rows: int) -> str | None:
+    """What `step_fault` found before; None if it has not run."""
+    return _known.get((device, rows_class(rows)))
+
+
+@first_use(logger, "kernels of decoding steps of up to {1} rows are off, modules take over", _known)
+def _fault(device: torch.device, most: int) -> str:
     with torch.random.fork_rng([device]), torch.no_grad():
         torch.manual_seed(0)
-        return _compare("h3", device) or _compare("attention", device)
+        return _compare("h3", device, ROWS[most]) or _compare("attention", device, ROWS[most])
 
 
-def known_fault(device: torch.device) -> str | None:
-    """What `step_fault` found before; None if it has not run."""
-    return _known.get(device)
-
-
-def _compare(name: str, device: torch.device) -> str:
+def _compare(name: str, device: torch.device, rows: int) -> str:
     block = Block(name, SIZES, 2 * SIZES.d_model).to(device).eval()
     for module in block.modules():
         if isinstance(module, nn.Linear | nn.LayerNorm):
             module.bfloat16()
-    text = torch.randn(ROWS, SEEN + 1, SIZES.d_model, device=device).bfloat16()
+    text = torch.randn(rows, SEEN + 1, SIZES.d_model, device=device).bfloat16()
     _, state = block(text[:, :-1])
     core = _h3_core(block, state) if isinstance(block.mixer, H3) else _attention_core(block, state)
     r = text[:, -1].contiguous()
@@ -56,7 +68,7 @@ def _compare(name: str, device: torch.device) -> str:
 def _h3_core(block: Block, state: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
     shift, diagonal = state
     ring = torch.cat([shift, torch.zeros_like(shift[..., :1])], 2)  # goes on at its last slot
-    position = torch.full((ROWS,), SEEN, device=shift.device)
+    position = torch.full((len(shift),), SEEN, device=shift.device)
     pairs = as_real_pairs(diagonal).clone(memory_format=torch.contiguous_format)
     return lambda qkv: block.mixer.step_core(qkv, RingState(ring, position, pairs), early=True)
 
@@ -65,6 +77,6 @@ def _attention_core(
     block: Block, state: tuple[Tensor, Tensor, Tensor]
 ) -> Callable[[Tensor], Tensor]:
     keys, values = (torch.cat([x, torch.zeros_like(x)], 2) for x in state[:2])
-    lengths = torch.full((ROWS,), SEEN, device=keys.device)
+    lengths = torch.full((len(keys),), SEEN, device=keys.device)
     rotation = block.mixer.rotation(lengths[:, None])
     return lambda qkv: attend_step(qkv, keys, values, lengths, rotation)

@@ -40,8 +40,8 @@ def has_kernels(x: Tensor) -> bool:
     from h3lm.layers.self_test import known_fault, step_fault
 
     if torch.cuda.is_current_stream_capturing():  # no test inside of a CUDA graph
-        return known_fault(x.device) == ""
-    return not step_fault(x.device)
+        return known_fault(x.device, len(x)) == ""
+    return not step_fault(x.device, len(x))
 
 
 def can_advance(block: Any, r: Tensor) -> bool:
@@ -64,6 +64,14 @@ def can_advance(block: Any, r: Tensor) -> bool:
         linears += [block.mlp.up_proj, block.mlp.down_proj]
     plain = all(is_plain(linear) and linear.weight.is_contiguous() for linear in linears)
     return plain and all(map(_is_affine, norms)) and _have_dtype(r.dtype, (*norms, *linears))
+
+
+def can_multiply(linear: nn.Module, x: Tensor) -> bool:
+    """Whether `product` may take the place of a linear map."""
+    if torch.is_grad_enabled() or not isinstance(linear, nn.Linear) or not has_kernels(x):
+        return False
+    plain = is_plain(linear) and linear.weight.is_contiguous()
+    return plain and _have_dtype(x.dtype, [linear])
 
 
 def can_norm(norm: Any, r: Tensor) -> bool:
@@ -121,7 +129,7 @@ def _small_product(linear: nn.Linear, x: Tensor, *, gelu: bool, in_parts: bool) 
 
     if len(x) > step_triton.MAX_ROWS or x.dtype == torch.float32:
         return None
-    size = step_triton.SIZES[step_triton.product_kind(len(x), linear.weight, in_parts)]
+    size = step_triton.SIZES[step_triton.product_kind(len(x), linear.weight, gelu, in_parts)]
     if size is None:
         return None
     bias = None if in_parts else linear.bias

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.kernels.overlap import fetch, launch_options, wait_for_inputs
+from h3lm.flashconv.step import rows_class
 
 LOG2_E = 1.4426950408889634
 
@@ -29,12 +30,14 @@ class AttendSize:
         stages: How many of these are on their way through shared memory; 1 for registers.
         warps: Warps of a program.
         programs_per_sm: The keys of the batch are spread over about so many.
+        first: Whether the next kernel may start before this one waits.
     """
 
     keys: int = 32
     stages: int = 4
     warps: int = 4
     programs_per_sm: int = 4
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class ProductSize:
         parts: Programs that share the inputs of an output.
         stages: How many tiles of weights are on their way; of several rows alone.
         warps: Warps of a program.
+        ahead: Inputs whose weights are on their way to the L2 cache before x is there.
+        first: Whether the next kernel may start before this one waits.
+        tma: Whether tiles come by TMA (`step_hopper`), the first `stages` of weights before x.
+        x_stages: How many tiles of x are on their way then.
     """
 
     columns: int
@@ -54,29 +61,45 @@ class ProductSize:
     parts: int = 1
     stages: int = 3
     warps: int = 4
+    ahead: int = 0
+    first: bool = False
+    tma: bool = False
+    x_stages: int = 0
 
 
 ATTEND = AttendSize()
 MAX_ROWS = 64  # of products; with more, the libraries' kernels are as good
-# By rows at most and kind of product; None for the library's. Those of 64 rows were timed by
-# themselves (docs/benchmarks/generate_step_nvidia_h200.md), the others not yet.
+# By `rows_class`: whether what follows a norm may start before the norm waits
+NORM_FIRST = {1: False, 16: False, 64: False}
+# By rows at most and kind of product; None for the library's. Chosen by the time of whole steps
+# (`h3lm.bench.generate_tune --steps`).
 SIZES: dict[tuple[int, str], ProductSize | None] = {
-    (1, "whole"): ProductSize(8, 1024),
-    (1, "square"): ProductSize(8, 1024, parts=2),
-    (1, "deep"): ProductSize(8, 1024, parts=4),
-    (16, "whole"): ProductSize(64, 128, stages=4),
-    (16, "square"): ProductSize(64, 128, parts=4, stages=4),
-    (16, "deep"): ProductSize(64, 128, parts=4, stages=4),
-    (64, "whole"): ProductSize(64, 128, stages=4),
-    (64, "square"): ProductSize(64, 128, parts=4, stages=4),
-    (64, "deep"): ProductSize(64, 128, parts=4, stages=4),
+    (1, "up"): ProductSize(2, 2048, warps=2),
+    (1, "down"): ProductSize(4, 2048, parts=4),
+    (1, "qkv"): ProductSize(4, 2048),
+    (1, "out"): ProductSize(4, 2048),
+    (1, "head"): ProductSize(8, 2048, warps=8),
+    (16, "up"): None,
+    (16, "down"): None,
+    (16, "qkv"): ProductSize(64, 128, stages=4),
+    (16, "out"): ProductSize(64, 128, parts=4, stages=4),
+    (16, "head"): None,
+    (64, "up"): ProductSize(64, 64, stages=12, tma=True, x_stages=12),
+    (64, "down"): ProductSize(64, 128, parts=4, stages=4, ahead=512),
+    (64, "qkv"): None,
+    (64, "out"): ProductSize(64, 128, parts=2, stages=6, tma=True, x_stages=6),
+    (64, "head"): None,
 }
 
 
-def product_kind(rows: int, weight: Tensor, in_parts: bool) -> tuple[int, str]:
-    """The key of `SIZES` for a product."""
-    kind = "whole" if not in_parts else "deep" if weight.shape[1] > weight.shape[0] else "square"
-    return (1 if rows == 1 else 16 if rows <= 16 else MAX_ROWS), kind
+def product_kind(rows: int, weight: Tensor, gelu: bool, in_parts: bool) -> tuple[int, str]:
+    """The key of `SIZES` for a product; kinds are named after what they are in a block."""
+    N, K = weight.shape
+    if in_parts:
+        kind = "down" if K > N else "out"
+    else:
+        kind = "up" if gelu else "head" if N >= 8 * K else "qkv"
+    return rows_class(rows), kind
 
 
 @triton.jit
@@ -132,7 +155,7 @@ def take_keys(
     return higher, total, summed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def attend_step_kernel(
     qkv,
     keys,
@@ -148,6 +171,7 @@ def attend_step_kernel(
     rotation_stride,
     capacity,
     scale,
+    first,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -181,7 +205,7 @@ def attend_step_kernel(
         line = tl.minimum(line, tl.maximum(end * HEAD_DIM - 1, 0))
         fetch(k_from + line, EARLY)
         fetch(v_from + line, EARLY)
-    wait_for_inputs(EARLY)
+    wait_for_inputs(first, EARLY)
     base = qkv + row * row_stride + head * HEAD_DIM
     turn = row * rotation_stride
     q = load_rotated(base, cos + turn, sin + turn, HEAD_DIM, WIDTH, HALF).to(tl.float32) * scale
@@ -239,12 +263,13 @@ def attend_step_kernel(
         tl.store(totals + index, denominator)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def combine_kernel(
     sums,
     peaks,
     totals,
     o,
+    first,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -252,7 +277,7 @@ def combine_kernel(
     EARLY: tl.constexpr,
 ):
     """Put the parts of one head of one row together."""
-    wait_for_inputs(EARLY)
+    wait_for_inputs(first, EARLY)
     number = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
     feature = tl.arange(0, WIDTH)
@@ -309,14 +334,14 @@ def attend_step(
         qkv.stride(0), 0 if cos is None or cos.shape[0] == 1 else cos.stride(0), capacity,
         LOG2_E / head_dim**0.5,
         HEADS=heads, HEAD_DIM=head_dim, WIDTH=width, HALF=0 if cos is None else cos.shape[1],
-        KEYS=size.keys, LANES=lanes, AHEAD=64, SPLITS=splits, STAGES=size.stages, EARLY=early,
-        num_warps=size.warps, **launch_options(early),
+        KEYS=size.keys, LANES=lanes, AHEAD=64, SPLITS=splits, STAGES=size.stages,
+        num_warps=size.warps, **launch_options(early, size.first),
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(B * heads,)](
             sums, peaks, totals, o, HEAD_DIM=head_dim, WIDTH=width, SPLITS=splits,
-            PARTS=triton.next_power_of_2(splits), EARLY=early, num_warps=4,
-            **launch_options(early),
+            PARTS=triton.next_power_of_2(splits), num_warps=4,
+            **launch_options(early, size.first),
         )  # fmt: skip
     return o
 
@@ -327,7 +352,7 @@ def tanh_gelu(x):
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead", "first"])
 def product_kernel(
     x,
     weight,
@@ -337,6 +362,8 @@ def product_kernel(
     N,
     K,
     depth_of_part,
+    ahead,
+    first,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -348,7 +375,7 @@ def product_kernel(
 ):
     """Product x weight^T, with bias and GELU if WHOLE; else a part of the sum, in float32.
 
-    The program asks for all of its weights before it waits for x.
+    The program asks for weights of `ahead` inputs before it waits for x.
     """
     part = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -360,9 +387,9 @@ def product_kernel(
     if EARLY:
         line = tl.arange(0, DEPTH // 64) * 64  # one in each line of 128 bytes
         safe = weight + tl.minimum(column, N - 1).to(tl.int64)[:, None] * K
-        for start in range(begin, end, DEPTH):
+        for start in range(begin, tl.minimum(begin + ahead, end), DEPTH):
             fetch(safe + tl.minimum(start + line, K - 1)[None, :], EARLY)
-        wait_for_inputs(EARLY)
+        wait_for_inputs(first, EARLY)
 
     depth = tl.arange(0, DEPTH)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -386,7 +413,7 @@ def product_kernel(
         tl.store(y + part.to(tl.int64) * M * N + y_at, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead", "first"])
 def row_product_kernel(
     x,
     weight,
@@ -395,6 +422,8 @@ def row_product_kernel(
     N,
     K,
     depth_of_part,
+    ahead,
+    first,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -404,7 +433,7 @@ def row_product_kernel(
 ):
     """`product_kernel` for one row, without matrix units: weights go from memory to registers.
 
-    The first of them are on their way before the program waits for x.
+    The first of them are in registers before the program waits for x, others in the L2 cache.
     """
     part = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -415,7 +444,12 @@ def row_product_kernel(
     weight_row = weight + column.to(tl.int64)[:, None] * K
     at = begin + depth
     weights = tl.load(weight_row + at[None, :], mask=inside & (at < end)[None, :], other=0.0)
-    wait_for_inputs(EARLY)
+    if EARLY:
+        line = tl.arange(0, DEPTH // 64) * 64
+        safe = weight + tl.minimum(column, N - 1).to(tl.int64)[:, None] * K
+        for start in range(begin + DEPTH, tl.minimum(begin + ahead, end), DEPTH):
+            fetch(safe + tl.minimum(start + line, K - 1)[None, :], EARLY)
+        wait_for_inputs(first, EARLY)
     total = tl.zeros((COLUMNS,), tl.float32)
     for start in tl.range(begin, end, DEPTH, num_stages=1):
         at = start + depth
@@ -466,9 +500,18 @@ def product(
     y = torch.empty(shape, dtype=dtype, device=x.device)
     columns = triton.cdiv(N, size.columns)
     tensors = x, weight, weight if bias is None else bias, y
-    choices = {"WHOLE": not in_parts, "BIAS": bias is not None, "GELU": gelu, "EARLY": early}
-    launch = {"num_warps": size.warps, **launch_options(early)}
-    if M == 1:
+    choices = {
+        "WHOLE": not in_parts, "BIAS": bias is not None, "GELU": gelu, "ahead": size.ahead,
+    }  # fmt: skip
+    launch = {"num_warps": size.warps, **launch_options(early, size.first)}
+    if size.tma and early and 1 < M <= 64 and K % 8 == 0:
+        from h3lm.layers import step_hopper
+
+        step_hopper.launch(
+            (columns, parts), *tensors, depth_of_part, size.columns, size.depth, size.stages,
+            size.x_stages or size.stages, choices, launch,
+        )  # fmt: skip
+    elif M == 1:
         row_product_kernel[(columns, parts)](
             *tensors, N, K, depth_of_part,
             COLUMNS=size.columns, DEPTH=size.depth, **choices, **launch,
@@ -481,7 +524,7 @@ def product(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def add_norm_kernel(
     r,
     parts,
@@ -493,6 +536,7 @@ def add_norm_kernel(
     eps,
     M,
     D,
+    first,
     PARTS: tl.constexpr,
     BIAS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -504,7 +548,7 @@ def add_norm_kernel(
     inside = i < D
     gain = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(offset + i, mask=inside, other=0.0).to(tl.float32)
-    wait_for_inputs(EARLY)
+    wait_for_inputs(first, EARLY)
     total = tl.load(r + row + i, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(PARTS):
         at = parts + part * M * D + row + i
@@ -537,7 +581,8 @@ def add_norm(
     add_norm_kernel[(rows,)](
         r, r if parts is None else parts, weight if bias is None else bias, weight, offset,
         summed, normed, eps, rows, D,
-        PARTS=0 if parts is None else len(parts), BIAS=bias is not None, WIDTH=width, EARLY=early,
-        num_warps=min(8, max(1, width // 256)), **launch_options(early),
+        PARTS=0 if parts is None else len(parts), BIAS=bias is not None, WIDTH=width,
+        num_warps=min(8, max(1, width // 256)),
+        **launch_options(early, NORM_FIRST[rows_class(rows)]),
     )  # fmt: skip
     return summed, normed

@@ -94,12 +94,14 @@ class H3Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_sizes(self) -> None:
+        if self.num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads={self.num_attention_heads} must be positive")
         if self.hidden_size % self.num_attention_heads and "attention" in self.mixers:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must divide "
                 f"hidden_size={self.hidden_size}"
             )
-        if self.hidden_size % self.h3_head_dim:
+        if self.h3_head_dim < 1 or self.hidden_size % self.h3_head_dim:
             raise ValueError(
                 f"h3_head_dim={self.h3_head_dim} must divide hidden_size={self.hidden_size}"
             )

@@ -86,9 +86,7 @@ def _by_kernel(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_logits: in
     with_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         size = torch.finfo(torch.float32).bits // 8 * chunk_logits
-        return head_loss_sum(
-            hidden.to(dtype).contiguous(), weight.to(dtype), targets, size, with_grad
-        )[0]
+        return head_loss_sum(hidden.to(dtype).contiguous(), weight, targets, size, with_grad)[0]
 
 
 def _torch(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -21,17 +21,22 @@ from h3lm.ssm.first_use import first_use
 logger = logging.getLogger("h3lm.models")
 TOLERANCE = 1e-2  # products of bfloat16 are off by 3e-3 themselves
 
+UNIT = 8  # 16 bytes of half numbers; vocabularies are padded to a multiple
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _rows_kernel(
-    logits_ptr, targets_ptr, losses_ptr, V, stride,
-    IGNORED: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, targets_ptr, losses_ptr, units, units_apart,
+    UNIT: tl.constexpr, IGNORED: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: loss = log sum exp(x) - x[target]; then x <- softmax(x) - onehot(target)."""
+    """One row: loss = log sum exp(x) - x[target]; then x <- softmax(x) - onehot(target).
+
+    Sizes are told in units, which are loaded at once.
+    """
+    V = units * UNIT
     row = tl.program_id(0).to(tl.int64)
-    x_ptr = logits_ptr + row * stride
+    x_ptr = logits_ptr + row * units_apart * UNIT
     target = tl.load(targets_ptr + row)
     kept = target != IGNORED
     columns = tl.arange(0, BLOCK)
@@ -75,9 +80,10 @@ def losses_in_place(logits: Tensor, targets: Tensor, *, with_grad: bool) -> Tens
     rows, V = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(8192, triton.next_power_of_2(V))
+    unit = UNIT if V % UNIT == 0 and logits.data_ptr() % 16 == 0 else 1
     _rows_kernel[(rows,)](
-        logits, targets, losses, V, logits.stride(0),
-        IGNORED=IGNORED, WITH_GRAD=with_grad, BLOCK=block, num_warps=8,
+        logits, targets, losses, V // unit, logits.stride(0) // unit,
+        UNIT=unit, IGNORED=IGNORED, WITH_GRAD=with_grad, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return losses
 
@@ -90,7 +96,7 @@ def head_loss_sum(
 
     Args:
         hidden: (rows, D), the dtype of the products.
-        weight: (V, D), the same dtype.
+        weight: (V, D), rounded to that dtype here: its gradient is not.
         targets: (rows,) ids, -100 where there is none.
         chunk_bytes: What the logits of one part take, at most, but for those of one row.
         with_grad: Whether gradients are wanted; they are empty otherwise.
@@ -99,6 +105,7 @@ def head_loss_sum(
         Scalar in float32; its gradients by `hidden`, in its dtype, and by `weight`, in float32.
     """
     rows, (V, D) = len(hidden), weight.shape
+    weight = weight.to(hidden.dtype)
     size = max(1, chunk_bytes // (V * weight.element_size()))
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if with_grad else hidden.new_empty(0)
@@ -118,7 +125,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     elif a.is_cuda:
-        total += torch.mm(a, b, out_dtype=torch.float32)
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += a.float() @ b.float()
 

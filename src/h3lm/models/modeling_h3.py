@@ -28,7 +28,15 @@ from h3lm.layers import H3, Block, CausalAttention
 from h3lm.layers.attention import Rotation
 from h3lm.layers.long_conv import LongConv
 from h3lm.layers.recurrence import Recurrence
-from h3lm.layers.step import Stream, add_norm, attend_step, can_advance, can_norm
+from h3lm.layers.step import (
+    Stream,
+    add_norm,
+    attend_step,
+    can_advance,
+    can_multiply,
+    can_norm,
+    product,
+)
 from h3lm.models import decoding, kept
 from h3lm.models.cache import DecodingCache, RingLayer, check_room, prepare_cache
 from h3lm.models.configuration_h3 import NOT_CAUSAL, H3Config
@@ -99,7 +107,9 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
             mixed = self.mixer.attend(q, k, v, where.bias)
         elif where.slice is not None:
             group = where.slice.group
-            mixed, _ = self.mixer(u, cu_seqlens=where.cu_seqlens, process_group=group)
+            mixed, _ = self.mixer(
+                u, cu_seqlens=where.cu_seqlens, process_group=group, with_state=False
+            )
         elif where.cu_seqlens is not None:
             mixed, _ = self.mixer(u.reshape(1, -1, u.shape[2]), cu_seqlens=where.cu_seqlens)
             mixed = mixed.view_as(u)
@@ -372,12 +382,14 @@ class H3Model(H3PreTrainedModel):
                 "cu_seq_lens_q: position_ids that restart mark packed documents"
             )
         assert self.process_group is not None
-        part = RowSlice.of(embeds, self.process_group)
-        if position_ids is None:
+        part = RowSlice.of(embeds, self.process_group, self.layers)
+        boundaries = bias = None
+        if position_ids is None:  # nothing is packed, and no device need be asked
             position_ids = part.positions(embeds.device)
-        boundaries = part.boundaries(position_ids, len(embeds))
-        attends = "full_attention" in self.config.layer_types
-        bias = part.attention_mask(position_ids) if attends else None
+        else:
+            boundaries = part.boundaries(position_ids, len(embeds))
+            if "full_attention" in self.config.layer_types:
+                bias = part.attention_mask(position_ids)
         rotation = self._rotation(position_ids)
         return Where(None, boundaries, bias, rotation, slice=part), position_ids
 
@@ -391,6 +403,8 @@ class H3Model(H3PreTrainedModel):
     ) -> Tensor | None:
         if "full_attention" not in self.config.layer_types:
             return None
+        if attention_mask is None and cache is None and cu_seqlens is None:
+            return None  # under a CUDA graph the library would make a mask of length times length
         return create_causal_mask(
             config=self.config,
             inputs_embeds=embeds,
@@ -513,7 +527,7 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
             return lean if return_dict is not False else lean.to_tuple()
         # 0 keeps all: a slice from minus zero is a slice from the start
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden.last_hidden_state[:, keep])
+        logits = self._head(hidden.last_hidden_state[:, keep], past_key_values)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -526,6 +540,13 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
             hidden_states=hidden.hidden_states,
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def _head(self, hidden: Tensor, cache: Cache | None) -> Tensor:
+        if isinstance(cache, DecodingCache) and cache.stepping:
+            x = hidden[:, 0].contiguous()
+            if can_multiply(self.lm_head, x):
+                return product(self.lm_head, x)[:, None]
+        return self.lm_head(hidden)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any

@@ -4,16 +4,20 @@ H3 layers pass states between the slices (`flashconv.sequence_parallel`); attent
 keys and values. All else works position by position.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
-from h3lm.flashconv.sequence_parallel import gather_lengths, gather_positions
+from h3lm.flashconv.sequence_parallel import (
+    gather_lengths,
+    gather_positions,
+    slowest_decay,
+)
 from h3lm.layers import H3, CausalAttention
 
 if TYPE_CHECKING:
@@ -35,9 +39,24 @@ class RowSlice:
     start: int
 
     @classmethod
-    def of(cls, x: Tensor, group: ProcessGroup) -> "RowSlice":
-        """The slice that (B, L, ...) is; all processes must ask."""
-        lengths = tuple(gather_lengths(x.shape[1], group, x.device))
+    def of(cls, x: Tensor, group: ProcessGroup, layers: Iterable[nn.Module] = ()) -> "RowSlice":
+        """The slice that (B, L, ...) is; all processes must ask.
+
+        Args:
+            x: The slice.
+            group: The processes.
+            layers: Blocks, whose H3 layers are told how slowly their states decay: the host waits
+                for the device once for all of them.
+        """
+        mixers = [m for m in (getattr(b, "mixer", None) for b in layers) if isinstance(m, H3)]
+        asked = [gather_lengths(x.shape[1], group, x.device).double()]
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            asked += [slowest_decay(m.diagonal_ssm.system()).double()[None] for m in mixers]
+        told = torch.cat(asked).tolist()
+        world = distributed.get_world_size(group)
+        for mixer, slowest in zip(mixers, told[world:], strict=True):
+            mixer.slowest = slowest
+        lengths = tuple(int(n) for n in told[:world])
         return cls(group, lengths, sum(lengths[: distributed.get_rank(group)]))
 
     @property
@@ -134,6 +153,9 @@ def share_rows(model: "H3ForCausalLM", group: ProcessGroup | None) -> None:
     """
     if group is not None:
         check_mixers(model)
+    for layer in model.model.layers:
+        if isinstance(layer.mixer, H3):
+            layer.mixer.slowest = None  # known for one step only
     model.model.process_group = group
 
 

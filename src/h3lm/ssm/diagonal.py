@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
+from h3lm.ssm.fused_parameters import bilinear, can_discretize
 from h3lm.ssm.hints import SSM_HINT, ParameterHint, SSMModule
 from h3lm.ssm.hippo import diagonal_eigenvalues
 from h3lm.ssm.operators import DiagonalSystem
@@ -42,6 +43,21 @@ def discretize(
     if rule == "zoh":
         return torch.exp(z), B * torch.expm1(z) / A
     raise ValueError(f"discretization={rule!r} is not one of {', '.join(DISCRETIZATIONS)}")
+
+
+def _discretized(
+    log_dt: Tensor, log_neg_A_real: Tensor, A_imag: Tensor, B: Tensor, rule: str
+) -> tuple[Tensor, Tensor]:
+    """A and b of a `DiagonalSSM`'s parameters, in plain PyTorch."""
+    A = torch.complex(-torch.exp(log_neg_A_real), A_imag)
+    return discretize(A, torch.view_as_complex(B.contiguous()), torch.exp(log_dt), rule)
+
+
+def plain_bilinear(
+    log_dt: Tensor, log_neg_A_real: Tensor, A_imag: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `fused_parameters.bilinear` makes, in plain PyTorch."""
+    return _discretized(log_dt, log_neg_A_real, A_imag, B, "bilinear")
 
 
 class DiagonalSSM(SSMModule):
@@ -129,9 +145,12 @@ class DiagonalSSM(SSMModule):
             complex64 (complex128 for a float64 module), differentiable in every parameter.
         """
         self.check_precision()
-        A = torch.complex(-torch.exp(self.log_neg_A_real), self.A_imag)
-        B, C = (torch.view_as_complex(x.contiguous()) for x in (self.B, self.C))
-        a, b = discretize(A, B, torch.exp(self.log_dt), self.discretization)
+        given = self.log_dt, self.log_neg_A_real, self.A_imag, self.B
+        if self.discretization == "bilinear" and can_discretize(self.A_imag):
+            a, b = bilinear(*given)
+        else:
+            a, b = _discretized(*given, self.discretization)
+        C = torch.view_as_complex(self.C.contiguous())
         return DiagonalSystem(a=a, b=b, c=C, skip=self.D)
 
     def extra_repr(self) -> str:

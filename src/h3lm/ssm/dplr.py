@@ -26,6 +26,7 @@ from h3lm.ssm.operators import DiagonalSystem, _widen
 from h3lm.ssm.state_blocks import Dense, StateBlocks, advance, as_complex, as_real
 
 MAX_CONDITION = 1e6
+WRAPPED = 1e-8  # r^L, for a filter of length L on a circle of radius r
 _MAX_ENTRIES = 1 << 24  # of the Cauchy table held at once
 
 
@@ -157,6 +158,20 @@ class DPLRSystem:
     ) -> Float[Tensor, "K H L"]:
         """`filters` in plain PyTorch."""
         return self._responses(_widen(self.B), readouts, length)
+
+    def quick_filter(self, length: int) -> Float[Tensor, "H L"]:
+        """`filter` for short rows, in few operations: no power of the dense matrix.
+
+        By kernels where they run. Else the generating function is taken on a circle on which what
+        follows after L is below the last place of float32, as in `ssm.filters_triton`.
+        """
+        if can_fuse(self.eigenvalues, self.B, self.c[None], length):
+            return self.filter(length)
+        eigenvalues, P, B, c = (_widen(x) for x in (self.eigenvalues, self.P, self.B, self.c))
+        dt, radius = self.dt.to(c.real.dtype), WRAPPED ** (1 / length)
+        wound = _generate(eigenvalues, P, dt, c, B, length, radius)
+        lags = torch.arange(length, device=c.device, dtype=dt.dtype)
+        return (wound * WRAPPED ** (-lags / length)).to(self.skip.dtype)
 
     def initial_response(
         self, state: Complex[Tensor, "B H half"], length: int
@@ -375,9 +390,18 @@ class DPLRSSM(SSMModule):
 
 
 def _generate(
-    eigenvalues: Tensor, P: Tensor, dt: Tensor, readout: Tensor, B: Tensor, length: int
+    eigenvalues: Tensor,
+    P: Tensor,
+    dt: Tensor,
+    readout: Tensor,
+    B: Tensor,
+    length: int,
+    radius: float = 1.0,
 ) -> Tensor:
     """Filters from the truncated generating function, `readout` being C (I - Abar^L).
+
+    On a circle of another radius r, at lag l, they are r^l times what the whole generating
+    function gives for a read-out C, but for what follows after L, r^L as large.
 
     With the Woodbury identity multiplied through by 1 + z, which is finite at z = -1:
 
@@ -391,9 +415,9 @@ def _generate(
     """
     k = torch.arange(length // 2 + 1, device=P.device, dtype=P.real.dtype)
     angle = -2 * math.pi / length * k
-    z = torch.polar(torch.ones_like(angle), angle)
+    z = torch.polar(torch.full_like(angle, radius), angle)
     if length % 2 == 0:
-        z = torch.where(k == length // 2, -torch.ones_like(z), z)
+        z = torch.where(k == length // 2, torch.full_like(z, -radius), z)
     w, s = 1 - z, dt[:, None] / 2 * (1 + z)
     table = w - s[:, None] * eigenvalues[..., None]
     table = 1 / (table * (w - s[:, None] * eigenvalues.conj()[..., None]))  # [H, N/2, nodes]

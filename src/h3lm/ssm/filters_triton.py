@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WRAPPED = 1e-8  # r^L
+from h3lm.ssm.dplr import WRAPPED
+
 NODES = 128  # of a program that goes through all modes
 LAGS = 1024  # of a program that goes through a filter
 TILE_MODES, TILE_NODES = 16, 256  # of a program that goes through nodes; elements of its tile

@@ -7,7 +7,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from h3lm.ssm.fused_parameters import can_filter, shift_taps
 from h3lm.ssm.hints import SSM_HINT, ParameterHint, SSMModule
+
+
+def plain_taps(B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """`ShiftSSM.taps` of its parameters, in plain PyTorch."""
+    slots = B.shape[1]
+    n = 2 * slots  # no wrap-around
+    spectrum = torch.fft.rfft(B, n=n).conj() * torch.fft.rfft(C, n=n)
+    taps = torch.fft.irfft(spectrum, n=n)[:, :slots]
+    return torch.cat([taps[:, :1] + D[:, None], taps[:, 1:]], 1)
 
 
 class ShiftSSM(SSMModule):
@@ -65,10 +75,8 @@ class ShiftSSM(SSMModule):
             (D, N), float32 (float64 for a float64 module), differentiable.
         """
         self.check_precision()
-        n = 2 * self.d_state  # no wrap-around
-        spectrum = torch.fft.rfft(self.B, n=n).conj() * torch.fft.rfft(self.C, n=n)
-        taps = torch.fft.irfft(spectrum, n=n)[:, : self.d_state]
-        return torch.cat([taps[:, :1] + self.D[:, None], taps[:, 1:]], 1)
+        make = shift_taps if can_filter(self.B) else plain_taps
+        return make(self.B, self.C, self.D)
 
     def step(
         self, k: Float[Tensor, "B D"], state: Float[Tensor, "B D N"] | None = None

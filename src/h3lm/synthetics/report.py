@@ -13,7 +13,7 @@ from h3lm.synthetics.settings import MIXERS_BY_DEFAULT, PAPER_LONGER, SETTINGS
 CUT = "†"  # marks what the time allowed cut short
 CURVE_POINTS = 40  # the whole grid of seven tasks stays below a megabyte
 _COLUMNS = (
-    "mixer", "paper", "one recipe", "lr", "best of the search", "lr", "steps", "loss",
+    "mixer", "paper", "one recipe", "lr", "best of the search", "lr", "best look", "steps", "loss",
     "parameters", "state, floats",
 )  # fmt: skip
 
@@ -236,7 +236,8 @@ class Report:
         lines = [
             f"## {setting}",
             "",
-            "Accuracy in per cent at the last step, mean over seeds (spread: standard deviation).",
+            "Accuracy in per cent at the last step, mean over seeds (spread: standard deviation). "
+            "The columns from the best look at the test rows on are of the search if there is one.",
             "",
             f"| {' | '.join(_COLUMNS)} |",
             "|---" * len(_COLUMNS) + "|",
@@ -250,6 +251,7 @@ class Report:
                 mixer,
                 f"{paper[mixer]:.1f}" if mixer in paper else "-",
                 *(cell for runs in (recipe, search) for cell in _cells(runs, seeds)),
+                _spread([r.best_accuracy for r in shown]),
                 f"{fmean(r.steps for r in shown):,.0f}",
                 _loss(shown),
                 f"{size['parameters']:,}",

@@ -98,8 +98,8 @@ def plan(
     """
     if seeds < 1:
         raise UserError(f"seeds={seeds} must be positive")
-    if learning_rate is not None and not learning_rate > 0:
-        raise UserError(f"learning_rate={learning_rate} must be positive")
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise UserError(f"learning_rate={learning_rate} must be positive and finite")
     if max_steps is not None and max_steps < 1:
         raise UserError(f"max_steps={max_steps} must be positive")
     settings = {}
@@ -136,7 +136,8 @@ def model_config(mixer: str, setting: Setting) -> H3Config:
     Raises:
         UserError: if there is no such mixer, or it does not fit two layers.
     """
-    names, head_dim, num_taps = [], 1, None
+    names: list[str] = []
+    asked: set[tuple[int, ...]] = set()
     for part in mixer.split("+"):
         name, *sizes = part.split(":")
         if "bidirectional" in name:
@@ -151,9 +152,12 @@ def model_config(mixer: str, setting: Setting) -> H3Config:
                 raise UserError(f"{part!r}: a number of channels goes with h3 or hybrid, as h3:2")
             if len(sizes) > 2:
                 raise UserError(f"{part!r}: channels of a head and taps are all there is: h3:1:8")
-            head_dim = int(sizes[0])
-            num_taps = int(sizes[1]) if len(sizes) == 2 else None
+        if name in ("h3", "hybrid"):
+            asked.add(tuple(map(int, sizes)))
         names.append(name)
+    if len(asked) > 1:
+        raise UserError(f"mixer {mixer!r}: the H3 layers of a model share their sizes")
+    chosen = asked.pop() if asked else ()
     attention_only = names == ["attention"] or set(names) == {"attention"}
     length = setting.task.length + 2  # the recall rows hold two more inputs than the pairs
     try:
@@ -164,8 +168,8 @@ def model_config(mixer: str, setting: Setting) -> H3Config:
             num_attention_heads=1,
             mixers=names[0] if len(names) == 1 else names,
             num_learned_positions=length if attention_only else 0,
-            h3_head_dim=head_dim,
-            h3_num_taps=num_taps,
+            h3_head_dim=chosen[0] if chosen else 1,
+            h3_num_taps=chosen[1] if len(chosen) > 1 else None,
             embedding_dropout=0.1,
             attention_dropout=0.1,
         )
@@ -418,8 +422,11 @@ def _outcome(job: Job, members: list[Member], longer: dict[int, list[float]]) ->
     best = max(members, key=lambda m: (m.finished, m.last, -m.test_loss))
     assert best.model is not None
     _save(best.model, job.out / "models" / f"{job.name}-{_file_name(job.mixer)}")
-    if set(job.mixer.split("+")) == {"h3"} and not job.name.startswith("mqar"):
-        plots.plot_trace(trace(best.model, best.data), job.out / f"trace-{job.name}.png")
+    config = best.model.config
+    one_channel = set(config.mixers) == {"h3"} and config.h3_head_dim == 1
+    if one_channel and not job.name.startswith("mqar"):
+        which = "" if job.mixer == "h3" else f"-{_file_name(job.mixer)}"
+        plots.plot_trace(trace(best.model, best.data), job.out / f"trace-{job.name}{which}.png")
     steps = -(-job.setting.num_train // job.setting.recipe.batch_size)
     runs = [
         Run(

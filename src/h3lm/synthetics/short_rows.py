@@ -25,7 +25,8 @@ from h3lm.layers.s4 import S4
 from h3lm.ssm import DiagonalSystem, ShiftSSM
 from h3lm.ssm.dplr import DPLRSystem
 
-MAX_LENGTH = 64
+MAX_LENGTH = 256
+_BY_PRODUCT = 64  # longest filter whose matrix is cheaper as a product than as a shifted copy
 
 
 def shorten(model: nn.Module) -> None:
@@ -41,6 +42,9 @@ def shorten(model: nn.Module) -> None:
         elif isinstance(module, Recurrence):
             module.backend = "torch"
             longest = None if isinstance(module, S4) else MAX_LENGTH
+            if isinstance(module, S4):
+                # kernels are tried at their first use, which cannot be under vmap
+                module.system().quick_filter(2)
             module.mix = _for_short(module.mix, module, _mix, 2, longest)  # type: ignore[method-assign]
 
 
@@ -63,7 +67,9 @@ def attend(
 def response(system: DiagonalSystem | DPLRSystem, length: int) -> Float[Tensor, "H L"]:
     """The impulse response, skip term included."""
     if isinstance(system, DPLRSystem):
-        return _with_skip(_krylov(system, length), system.skip)
+        return _with_skip(system.quick_filter(length), system.skip)
+    if length > _BY_PRODUCT:
+        return _with_skip(system.filter(length), system.skip)
     powers = system.powers(torch.arange(length, device=system.a.device)).mT  # [H, L, N/2]
     weights = (2 * (system.b * system.c)).to(powers.dtype)
     # Re(w a^l) as a product of real rows and columns
@@ -74,9 +80,20 @@ def response(system: DiagonalSystem | DPLRSystem, length: int) -> Float[Tensor, 
 
 def convolve(taps: Float[Tensor, "H L"], x: Float[Tensor, "H rows L"]) -> Float[Tensor, "H rows L"]:
     """Causal convolution of each channel's rows with its taps, as one matrix product."""
-    L = x.shape[-1]
-    # the matrix by a product too: the gradient of an index is a sum of scattered elements
-    return x @ (taps.to(x.dtype) @ _shifts(L, x.dtype, x.device)).unflatten(-1, (L, L))
+    return x @ _toeplitz(taps.to(x.dtype))
+
+
+def _toeplitz(taps: Float[Tensor, "H L"]) -> Float[Tensor, "H L L"]:
+    """[u, t] = taps[t - u], zero below the diagonal.
+
+    By a product, or by laying a row of 2 L out again and again at a distance of 2 L - 1: the
+    gradient of an index would be a sum of scattered elements.
+    """
+    L = taps.shape[-1]
+    if L <= _BY_PRODUCT:
+        return (taps @ _shifts(L, taps.dtype, taps.device)).unflatten(-1, (L, L))
+    rows = F.pad(taps, (0, L))[:, None].expand(-1, L, -1).flatten(1)
+    return rows[:, : L * (2 * L - 1)].unflatten(1, (L, 2 * L - 1))[..., :L]
 
 
 def _for_short(
@@ -119,46 +136,10 @@ def _h3(mixer: H3, u: Tensor) -> Tensor:
 
 def _shift_response(ssm: ShiftSSM, length: int) -> Tensor:
     """`ShiftSSM.taps` by its definition, f_j = sum_n B_n C_{n+j}, without a transform."""
-    windows = F.pad(ssm.C, (0, length)).unfold(1, ssm.d_state, 1)[:, :length]
-    return _with_skip((windows @ ssm.B[..., None])[..., 0], ssm.D)
-
-
-def _krylov(system: DPLRSystem, length: int) -> Tensor:
-    """C Abar^l Bbar for l = 0 .. length - 1, by doubling, on real states (Re x, Im x).
-
-    Abar = 2 g (g - A)^-1 - 1 and Bbar = 2 (g - A)^-1 B with g = 2/dt, where by Sherman-Morrison
-
-        (g - A)^-1 = W - W P P* W / (1 + P* W P),   W = 1/(g - eigenvalues)
-    """
-    wide = torch.complex128
-    g = 2 / system.dt.double()[:, None]
-    W = 1 / (g - system.eigenvalues.to(wide))
-    P, B, c = (x.to(wide) for x in (system.P, system.B, system.c))
-    into, out = W * P, W * P.conj()
-    rank_one = 1 + 2 * (out * P).real.sum(-1, keepdim=True)
-    column = torch.cat([into.real, into.imag], -1)
-    row = 2 * torch.cat([out.real, -out.imag], -1) / rank_one
-    WB = W * B
-    start = torch.cat([WB.real, WB.imag], -1) - column * (
-        2 * (out * B).real.sum(-1, keepdim=True) / rank_one
-    )
-    # vectors in float64, matrices rounded
-    N, narrow = column.shape[-1], system.dt.dtype
-    identity = torch.eye(N, dtype=narrow, device=g.device)
-    turn = identity.roll(N // 2, 0)  # multiplication by i, but for the sign
-    turn = torch.cat([-turn[: N // 2], turn[N // 2 :]])
-    real, imag = (
-        torch.cat([x, x], -1)[..., None].to(narrow) for x in (2 * g * W.real - 1, 2 * g * W.imag)
-    )
-    power = identity * real + turn * imag
-    power = power - (2 * g * column).to(narrow)[..., None] * row.to(narrow)[:, None]
-    states = 2 * start[..., None].to(narrow)
-    while states.shape[-1] < length:
-        states = torch.cat([states, power @ states], -1)
-        if states.shape[-1] < length:
-            power = power @ power
-    readout = torch.cat([2 * c.real, -2 * c.imag], -1).to(states.dtype)
-    return (readout[:, None] @ states)[:, 0, :length]
+    known = min(length, ssm.d_state)
+    windows = F.pad(ssm.C, (0, known)).unfold(1, ssm.d_state, 1)[:, :known]
+    taps = (windows @ ssm.B[..., None])[..., 0]
+    return _with_skip(F.pad(taps, (0, length - known)), ssm.D)
 
 
 def _with_skip(taps: Tensor, skip: Tensor) -> Tensor:

@@ -58,6 +58,8 @@ def training_arguments(recipe: Recipe, before: str = "") -> TrainingArguments:
         ddp_find_unused_parameters=False,
         dataloader_num_workers=recipe.data_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        # or each batch waits for the step before it
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],

@@ -33,7 +33,6 @@ from h3lm.train.examples import (
     ExampleDataset,
     ExampleOrder,
 )
-from h3lm.train.graphs import GraphedSteps
 from h3lm.train.interrupt import StopOnSignal
 from h3lm.train.memory import short_of_memory
 from h3lm.train.outcome import Result
@@ -68,19 +67,10 @@ class ClassificationTrainer(H3Trainer):
     ) -> None:
         self.watched, self.settings = watched, settings
         super().__init__(recipe, [], **arguments)
-        whole = self.args.gradient_accumulation_steps == 1 and world_size() == 1
-        captures = settings.graphs and whole and self.args.device.type == "cuda"
-        self.graphs = GraphedSteps(self.model.parameters()) if captures else None
 
-    def training_step(  # noqa: D102 (the library's)
-        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        if self.graphs is None:
-            return super().training_step(model, inputs, *args, **kwargs)
-        step = super(H3Trainer, self).training_step  # its watch would be part of the graph
-        loss = self.graphs(self._prepare_inputs(inputs), lambda x: step(model, x, *args, **kwargs))
-        self.finite.see(loss, self.state.global_step + 1)
-        return loss
+    def wants_graphs(self) -> bool:
+        """As the recipe's `classification` says."""
+        return self.settings.graphs
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         total = self.args.max_steps * self.recipe.batch_size

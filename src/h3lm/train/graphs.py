@@ -1,8 +1,9 @@
 """Forward and backward passes replayed as CUDA graphs.
 
-A step of a small model is hundreds of launches from Python, which a GPU waits for. Batches of one
-form (names, shapes, dtypes) run as they are a few times and are then captured; from there on a step
-is a copy of its inputs and one launch. Dropout draws from the same generator either way.
+A step is hundreds of launches from Python, which a GPU waits for. Batches of one form (names,
+shapes, dtypes) run as they are a few times and are then captured; from there on a step is a copy of
+its inputs and one launch. Dropout draws from the same generator either way. What follows, clipping
+and the optimiser, is launched as ever: the host has the time while the graph runs.
 """
 
 import logging
@@ -35,7 +36,8 @@ class _Captured:
 class GraphedSteps:
     """Runs a step, a forward and a backward pass, by a graph where it can.
 
-    Gradients must be None before each step, and are in `grad` of the parameters behind it.
+    Gradients are in `grad` of the parameters behind it. Where they are None before it they are
+    new, else the step adds to them: that is another graph.
 
     Args:
         parameters: What gets gradients.
@@ -55,6 +57,11 @@ class GraphedSteps:
         self._pool: Any = None
         self._off = False
 
+    @property
+    def captured(self) -> bool:
+        """Whether there is a graph to replay."""
+        return bool(self._captured)
+
     def __call__(self, inputs: Inputs, step: Step) -> Tensor:
         """The loss, detached, of a step on inputs that lie on the device.
 
@@ -62,12 +69,16 @@ class GraphedSteps:
             inputs: Of the step.
             step: Forward and backward pass; must not wait for the device.
         """
-        form = tuple((name, x.shape, x.dtype) for name, x in sorted(inputs.items()))
+        shapes = tuple((name, x.shape, x.dtype) for name, x in sorted(inputs.items()))
+        adds = any(parameter.grad is not None for parameter in self._parameters)
+        form = adds, shapes
         found = self._captured.get(form)
         if found is None:
-            self._seen[form] += 1
+            # a graph that adds does so where a first one has left its gradients
+            early = adds and (False, shapes) not in self._captured
+            self._seen[form] += not early
             full = len(self._captured) >= MAX_FORMS
-            if self._off or full or self._seen[form] <= WARM_STEPS:
+            if self._off or full or early or self._seen[form] <= WARM_STEPS:
                 return step(inputs)
             found = self._record(inputs, step)
             if found is None:
@@ -75,6 +86,8 @@ class GraphedSteps:
             self._captured[form] = found
         for name, x in inputs.items():
             found.inputs[name].copy_(x)
+        if adds:
+            self._bring(found.grads)
         found.graph.replay()
         for parameter, grad in zip(self._parameters, found.grads, strict=True):
             parameter.grad = grad
@@ -82,18 +95,25 @@ class GraphedSteps:
 
     def _record(self, inputs: Inputs, step: Step) -> _Captured | None:
         held = {name: x.clone() for name, x in inputs.items()}
+        before = [parameter.grad for parameter in self._parameters]
         try:
             graph, loss = self._capture(lambda: step(dict(held)), self._pool)
         except RuntimeError as error:
             self._off = True
-            for parameter in self._parameters:
-                parameter.grad = None
+            for parameter, grad in zip(self._parameters, before, strict=True):
+                parameter.grad = grad
             reason = str(error).splitlines()[0]
             logger.warning("steps cannot be captured and are launched one by one: %s", reason)
             return None
         self._pool = graph.pool()
         grads = [parameter.grad for parameter in self._parameters]
         return _Captured(graph, held, loss, grads)
+
+    def _bring(self, places: list[Tensor | None]) -> None:
+        """Copy gradients to where a graph adds to them, if a step without one has left them."""
+        for parameter, place in zip(self._parameters, places, strict=True):
+            if parameter.grad is not place and place is not None:
+                place.zero_() if parameter.grad is None else place.copy_(parameter.grad)
 
 
 def record(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:

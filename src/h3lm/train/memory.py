@@ -116,12 +116,16 @@ class Estimate:
         """Weights, gradients and optimiser, which are there all along."""
         return sum(BYTES.values()) * self._own
 
-    def activations(self, recomputed: bool) -> float:
+    def activations(self, recomputed: bool, gathered: bool = False) -> float:
         """What comes on top of all that is held, at the worst moment of a step."""
-        return self.needs(recomputed) - self.held
+        return self.needs(recomputed, gathered) - self.held
 
-    def needs(self, recomputed: bool) -> float:
+    def needs(self, recomputed: bool, gathered: bool = False) -> float:
         """All together at the worst moment of a step.
+
+        Args:
+            recomputed: Whether blocks are recomputed in the backward pass.
+            gathered: Whether a sharded model's blocks stay whole until then.
 
         That is when the loss is taken, when the backward pass begins, or when it ends: what
         blocks keep goes as gradients come, unless earlier parts of the batch have left some. A
@@ -137,7 +141,7 @@ class Estimate:
         loss = kept + (copies if recomputed else 0.0) + self._head()
         early = self.held - (0 if self.accumulated else BYTES["gradients"] * self._own)
         ends = self.held + (1 + BLOCK_GRADIENTS) * one
-        return max(early + begins, early + loss, ends) + self._gathered()
+        return max(early + begins, early + loss, ends) + self._gathered(gathered)
 
     def _head(self) -> float:
         """The loss: its part of the logits, the head in bfloat16, a new gradient of the head."""
@@ -148,13 +152,14 @@ class Estimate:
     def _own(self) -> float:
         return self.parameters / self.parts
 
-    def _gathered(self) -> float:
+    def _gathered(self, all_blocks: bool) -> float:
         """What a sharded model gathers: the root with its gradient, and two blocks at a time."""
         if self.parts == 1:
             return 0.0
         root = self.vocab * self.width
-        block = (self.parameters - root) / len(self.kept)
-        return 8.0 * root + 12.0 * block
+        blocks = self.parameters - root
+        kept = (2.0 if self.half else 4.0) * blocks if all_blocks else 0.0
+        return 8.0 * root + 12.0 * blocks / len(self.kept) + kept
 
     def choose(self, wanted: bool | None) -> tuple[bool, str]:
         """Whether to recompute blocks in the backward pass, and why.
@@ -170,6 +175,12 @@ class Estimate:
         if self.needs(False) <= room:
             return False, f"they fit {room / GB:.1f}, {USABLE:.0%} of the device's"
         return True, f"without that it would take {self.needs(False) / GB:.1f} of {room / GB:.1f}"
+
+    def keeps_gathered(self, recomputed: bool) -> bool:
+        """Whether a sharded model's blocks may stay whole from forward to backward pass."""
+        if self.parts == 1 or self.total is None:
+            return False
+        return self.needs(recomputed, gathered=True) <= USABLE * self.total
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what cannot fit even with recomputation.
@@ -200,14 +211,14 @@ class Estimate:
                 return f"parallel=fsdp on {parts} processes of one copy divides it far enough"
         return "no number of processes divides it far enough: shorten block_length, or use mesh.seq"
 
-    def words(self, recomputed: bool) -> str:
-        """The estimate for people."""
+    def words(self, recomputed: bool, gathered: bool = False) -> str:
+        """The estimate for people; arguments as of `needs`."""
         shares = {name: size * self._own for name, size in BYTES.items()}
-        shares["activations"] = self.activations(recomputed)
+        shares["activations"] = self.activations(recomputed, gathered)
         words = "GB of a process: " + ", ".join(f"{n} {b / GB:.2f}" for n, b in shares.items())
         if self.total is None:
             return words
-        free = (self.total - self.needs(recomputed)) / GB
+        free = (self.total - self.needs(recomputed, gathered)) / GB
         rest = f"leaves {free:.2f} free" if free > 0 else f"lacks {-free:.2f}"
         return f"{words}; of {self.total / GB:.2f} that {rest}"
 

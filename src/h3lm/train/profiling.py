@@ -26,8 +26,9 @@ BY_NAME = (
     ("communication", ("FSDP::", "c10d::", "nccl:", "gloo:")),
     ("optimizer", ("Optimizer.", "fused_adam", "clip_grad", "_foreach_")),
     ("attention", ("scaled_dot_product", "attention_backward")),
-    ("H3 core", ("h3lm::",)),
-    ("loss", ("log_softmax", "nll_loss", "cross_entropy", "LogSoftmax", "NllLoss")),
+    ("making of operators", ("chunk_operators", "h3lm::bilinear", "shift_taps")),
+    ("loss", ("head_loss", "log_softmax", "nll_loss", "cross_entropy", "LogSoftmax", "NllLoss")),
+    ("H3 core", ("h3lm::", "h3lm_h3_core")),
     ("norms", ("layer_norm", "LayerNorm")),
     ("products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "_scaled_mm")),
 )

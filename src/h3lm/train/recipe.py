@@ -118,6 +118,12 @@ class Recipe:
         "torch.compile each block (blocks: quick to start) or the whole model (model)",
         free=True,
     )
+    graphs: bool | None = key(
+        None,
+        "replay forward and backward pass of a language model on one GPU as CUDA graphs; null: "
+        "unless blocks are recomputed, states reset at documents or steps profiled",
+        free=True,
+    )
     parallel: str = key(
         "ddp",
         "how the processes of torchrun share a model: ddp, each holds it whole, or fsdp (FSDP2), "

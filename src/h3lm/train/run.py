@@ -91,10 +91,10 @@ def _train(recipe: Recipe, console: Console) -> Result:
     if recipe.init_from is not None:
         _check_tokenizer(blocks, recipe.init_from)
     config = _config(recipe, len(tokenizer))
-    recomputed = _choose_checkpointing(recipe, config, mesh, arguments, console)
+    recomputed, gathered = _choose_memory(recipe, config, mesh, arguments, console)
     set_checkpointing(arguments, recomputed)
     set_seed(recipe.seed)
-    model = _make_model(recipe, config, mesh, arguments)
+    model = _make_model(recipe, config, mesh, arguments, gathered)
     blocks.check_vocabulary(model.config.vocab_size)
     fit_tokenizer(model, tokenizer)
     mesh.check(model, recipe)
@@ -214,10 +214,12 @@ def _config(recipe: Recipe, vocab_size: int) -> H3Config:
     return load_config(recipe.init_from)
 
 
-def _choose_checkpointing(
+def _choose_memory(
     recipe: Recipe, config: H3Config, mesh: Mesh, arguments: TrainingArguments, console: Console
-) -> bool:
-    """Whether to recompute blocks, by an estimate of the memory that is told.
+) -> tuple[bool, bool]:
+    """Whether to recompute blocks, and whether sharded ones stay whole until they are needed again.
+
+    By an estimate of the memory that is told.
 
     Raises:
         UserError: if the model cannot fit, with the nearest setting that does.
@@ -226,22 +228,27 @@ def _choose_checkpointing(
     estimate.check(recipe)
     chosen, why = estimate.choose(recipe.gradient_checkpointing)
     chosen = bool(largest(int(chosen)))  # all processes alike
-    console.print(estimate.words(chosen), highlight=False)
+    gathered = not largest(int(not estimate.keeps_gathered(chosen)))
+    console.print(estimate.words(chosen, gathered), highlight=False)
     how = "recomputed in the backward pass" if chosen else "kept, not recomputed"
     if estimate.total is not None or chosen:
         console.print(f"activations of blocks are {how}: {why}", highlight=False, soft_wrap=True)
-    return chosen
+    if gathered:
+        console.print("sharded blocks stay whole from forward to backward pass: there is room")
+    return chosen, gathered
 
 
 def _make_model(
-    recipe: Recipe, config: H3Config, mesh: Mesh, arguments: TrainingArguments
+    recipe: Recipe, config: H3Config, mesh: Mesh, arguments: TrainingArguments, gathered: bool
 ) -> H3ForCausalLM:
     """The model as it is trained: on the CPU, or sharded on its devices."""
     shard = None
     if recipe.parallel == "fsdp" and world_size() > 1:
         compute_dtype = torch.bfloat16 if arguments.bf16 else None
         grid = mesh.sharding(arguments.device)
-        shard = functools.partial(shard_model, mesh=grid, compute_dtype=compute_dtype)
+        shard = functools.partial(
+            shard_model, mesh=grid, compute_dtype=compute_dtype, keep_gathered=gathered
+        )
     device = "cpu" if shard is None else str(arguments.device)
     if recipe.init_from is None:
         return build_model(config, shard, device)
@@ -302,7 +309,8 @@ def say_resumed(checkpoint: Checkpoint, precision: str, console: Console) -> Non
     words = f"resuming at step {point.step:,} from {checkpoint.folder}"
     if point.processes != world_size():
         words += (
-            f", written by {point.processes} processes and read by {world_size()}: "
+            f", written by {point.processes} process{'es' * (point.processes != 1)} and read by "
+            f"{world_size()}: "
             "random numbers (dropout) will be others"
         )
     if point.precision not in ("", precision):

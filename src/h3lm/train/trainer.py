@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
@@ -33,14 +32,23 @@ from h3lm.train.checkpoints import RunPoint
 from h3lm.train.compiling import compile_model, eagerly
 from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut, order_of
 from h3lm.train.finite import FiniteWatch
+from h3lm.train.graphs import GraphedSteps
 from h3lm.train.mesh import Mesh
 from h3lm.train.optimizer_state import load_optimizer, save_optimizer
-from h3lm.train.parallel import is_sharded, reshard, whole_weights
+from h3lm.train.parallel import (
+    ShardAdamW,
+    clip_gradients,
+    is_sharded,
+    reshard,
+    whole_weights,
+)
 from h3lm.train.param_groups import parameter_groups
 from h3lm.train.processes import first_says, is_first, rank, summed, wait_for_all, world_size
 from h3lm.train.progress import Clock, Speed
 from h3lm.train.recipe import Recipe
 from h3lm.train.schedule import learning_rate_factor
+
+NUMBER = "num_items_in_batch"
 
 
 class H3Trainer(Trainer):
@@ -82,6 +90,8 @@ class H3Trainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.finite = FiniteWatch(self.args.device)
+        captured = self.args.device.type == "cuda" and world_size() == 1 and self.wants_graphs()
+        self.graphs = GraphedSteps(self.model.parameters()) if captured else None
 
     @property
     def checkpoints_folder(self) -> Path:
@@ -92,11 +102,26 @@ class H3Trainer(Trainer):
         """As the library's, noting in `trained_s` how long all starts together have trained."""
         output = super().train(*args, **kwargs)
         self.trained_s = self.clock.elapsed_s
+        if self.graphs is not None:
+            self.graphs = None  # whose memory what follows may need
+            self.model.zero_grad()
         if self.mesh.seq > 1:
             share_rows(self.model, None)
         return output
 
     # What is trained, how, and on what
+
+    def wants_graphs(self) -> bool:
+        """Whether one process with a GPU replays its steps, which is what the recipe leaves open.
+
+        Not where the host looks at numbers within a step: at positions, for documents that are
+        kept apart, and at the state of the random numbers, for blocks that are recomputed.
+        """
+        recipe = self.recipe
+        if recipe.graphs is not None:
+            return recipe.graphs
+        looks = recipe.reset_state_at_documents or self.args.gradient_checkpointing
+        return not looks and recipe.profile_steps is None
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         # Here the model is on its device with a checkpoint's weights, and has no optimiser yet
@@ -121,7 +146,7 @@ class H3Trainer(Trainer):
             )
             for group in groups:
                 group.pop("names")
-            self.optimizer = AdamW(
+            self.optimizer = ShardAdamW(
                 groups,
                 lr=recipe.learning_rate,
                 betas=(recipe.beta1, recipe.beta2),
@@ -225,11 +250,26 @@ class H3Trainer(Trainer):
         """As the library's, without logits that nobody reads."""
         return super().compute_loss(model, inputs | {"skip_logits": True}, *args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the library's, keeping an eye on the loss."""
-        loss = super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As the library's, by a graph where steps are captured; keeps an eye on the loss."""
+        step = super().training_step
+        if self.graphs is None:
+            loss = step(model, inputs, num_items_in_batch)
+        else:
+            given = self._prepare_inputs(inputs)
+            if num_items_in_batch is not None:
+                number = torch.as_tensor(num_items_in_batch, device=self.args.device)
+                given = given | {NUMBER: number}
+            loss = self.graphs(given, lambda held: step(model, held, held.pop(NUMBER, None)))
         self.finite.see(loss, self.state.global_step + 1)
         return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if is_sharded(self.model):
+            return clip_gradients(self.model, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)

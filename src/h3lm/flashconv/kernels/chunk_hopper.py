@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from h3lm.flashconv.kernels.launch import (
     Gradients,
     Operators,
+    empty_rows,
     multiprocessors,
     plan,
     saved_states_shape,
@@ -197,12 +198,14 @@ def all_groups_4(total):
 @gluon.jit(do_not_specialize=["B", "rows_per_program", "tiles", "segments"])
 def forward_kernel(
     q, k, v, o, F, M, K, P, decay, carry, start, end, tile_states,
-    q_row, q_channel, k_row, k_channel, v_row, v_channel,
+    q_row, q_channel, k_row, k_channel, v_row, v_channel, o_row, o_channel,
     B, D, L, rows_per_program, tiles, total, segments,
-    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr,
+    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Forward pass; strides and the length are multiples of 16, o is contiguous."""
-    STAGES: gl.constexpr = 2
+    """Forward pass; strides and the length are multiples of 16.
+
+    STAGES: 2, or 1 where a program has one tile: then a third program fits on a multiprocessor.
+    """
     CHUNKS: gl.constexpr = C // ROWS
     dtype: gl.constexpr = k.dtype.element_ty
     mma: gl.constexpr = PRODUCT_4
@@ -334,8 +337,8 @@ def forward_kernel(
             mask, _ = tile_masks(
                 tile_row, position, begin, B, length, row_in_tile, inner, ROWS, EVEN
             )
-            o_base = tile_base(o, source * D + channel, channel, begin + position, total, 0)
-            o_at = in_tile_offsets(row_in_tile, inner, D * total, ROWS)
+            o_base = tile_base(o, source, channel, begin + position, o_row, o_channel)
+            o_at = in_tile_offsets(row_in_tile, inner, o_row, ROWS)
             store_tile(q_tile, o_base + o_at, mask, COPY_4, EVEN)
 
 
@@ -413,11 +416,14 @@ def backward_copies(
 def backward_kernel(
     q, k, v, do, dq, dk, dv, F, M, K, P, decay, carry, start, tile_states, dend,
     dF, dM, dK, dP, ddecay, dcarry, dstart,
-    q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
+    q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel, d_row, d_channel,
     B, D, L, rows_per_program, tiles, total, segments,
     ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr,
 ):  # fmt: skip
-    """Every gradient in one launch, tiles from last to first; arguments as in plain Triton."""
+    """Every gradient in one launch, tiles from last to first; arguments as in plain Triton.
+
+    But strides of dq, dk and dv count rows of L: as wide numbers they would spill.
+    """
     STAGES: gl.constexpr = 2
     CHUNKS: gl.constexpr = C // ROWS
     dtype: gl.constexpr = k.dtype.element_ty
@@ -626,8 +632,8 @@ def backward_kernel(
         at_last = warpgroup_mma(ds_tile.permute((1, 0)), h_tile, zero, use_acc=False, is_async=True)
         position = tile * (CHUNKS * T)
         mask, _ = tile_masks(tile_row, position, begin, B, length, row_in_tile, inner, ROWS, EVEN)
-        out_at = in_tile_offsets(row_in_tile, inner, D * total, ROWS)
-        out_base = (source.to(gl.int64) * D + channel) * total + begin + position
+        out_at = in_tile_offsets(row_in_tile, inner, d_row * total, ROWS)
+        out_base = (source * d_row + channel * d_channel).to(gl.int64) * total + begin + position
         store_tile(dq_tile, dq + out_base + out_at, mask, COPY_8, EVEN)
         store_tile(dv_tile, dv + out_base + out_at, mask, COPY_8, EVEN)
         d_k = warpgroup_mma_wait(2, deps=[d_k])
@@ -671,16 +677,17 @@ def forward(
     D, total = k.shape[1:]
     B, L = k.shape[0] * segments, segment_length(total, segments)
     walk = plan(B, D, L, C.value, slots=2 * multiprocessors(k.device))
-    o = k.new_empty((k.shape[0], D, total) if with_output else (0,))
+    o = empty_rows(k) if with_output else k.new_empty(0)
     end = k.new_empty((B, D, N.value // 2, 2) if with_end else (0,), dtype=torch.float32)
     shape = saved_states_shape(k, D, N.value // 2, segments) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
     forward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, o if with_output else None, *operators, carry, start, end if with_end else None,
         states if states.numel() else None,
-        *strides(q), *strides(k), *strides(v), B, D, L, walk.rows_per_program, walk.tiles,
-        total, segments, ROWS=walk.rows_per_tile,
+        *strides(q), *strides(k), *strides(v), *strides(o if with_output else None),
+        B, D, L, walk.rows_per_program, walk.tiles, total, segments, ROWS=walk.rows_per_tile,
         EVEN=walk.is_even(B, L, C.value) and total == segments * L, SEGMENTED=segments > 1,
+        STAGES=1 if walk.rows_per_program == walk.rows_per_tile and walk.tiles == 1 else 2,
         num_warps=4,
     )  # fmt: skip
     return o, end, states
@@ -698,17 +705,19 @@ def backward(
     states: Tensor,
     *,
     segments: int = 1,
+    into: tuple[Tensor, ...] | None = None,
 ) -> Gradients:
     """Launch the backward pass: arguments and results as in `chunk_triton.backward`."""
     D, total = k.shape[1:]
     B, L = k.shape[0] * segments, segment_length(total, segments)
     walk = plan(B, D, L, C.value, slots=multiprocessors(k.device))
-    grads = Gradients.empty(q, k, v, operators, carry, start, walk, segments)
+    grads = Gradients.empty(q, k, v, operators, carry, start, walk, segments, into)
     backward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, do, grads.q, grads.k, grads.v, *operators, carry, start,
         states if states.numel() else None, dend,
         grads.F, grads.M, grads.K, grads.P, grads.decay, grads.carry, grads.start,
         *strides(q), *strides(k), *strides(v), *strides(do),
+        *(stride // total for stride in strides(grads.k)),
         B, D, L, walk.rows_per_program, walk.tiles,
         total, segments, ROWS=walk.rows_per_tile,
         EVEN=walk.is_even(B, L, C.value) and total == segments * L, SEGMENTED=segments > 1,

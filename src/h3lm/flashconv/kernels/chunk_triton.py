@@ -28,6 +28,7 @@ from torch import Tensor
 from h3lm.flashconv.kernels.launch import (
     Gradients,
     Operators,
+    empty_rows,
     filter_blocks,
     multiprocessors,
     plan,
@@ -63,6 +64,7 @@ from h3lm.flashconv.kernels.tile import (
 # of a launch, the best on an H200
 FORWARD = {"num_warps": 4, "num_stages": 1}
 BACKWARD = {"num_warps": 4, "num_stages": 1}
+FETCH = True
 
 
 @triton.jit
@@ -110,9 +112,19 @@ def tile_at(pointer, row, channel, row_stride, channel_stride, first, inner, row
     """
     base = pointer + (row.to(tl.int64) * row_stride + channel.to(tl.int64) * channel_stride + first)
     if ROWS > 1:
-        return base + (row_in_tile.to(tl.int64) * row_stride)[:, None] + inner
+        offset = row_in_tile.to(tl.int64) * row_stride
+        return base + (offset if len(inner.shape) == 1 else offset[:, None]) + inner
     else:
         return base + inner
+
+
+@triton.jit
+def fetch_tile(pointers):
+    """Ask for a tile, given by where each of its chunks begins, to be brought into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.uint64)],
+        dtype=tl.uint32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -161,9 +173,11 @@ def forward_kernel(
     B, D, L, rows_per_program, tiles, slots, total, segments,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
-    REVERSED: tl.constexpr,
+    REVERSED: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Forward pass; a tile holds ROWS rows of C / ROWS chunks.
+
+    FETCH: the next tile is brought into the L2 cache while this one is worked on; for EVEN ones.
 
     REVERSED: chunks are walked from last to first, to add up what they leave to the left.
     """
@@ -215,6 +229,28 @@ def forward_kernel(
             if REVERSED:
                 mask = mask & (position >= 0)
 
+            if FETCH:
+                last = tile == tiles - 1
+                next_row = tl.minimum(tile_row + tl.where(last, ROWS, 0), B - ROWS)
+                next_first = tl.where(last, 0, first + CHUNKS * T)
+                next_source, _, next_begin, _, _ = span_of(
+                    next_row, B, L, total, segments, bounds, SEGMENTED
+                )
+                next_first += next_begin
+                fetch_tile(
+                    tile_at(k, next_source, channel, k_row, k_channel, next_first, in_row * T,
+                            row_in_tile, ROWS)
+                )  # fmt: skip
+                if v is not None:
+                    fetch_tile(
+                        tile_at(v, next_source, channel, v_row, v_channel, next_first, in_row * T,
+                                row_in_tile, ROWS)
+                    )  # fmt: skip
+                if q is not None:
+                    fetch_tile(
+                        tile_at(q, next_source, channel, q_row, q_channel, next_first, in_row * T,
+                                row_in_tile, ROWS)
+                    )  # fmt: skip
             first += begin
             k_at = tile_at(k, source, channel, k_row, k_channel, first, inner, row_in_tile, ROWS)
             k_tile = load_tile(k_at, mask, EVEN)
@@ -301,7 +337,7 @@ def forward_kernel(
 def backward_kernel(
     q, k, v, do, dq, dk, dv, F, M, K, P, decay, carry, start, tile_states, bounds, dend,
     dF, dM, dK, dP, ddecay, dcarry, dstart,
-    q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
+    q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel, d_row, d_channel,
     B, D, L, rows_per_program, tiles, slots, total, segments,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
@@ -310,8 +346,8 @@ def backward_kernel(
     """Gradients of the tensors (DATA), of F (FILTER), of M, K, P and the decay (SYSTEM).
 
     Each launch makes what it is asked for; tiles are walked from last to first.
-    States inside a tile are made again from the tile's start. dq, dk and dv are contiguous
-    (B, D, L). Each program writes its own sum of the operators' gradients, (programs, ...).
+    States inside a tile are made again from the tile's start. dq, dk and dv have strides in
+    common. Each program writes its own sum of the operators' gradients, (programs, ...).
     """
     CHUNKS: tl.constexpr = C // ROWS
     GROUPS: tl.constexpr = C // 8
@@ -481,7 +517,7 @@ def backward_kernel(
                 y = tl.dot(M_c, w, input_precision=PRECISION)
                 y = tl.dot(P_c, x, y, input_precision=PRECISION)
                 store_tile(
-                    tile_at(dq, source, channel, D * total, total, first, inner, row_in_tile, ROWS),
+                    tile_at(dq, source, channel, d_row, d_channel, first, inner, row_in_tile, ROWS),
                     tl.trans((y * do_tile.to(tl.float32)).to(dtype)),
                     mask,
                     EVEN,
@@ -496,7 +532,7 @@ def backward_kernel(
                 if DATA:
                     store_tile(
                         tile_at(
-                            dv, source, channel, D * total, total, first, inner, row_in_tile, ROWS
+                            dv, source, channel, d_row, d_channel, first, inner, row_in_tile, ROWS
                         ),
                         tl.trans((dw * s).to(dtype)),
                         mask,
@@ -532,7 +568,7 @@ def backward_kernel(
                         )
                     store_tile(
                         tile_at(
-                            dk, source, channel, D * total, total, first, inner, row_in_tile, ROWS
+                            dk, source, channel, d_row, d_channel, first, inner, row_in_tile, ROWS
                         ),
                         tl.trans(d_k.to(dtype)),
                         mask,
@@ -540,7 +576,7 @@ def backward_kernel(
                     )
             elif DATA:
                 store_tile(
-                    tile_at(dk, source, channel, D * total, total, first, inner, row_in_tile, ROWS),
+                    tile_at(dk, source, channel, d_row, d_channel, first, inner, row_in_tile, ROWS),
                     tl.trans(dw.to(dtype)),
                     mask,
                     EVEN,
@@ -595,7 +631,7 @@ def forward(
     C = tile_chunks(k.dtype)
     walk = plan(B, D, L, C, slots=8 * multiprocessors(k.device), packed=bounds is not None)
     slots = saved_slots(walk, total, C, bounds)
-    o = k.new_empty((k.shape[0], D, total) if with_output else (0,))
+    o = empty_rows(k) if with_output else k.new_empty(0)
     end = k.new_empty((B, D, N // 2, 2) if with_end else (0,), dtype=torch.float32)
     shape = saved_states_shape(k, D, N // 2, segments, bounds) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
@@ -608,7 +644,7 @@ def forward(
         B, D, L, walk.rows_per_program, walk.tiles, slots, total, segments,
         N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
         PRECISION=product_precision(k.dtype), EVEN=even, SEGMENTED=segments > 1,
-        REVERSED=leftwards, **FORWARD,
+        REVERSED=leftwards, FETCH=FETCH and even and k.is_cuda and not leftwards, **FORWARD,
     )  # fmt: skip
     return o, end, states
 
@@ -626,15 +662,19 @@ def backward(
     *,
     segments: int = 1,
     bounds: Tensor | None = None,
+    into: tuple[Tensor, ...] | None = None,
 ) -> Gradients:
-    """Launch the backward pass, with the states that the forward pass saved."""
+    """Launch the backward pass, with the states that the forward pass saved.
+
+    Gradients of q, k and v are made, or lie `into` tensors of common strides.
+    """
     D, total = k.shape[1:]
     B, L = rows_of_walk(k, segments, bounds), segment_length(total, segments)
     N = operators.K.shape[1]
     C = tile_chunks(k.dtype)
     walk = plan(B, D, L, C, slots=2 * multiprocessors(k.device), packed=bounds is not None)
     slots = saved_slots(walk, total, C, bounds)
-    grads = Gradients.empty(q, k, v, operators, carry, start, walk, segments)
+    grads = Gradients.empty(q, k, v, operators, carry, start, walk, segments, into)
     rounded = operators.rounded(k.dtype)
     # one launch for each kind of sum: together they do not fit in the registers
     for part in ("DATA", "FILTER", "SYSTEM"):
@@ -645,7 +685,7 @@ def backward(
             q, k, v, do, grads.q, grads.k, grads.v, *rounded, carry, start,
             states if states.numel() else None, bounds, dend,
             grads.F, grads.M, grads.K, grads.P, grads.decay, grads.carry, grads.start,
-            *strides(q), *strides(k), *strides(v), *strides(do),
+            *strides(q), *strides(k), *strides(v), *strides(do), *strides(grads.k),
             B, D, L, walk.rows_per_program, walk.tiles, slots, total, segments,
             N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
             PRECISION=product_precision(k.dtype),

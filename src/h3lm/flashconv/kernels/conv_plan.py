@@ -33,7 +33,8 @@ from h3lm.flashconv.kernels.fft_size import SIZES, size_for
 from h3lm.ssm.first_use import first_use
 
 logger = logging.getLogger("h3lm.flashconv")
-TOEPLITZ_CHECK = 304  # length of the rows that they are checked with
+# length of the rows that they are checked with, and of those of two chunks, of which 64 need others
+TOEPLITZ_CHECK, TWO_CHUNKS = 304, 256
 TOLERANCE = 1e-2  # of bfloat16, whose operands and results are off by 2^-9 each
 _found: dict[tuple[ConvAlgorithm, torch.device, int], str] = {}  # by `fault`
 
@@ -57,9 +58,9 @@ def plan(
     if algorithm == "torch.fft":
         return Plan(fft, fft.transform_length(length, taps, taps_reverse))
     if algorithm == "Toeplitz blocks":
-        from h3lm.flashconv.kernels import toeplitz_triton
+        from h3lm.flashconv.kernels import toeplitz_size, toeplitz_triton
 
-        return Plan(toeplitz_triton, toeplitz_triton.size_for(taps, taps_reverse, large))
+        return Plan(toeplitz_triton, toeplitz_size.size_for(taps, taps_reverse, large))
     if algorithm == "block FFT":
         from h3lm.flashconv.kernels import fft_launch
 
@@ -76,7 +77,7 @@ def works(algorithm: ConvAlgorithm, device: torch.device, length: int) -> bool:
     if device.type != "cuda":
         return True
     if algorithm == "Toeplitz blocks":
-        length = TOEPLITZ_CHECK  # one kernel for all lengths
+        length = TWO_CHUNKS if TWO_CHUNKS // 2 < length <= TWO_CHUNKS else TOEPLITZ_CHECK
     else:
         length = plan(algorithm, device, length, length, None).size.points
     if torch.cuda.is_current_stream_capturing():  # nothing can be tried there
@@ -88,7 +89,7 @@ def checks(device: torch.device) -> Iterator[tuple[ConvAlgorithm, int]]:
     """Algorithms and lengths to call `fault` with: one for each size of their kernels, or so."""
     large = capability(device) in HOPPER_SHARED
     most = MAX_FFT_LENGTH if large else MAX_FFT_LENGTH_SMALL
-    yield "Toeplitz blocks", TOEPLITZ_CHECK
+    yield from (("Toeplitz blocks", length) for length in (TOEPLITZ_CHECK, TWO_CHUNKS))
     yield from (("block FFT", points) for points in SIZES if points <= most)
     yield from (("block FFT through memory", most << shift) for shift in (1, 2, 3, 4, 7))
 
@@ -106,7 +107,8 @@ def _compare(algorithm: ConvAlgorithm, device: torch.device, length: int) -> str
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, device=device)
 
-    u, dy = (normal(3, 2, length).bfloat16() for _ in range(2))
+    rows = 70 if length == TWO_CHUNKS else 3
+    u, dy = (normal(rows, 2, length).bfloat16() for _ in range(2))
     f, back, skip = normal(2, 200), normal(2, 100), normal(2)
     for filter in (Filter(f), Filter(f, back, skip)):
         found, exact = (

@@ -25,8 +25,10 @@ from h3lm.flashconv.kernels.fft_triton import (
 )
 from h3lm.flashconv.kernels.lags import load_lags, parts
 from h3lm.flashconv.kernels.launch import multiprocessors
+from h3lm.flashconv.kernels.ready import ready
 
 
+@ready
 @triton.jit(do_not_specialize=["headroom", "taps", "taps_reverse", "period", "halves"])
 def spectrum_kernel(
     f, reverse, skip, f_channel, reverse_channel, taps, taps_reverse, period, halves,
@@ -89,6 +91,7 @@ def spectrum_kernel(
     tl.store(unscale + channel, back * root)
 
 
+@ready
 @triton.jit(do_not_specialize=["channels", "groups", "halves", "taps", "taps_reverse"])
 def filter_gradient_kernel(
     sums, df, dback, dskip, F_table, W_table, channels, groups, halves, taps, taps_reverse, root,
@@ -139,6 +142,7 @@ def both_orders(N1: tl.constexpr, N2: tl.constexpr):
     return k1 * N2 + k2, k1 + N1 * k2
 
 
+@ready
 @triton.jit
 def pack_kernel(spectrum, packed, N1: tl.constexpr, N2: tl.constexpr):
     """Order a filter's spectrum as `load_spectrum` reads it, in float32."""
@@ -150,6 +154,7 @@ def pack_kernel(spectrum, packed, N1: tl.constexpr, N2: tl.constexpr):
     tl.store(packed + N1 * N2, tl.load(spectrum + 1))
 
 
+@ready
 @triton.jit
 def unpack_kernel(sums, spectrum, N1: tl.constexpr, N2: tl.constexpr):
     """The order that `pack_kernel` makes, back to the natural one."""

@@ -37,6 +37,7 @@ from h3lm.flashconv.kernels.fft_launch import rows_per_program
 from h3lm.flashconv.kernels.fft_size import SHIFT, Size, factors, unitary_dft
 from h3lm.flashconv.kernels.fft_triton import exponent_of, power_of_two, to_unit
 from h3lm.flashconv.kernels.launch import strides
+from h3lm.flashconv.kernels.ready import ready
 
 MIN_OUTER = 16  # the matrix units' smallest edge
 
@@ -87,6 +88,7 @@ def size_for(length: int, large: bool) -> LongSize:
     raise ValueError(f"rows of {length} are over what the block FFT was made for")
 
 
+@ready
 @triton.jit
 def largest_kernel(
     x, gate, exponents, sums, x_row, x_channel, gate_row, gate_channel, D, L, BLOCK: tl.constexpr
@@ -131,6 +133,7 @@ def program_tile(tiles, inner, D, COLUMNS: tl.constexpr):
     return i % tiles, i // tiles % blocks, channel.to(tl.int64), row.to(tl.int64)
 
 
+@ready
 @triton.jit
 def outward_kernel(
     x, gate, imaginary, exponents, planes, table,
@@ -176,6 +179,7 @@ def outward_kernel(
     tl.store(out + inner, (im * cos - re * sin).to(planes.dtype.element_ty), inside)
 
 
+@ready
 @triton.jit
 def inward_kernel(
     planes, plane_exponents, y, gate, other, factor_of_other, exponents, unscale, table,

@@ -40,6 +40,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from h3lm.flashconv.kernels.ready import ready
+
 
 @triton.jit
 def load_rows(base, offsets, mask, EVEN: tl.constexpr):
@@ -250,6 +252,7 @@ def load_factors(F_table, W_table, N1: tl.constexpr, N2: tl.constexpr, K: tl.con
     return F, tl.load(W_table + column[:, None] * (2 * N2) + column[None, :])
 
 
+@ready
 @triton.jit(do_not_specialize=["B", "rows_per_program"])
 def forward_kernel(
     u, pre, post, y, other, by, spectrum, unscale, F_table, W_table,
@@ -319,6 +322,7 @@ def forward_kernel(
         store_rows(y + row * y_row, position, out.to(y.dtype.element_ty), inside, EVEN)
 
 
+@ready
 @triton.jit(do_not_specialize=["B", "rows_per_program"])
 def backward_kernel(
     dy, u, pre, post, du, dpre, dspectrum, dplanes, dexponents,

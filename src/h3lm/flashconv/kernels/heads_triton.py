@@ -6,10 +6,11 @@ head. For chunk c, with s = taps * k from `filter_triton` and operators M, K, P 
 
     w_ij = s_i v_j;   y_ij = M w_ij + P x_ij;   o_j = sum_i q_i y_ij;   x_ij <- decay x_ij + K w_ij
 
-Here the pairs are the rows of a matrix product, [64 pairs, time or state]: one head of 8 channels,
-or heads of 4 or 2 of as many rows of the batch as fill it. The state is an accumulator that never
-leaves the registers; the decay multiplies it between two products. Modes lie with both parts side
-by side, as states do in memory.
+Here the pairs are a side of a matrix product, 64 of them: one head of 8 channels, or heads of 4 or
+2 of as many rows of the batch as fill it. The state is an accumulator that never leaves the
+registers; the decay multiplies it between two products. The forward pass lies [time or state,
+pair], with states in the order of `tile`; the backward pass [pair, time or state], with both parts
+of a mode side by side, as states do in memory.
 
 Backwards there are two sweeps, and no state is kept for them. From left to right, with states made
 again, what the read-out needs, dy_ij = q_i do_j being the gradient of y:
@@ -33,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.kernels import filter_triton
+from h3lm.flashconv.kernels.chunk_triton import load_square, load_state_operators
 from h3lm.flashconv.kernels.launch import (
     Gradients,
     Operators,
@@ -43,7 +45,7 @@ from h3lm.flashconv.kernels.launch import (
     segment_length,
     strides,
 )
-from h3lm.flashconv.kernels.tile import T, span_of
+from h3lm.flashconv.kernels.tile import T, mode_of_row, part_of_row, span_of
 
 PAIRS = tl.constexpr(64)  # rows of a product
 # of a launch, the best on an H200
@@ -148,6 +150,27 @@ def load_decay(decay, head, N: tl.constexpr):
     return tl.load(at), tl.load(at + 1)
 
 
+@triton.jit
+def turned(x, re, im, N: tl.constexpr):
+    """States [N, pairs] in the order of `tile` times a complex number for each mode."""
+    parts = tl.permute(tl.reshape(x, [N // 16, 2, 8, PAIRS]), (0, 2, 3, 1))
+    x_re, x_im = tl.split(parts)
+    y = tl.join(re * x_re - im * x_im, re * x_im + im * x_re)
+    return tl.reshape(tl.permute(y, (0, 3, 1, 2)), [N, PAIRS])
+
+
+@triton.jit
+def read_out(y, q_tile, HEAD_DIM: tl.constexpr):
+    """The sum over i of q_i y_ij: y [T, pairs] and q [rows i, T] to [rows j, T].
+
+    The columns of a product that differ in i lie in one thread, or nearly so.
+    """
+    ROWS: tl.constexpr = PAIRS // (HEAD_DIM * HEAD_DIM)
+    gate = tl.reshape(tl.trans(q_tile), [T, ROWS, HEAD_DIM, 1]).to(tl.float32)
+    y = tl.reshape(y, [T, ROWS, HEAD_DIM, HEAD_DIM]) * gate
+    return tl.trans(tl.reshape(tl.sum(y, 2), [T, ROWS * HEAD_DIM]))
+
+
 @triton.jit(do_not_specialize=["B", "H", "groups", "segments"])
 def forward_kernel(
     q, s, v, o, M, K, P, decay, start, end, bounds,
@@ -158,6 +181,9 @@ def forward_kernel(
 ):  # fmt: skip
     """Outputs, without `o` only end states: those after the last full chunk of each row.
 
+    Matrices lie [time or state, pair], so that operators are left operands and stay where they
+    are, and the sum over i stays within a thread.
+
     REVERSED: chunks are walked from last to first, to add up what they leave to the left.
     """
     ROWS: tl.constexpr = PAIRS // (HEAD_DIM * HEAD_DIM)
@@ -166,8 +192,14 @@ def forward_kernel(
     i = tl.arange(0, T)[None, :]
     member = tl.arange(0, ROWS * HEAD_DIM)
     channel = (head * HEAD_DIM + member % HEAD_DIM).to(tl.int64)
-    M_h, K_h, P_h = load_operators(M if o is not None else None, K, P, head, N)
+    state = tl.arange(0, N)
+    state = (2 * mode_of_row(state) + part_of_row(state))[:, None]
+    K_h, P_h = load_state_operators(K, P, head, N)
+    if o is not None:
+        M_h = load_square(M, head)
     decay_re, decay_im = load_decay(decay, head, N)
+    decay_re = tl.reshape(decay_re, [N // 16, 8, 1])
+    decay_im = tl.reshape(decay_im, [N // 16, 8, 1])
 
     for group in range(groups):
         first = (tl.program_id(0) // H * groups + group) * ROWS
@@ -182,15 +214,18 @@ def forward_kernel(
         inside = length[:, None]
         chunks = (length + T - 1) // T if REVERSED else length // T  # that an end state covers
         last = (tl.max(length, 0) + T - 1) // T
+        pair = tl.arange(0, PAIRS)
+        row = first + pair // (HEAD_DIM * HEAD_DIM)
         if not WHOLE:
-            of_pair = first + tl.arange(0, PAIRS) // (HEAD_DIM * HEAD_DIM)
-            _, _, pair_length = spans_of(of_pair, B, L, total, segments, bounds, SEGMENTED)
+            _, _, pair_length = spans_of(row, B, L, total, segments, bounds, SEGMENTED)
             covered = (pair_length + T - 1) // T if REVERSED else pair_length // T
-        state_at, here = state_offsets(first, head, H, B, N, HEAD_DIM)
+        pair = (row.to(tl.int64) * H + head) * (HEAD_DIM * HEAD_DIM) + pair % (HEAD_DIM * HEAD_DIM)
+        state_at = pair[None, :] * N + state
+        here = (row < B)[None, :]
         if start is not None:
             x = tl.load(start + state_at, here, 0.0)
         else:
-            x = tl.zeros([PAIRS, N], tl.float32)
+            x = tl.zeros([N, PAIRS], tl.float32)
         for c in tl.range(0, last, num_stages=STAGES):
             if REVERSED:
                 position = (chunks - 1 - c)[:, None] * T + i
@@ -200,19 +235,18 @@ def forward_kernel(
             s_tile = tl.load(s_base + position, mask, 0.0)
             v_tile = tl.load(v_base + position, mask, 0.0)
             w = of_keys(s_tile, HEAD_DIM).to(tl.float32) * of_values(v_tile, HEAD_DIM)
-            w = w.to(dtype)
+            w = tl.trans(w.to(dtype))
             if o is not None:
-                y = tl.dot(w, tl.trans(M_h), input_precision=PRECISION)
-                y = tl.dot(x.to(dtype), tl.trans(P_h), y, input_precision=PRECISION)
-                gate = of_keys(tl.load(q_base + position, mask, 0.0), HEAD_DIM)
-                out = sum_over_keys(y * gate.to(tl.float32), HEAD_DIM).to(dtype)
-                tl.store(o_base + position, out, mask)
-            after = times(x, decay_re, decay_im, N)
-            after = tl.dot(w, tl.trans(K_h), after, input_precision=PRECISION)
+                y = tl.dot(M_h, w, input_precision=PRECISION)
+                y = tl.dot(P_h, x.to(dtype), y, input_precision=PRECISION)
+                q_tile = tl.load(q_base + position, mask, 0.0)
+                tl.store(o_base + position, read_out(y, q_tile, HEAD_DIM).to(dtype), mask)
+            after = turned(x, decay_re, decay_im, N)
+            after = tl.dot(K_h, w, after, input_precision=PRECISION)
             if WHOLE:
                 x = after
             else:
-                x = tl.where((c < covered)[:, None], after, x)
+                x = tl.where((c < covered)[None, :], after, x)
         if end is not None:
             tl.store(end + state_at, x, here)
 

@@ -92,6 +92,18 @@ def strides(x: Tensor | None) -> tuple[int, int]:
     return 0 if x.shape[0] == 1 else x.stride(0), 0 if x.shape[1] == 1 else x.stride(1)
 
 
+def empty_rows(x: Tensor) -> Tensor:
+    """An uninitialised (B, D, L) with channels outermost in memory where those of `x` are.
+
+    So what a projection has made channel first, a product W u^T, goes into the next product, and
+    its gradient into the two of the backward pass, without a copy.
+    """
+    B, D, L = x.shape
+    if B > 1 and x.stride(1) > x.stride(0):
+        return x.new_empty(D, B, L).transpose(0, 1)
+    return x.new_empty(B, D, L)
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 elsewhere (the interpreter)."""
@@ -136,16 +148,18 @@ class Gradients:
         start: Tensor | None,
         walk: Walk,
         segments: int = 1,
+        into: tuple[Tensor, ...] | None = None,
     ) -> "Gradients":
         """Uninitialised gradients, with the partial sums of a walk.
 
+        Those of q, k and v have strides in common, and lie `into` given tensors if there are any.
         Carry and start are those of segments; a carry is made wherever one segment leans on
         the one before.
         """
-        B, D, L = k.shape
-
-        def data(x: Tensor | None) -> Tensor | None:
-            return None if x is None else k.new_empty(B, D, L)
+        B, D, _ = k.shape
+        if into is None:
+            into = tuple(empty_rows(k) for x in (q, k, v) if x is not None)
+        data = iter(into)
 
         def partial(x: Tensor) -> Tensor:
             shape = (walk.programs_per_channel, *x.shape)
@@ -161,8 +175,9 @@ class Gradients:
             reach = (filter_blocks(operators) - 1) * CHUNK_LENGTH
             dcarry = k.new_empty(B * segments, D, reach, dtype=torch.float32)
         return cls(
-            data(q), k.new_empty(B, D, L), data(v), None if F is None else partial(F),
-            partial(M), partial(K), partial(P), partial(decay), dcarry, like(start),
+            None if q is None else next(data), next(data), None if v is None else next(data),
+            None if F is None else partial(F), partial(M), partial(K), partial(P),
+            partial(decay), dcarry, like(start),
         )  # fmt: skip
 
     def summed(self) -> "Gradients":

@@ -4,11 +4,15 @@ A step is a chain of kernels of 3 to 10 microseconds. With programmatic dependen
 and later) programs of the next kernel start in multiprocessors that are free already, and may
 bring what no earlier kernel writes, weights above all, closer before they wait.
 
-A kernel lets the next one start only behind its own wait. So what runs before a wait sees
-everything but the writes of the one kernel before it.
+A kernel lets the next one start before its own wait or behind it, whichever is faster; before it,
+several of a chain may be under way. Each waits for the one before it, which ends only behind its
+own wait: behind a wait, everything that was launched earlier is done. What runs before a wait may
+read only what no kernel of the chain writes: what was written before the last plain kernel in front
+of it.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -24,17 +28,26 @@ def can_overlap(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def launch_options(early: bool) -> dict[str, bool]:
-    """What a launch takes besides; nothing where kernels do not overlap (the interpreter)."""
-    return {"launch_pdl": True} if early else {}
+def launch_options(early: bool, first: bool) -> dict[str, Any]:
+    """What a launch takes besides.
+
+    Args:
+        early: Whether kernels overlap; they do not in the interpreter.
+        first: Whether the next may start before this one waits.
+    """
+    options = {"first": int(first), "EARLY": early}
+    return {**options, "launch_pdl": True} if early else options
 
 
 @triton.jit
-def wait_for_inputs(EARLY: tl.constexpr):
-    """Wait for the kernel before this one, then let the next one start."""
+def wait_for_inputs(first, EARLY: tl.constexpr):
+    """Wait for the kernel before this one, and let the next start: `first`, or behind the wait."""
     if EARLY:
+        if first != 0:
+            cuda.gdc_launch_dependents()
         cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+        if first == 0:
+            cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -13,6 +13,7 @@ Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 2, with two levels of chu
 
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 import triton
@@ -65,12 +66,16 @@ def backward(
     states: Tensor,
     *,
     segments: int,
+    **options: Any,
 ) -> Gradients:
-    """`backward` of the kernels, in segments."""
+    """`backward` of the kernels, with their options, in segments."""
     dends = _gradients_behind(do, dend, q, operators, segments)
-    grads = kernels.backward(do, dends, q, k, v, operators, carry, start, states, segments=segments)
+    grads = kernels.backward(
+        do, dends, q, k, v, operators, carry, start, states, segments=segments, **options
+    )
     dk, dcarry = grads.k, grads.carry
-    if operators.F is not None and kernels is not heads_triton:  # those filter whole rows
+    heads = len(operators.M) != do.shape[1]  # their kernels filter whole rows
+    if operators.F is not None and not heads:
         dk = _add_across_borders(dk, dcarry, operators.F, segments)
         dcarry = None if carry is None else dcarry[::segments].clone()
     return replace(

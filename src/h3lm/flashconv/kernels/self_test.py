@@ -21,20 +21,27 @@ logger = logging.getLogger("h3lm.flashconv")
 TOLERANCE = 1e-2  # both round operands to bfloat16, 2^-9 each
 
 
-def hopper_kernels(device: torch.device) -> ModuleType | None:
-    """The Hopper kernels if they work on this machine, else None."""
-    if torch.cuda.is_current_stream_capturing():
-        return None if _found.get(device) else _import()  # no test inside of a CUDA graph
-    return None if hopper_fault(device) else _import()
+def hopper_kernels(device: torch.device, heads: bool = False) -> ModuleType | None:
+    """The Hopper kernels, of heads or of single channels, if they work on this machine."""
+    if torch.cuda.is_current_stream_capturing():  # no test inside of a CUDA graph
+        wrong = _found.get((device, heads))
+    else:
+        wrong = hopper_fault(device, heads)
+    return None if wrong else _import(heads)
 
 
-_found: dict[torch.device, str] = {}
+_found: dict[tuple[torch.device, bool], str] = {}
 
 
 @first_use(logger, "Hopper kernels are off, Triton takes over", _found)
-def hopper_fault(device: torch.device) -> str:
-    """What is wrong with the Hopper kernels on this machine; empty if they work."""
-    return _compare(device)
+def hopper_fault(device: torch.device, heads: bool) -> str:
+    """What is wrong with the Hopper kernels on this machine; empty if they work.
+
+    Args:
+        device: A Hopper GPU.
+        heads: Whether those for heads of several channels are meant.
+    """
+    return _compare(device, heads)
 
 
 def segments_work(device: torch.device) -> bool:
@@ -59,17 +66,17 @@ def segments_fault(device: torch.device) -> str:
     return _compare_segments(device)
 
 
-def _import() -> ModuleType:
-    from h3lm.flashconv.kernels import chunk_hopper
+def _import(heads: bool) -> ModuleType:
+    from h3lm.flashconv.kernels import chunk_hopper, heads_hopper
 
-    return chunk_hopper
+    return heads_hopper if heads else chunk_hopper
 
 
-def _compare(device: torch.device) -> str:
-    from h3lm.flashconv.kernels import chunk_triton
+def _compare(device: torch.device, heads: bool) -> str:
+    from h3lm.flashconv.kernels import chunk_triton, heads_triton
 
-    tensors, operators = _problem(device, 4096)
-    kernels: tuple[Any, Any] = (_import(), chunk_triton)
+    tensors, operators = _problem(device, 320 if heads else 4096, 8 if heads else 1)
+    kernels: tuple[Any, Any] = (_import(heads), heads_triton if heads else chunk_triton)
     return _first_difference(*(_everything(x, tensors, operators) for x in kernels))
 
 
@@ -84,8 +91,10 @@ def _compare_segments(device: torch.device) -> str:
     return _first_difference(*(_everything(x, tensors, operators) for x in (cut, chunk_triton)))
 
 
-def _problem(device: torch.device, L: int) -> tuple[tuple[Tensor, ...], Operators]:
-    """q, k, v, do of one channel, and operators."""
+def _problem(
+    device: torch.device, L: int, head_dim: int = 1
+) -> tuple[tuple[Tensor, ...], Operators]:
+    """q, k, v, do of one head, and operators."""
     random = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -94,10 +103,10 @@ def _problem(device: torch.device, L: int) -> tuple[tuple[Tensor, ...], Operator
     T, N = 64, 64
     # products of bfloat16 are wrong in the interpreter, which is what runs without a GPU
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-    tensors = tuple(normal(1, 1, L).to(dtype) for _ in range(4))
+    tensors = tuple(normal(1, head_dim, L).to(dtype) for _ in range(4))
     decay = torch.stack([torch.full((32,), 0.6), torch.linspace(-0.6, 0.6, 32)], -1)
     operators = Operators(
-        F=normal(1, 2, T, T, scale=0.1), M=normal(1, T, T, scale=0.1),
+        F=normal(head_dim, 2, T, T, scale=0.1), M=normal(1, T, T, scale=0.1),
         K=normal(1, N, T, scale=0.1), P=normal(1, T, N, scale=0.1),
         decay=decay[None].to(device),
     )  # fmt: skip

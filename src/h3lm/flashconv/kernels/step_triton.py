@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.kernels.overlap import launch_options, wait_for_inputs
+from h3lm.flashconv.step import rows_class
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,25 @@ class StepSize:
         columns: Channels of a program: 256 bytes of state for each row with 32 modes.
         rows: Rows of a program.
         warps: Warps of a program; a single one needs no barrier.
+        lean: Whether it is the kernel of `step_gluon`, for the shapes that it takes: `columns` are
+            4 for each warp, and a program walks over its rows.
+        stages: How many of these are on their way then.
+        first: Whether the next kernel may start before this one waits.
     """
 
     columns: int = 4
     rows: int = 2
     warps: int = 1
+    lean: bool = False
+    stages: int = 1
+    first: bool = False
 
 
-SIZE = StepSize()
+SIZES = {  # by `rows_class`; the last for more
+    1: StepSize(rows=1, lean=True),
+    16: StepSize(),
+    64: StepSize(lean=True, stages=2),
+}
 
 
 @triton.jit
@@ -60,7 +72,7 @@ def load_operator(pointer, offset, mask, COLUMNS: tl.constexpr, MODES: tl.conste
     return split_pairs(pairs, 1, COLUMNS, MODES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def h3_step_kernel(
     q,
     k,
@@ -79,6 +91,7 @@ def h3_step_kernel(
     q_stride,
     k_stride,
     v_stride,
+    first,
     HEAD_DIM: tl.constexpr,
     N_TAPS: tl.constexpr,
     MODES: tl.constexpr,
@@ -90,7 +103,7 @@ def h3_step_kernel(
 ):
     """Advance HEADS heads of ROWS rows by a token; SLOTS and WIDTH pad taps and modes.
 
-    EARLY: the kernel before this one writes nothing but q, k and v (see `overlap`).
+    EARLY: no kernel of this chain writes anything but q, k and v (see `overlap`).
     """
     COLUMNS: tl.constexpr = HEADS * HEAD_DIM
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
@@ -139,7 +152,7 @@ def h3_step_kernel(
             taps + source[None, :, None] * N_TAPS + age[:, None, :], mask=slot_mask, other=0.0
         )
         if i == 0:
-            wait_for_inputs(EARLY)
+            wait_for_inputs(first, EARLY)
             v_at = far_row[:, None] * v_stride + channel[None, :]
             value = tl.load(v + v_at, mask=column_mask, other=0.0).to(tl.float32)
         new = tl.load(k + far_row[:, None] * k_stride + source[None, :], mask=head_mask, other=0.0)
@@ -178,13 +191,24 @@ def step(
     early: bool = False,
     size: StepSize | None = None,
 ) -> Tensor:
-    """Launch the kernel; see `flashconv.h3_step_in_place` for shapes; `SIZE` if no size is given.
+    """Launch the kernel; see `flashconv.h3_step_in_place` for shapes; one of `SIZES` if None.
 
     Everything but q, k and v is contiguous; these have contiguous channels and any row stride.
     """
-    size = size or SIZE
     B, D = q.shape
-    H, modes, n_taps = D // head_dim, a.shape[1], taps.shape[1]
+    modes, n_taps = a.shape[1], taps.shape[1]
+    size = size or SIZES[rows_class(B)]
+    if size.lean:
+        from h3lm.flashconv.kernels import step_gluon
+
+        if step_gluon.takes(head_dim, D, modes, n_taps, size.warps):
+            return step_gluon.step(
+                q, k, v, taps, a, b, c, skip, ring, position, diagonal,
+                min(size.rows, triton.next_power_of_2(B)), size.stages, size.warps,
+                launch_options(early, size.first),
+            )  # fmt: skip
+        size = StepSize()
+    H = D // head_dim
     heads = max(1, size.columns // head_dim)
     rows = min(size.rows, triton.next_power_of_2(B))
     warps = size.warps * max(1, head_dim // size.columns)  # a head is not divided
@@ -194,6 +218,6 @@ def step(
         B, H, q.stride(0), k.stride(0), v.stride(0),
         HEAD_DIM=head_dim, N_TAPS=n_taps, MODES=modes, ROWS=rows, HEADS=heads,
         SLOTS=triton.next_power_of_2(n_taps), WIDTH=triton.next_power_of_2(modes),
-        EARLY=early, num_warps=warps, **launch_options(early),
+        num_warps=warps, **launch_options(early, size.first),
     )  # fmt: skip
     return o

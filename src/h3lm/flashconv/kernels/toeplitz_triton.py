@@ -18,7 +18,6 @@ Operands are rounded to the dtype of the rows, sums are float32.
 Source: Fu et al. 2023 (arXiv 2212.14052v3), section 4.1, whose block FFT this replaces there.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,68 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.filters import Filter, FilterGradients
+from h3lm.flashconv.kernels import toeplitz_rows
 from h3lm.flashconv.kernels.lags import load_lags, parts
 from h3lm.flashconv.kernels.launch import multiprocessors, strides
+from h3lm.flashconv.kernels.ready import ready
+from h3lm.flashconv.kernels.toeplitz_rows import store_diagonals
+from h3lm.flashconv.kernels.toeplitz_size import ToeplitzSize
 
 COPIES = 8  # values of 2 bytes in 16 bytes
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How the kernels are launched.
-
-    Attributes:
-        T: Outputs of a piece.
-        K: Inputs of a block, a power of two from 16 on.
-        pieces: Most pieces of a tile.
-        warps: Warps of a program.
-        stages: Blocks in flight.
-        filter_pieces: Pieces of a tile where the filter's gradient is made.
-    """
-
-    T: int = 128
-    K: int = 64
-    pieces: int = 128
-    warps: int = 8
-    stages: int = 3
-    filter_pieces: int = 32
-
-
-# with Hopper's shared memory, and with the 99 KB that every GPU from 8.0 on has; see docs/log.md
-LARGE, SMALL = Tile(), Tile(stages=2)
-
-
-@dataclass(frozen=True)
-class ToeplitzSize:
-    """What a filter reaches, lags -ahead .. behind, and how its products are cut.
-
-    Attributes:
-        behind: The largest lag.
-        ahead: The largest lag of the reverse filter, 0 without one.
-        tile: How the kernels are launched.
-    """
-
-    behind: int
-    ahead: int = 0
-    tile: Tile = LARGE
-
-    def blocks(self, K: int) -> tuple[int, int]:
-        """The first and the last m with a lag in m K - (K - 1) .. m K + (T - 1)."""
-        return -((self.ahead + self.tile.T - 1) // K), (self.behind + K - 1) // K
-
-    @property
-    def origin(self) -> int:
-        """Where lag 0 stands in the table's first copy."""
-        return self.tile.K * (1 - self.blocks(self.tile.K)[0])
-
-    def reversed(self) -> "ToeplitzSize":
-        """That of the transposed convolution."""
-        return ToeplitzSize(self.ahead, self.behind, self.tile)
-
-
-def size_for(taps: int, taps_reverse: int | None, large: bool) -> ToeplitzSize:
-    """The size for filters, on a GPU with as much shared memory as Hopper or with less."""
-    return ToeplitzSize(taps - 1, (taps_reverse or 1) - 1, LARGE if large else SMALL)
 
 
 @triton.jit
@@ -101,6 +46,7 @@ def load_inside(base, offsets, inside, gate, gate_offsets):
     return x
 
 
+@ready
 @triton.jit(do_not_specialize=["B", "pieces", "lowest", "highest"])
 def convolve_kernel(
     x, pre, y, post, other, factor, table,
@@ -151,6 +97,7 @@ def convolve_kernel(
     tl.store(y + to, out.to(y.dtype.element_ty), inside)
 
 
+@ready
 @triton.jit(do_not_specialize=["B", "pieces", "pieces_per_program", "lowest"])
 def differentiate_kernel(
     x, pre, dy, post, sums,
@@ -189,14 +136,10 @@ def differentiate_kernel(
         g = load_inside(dy, row * dy_row + to, valid & (to < L), post, row * post_row + to)
         sum_ = tl.dot(tl.trans(value), g, sum_)
 
-    turned = (i[:, None] + i[None, :]) % T
-    diagonals = tl.gather(sum_, turned, 1)  # [u, s]: what stands at t = (u + s) mod T
-    upper = i[:, None] + i[None, :] < T
-    sums += ((group * D + channel) * blocks + block) * (2 * T)
-    tl.store(sums + i, tl.sum(tl.where(upper, diagonals, 0.0), 0))
-    tl.store(sums + T + i, tl.sum(tl.where(upper, 0.0, diagonals), 0))
+    store_diagonals(sums + ((group * D + channel) * blocks + block) * (2 * T), sum_, T)
 
 
+@ready
 @triton.jit(do_not_specialize=["taps", "taps_reverse", "period"])
 def table_kernel(
     f, reverse, skip, f_channel, reverse_channel, taps, taps_reverse, period,
@@ -237,6 +180,7 @@ def sum_of_lags(sums, of_group, groups, lag, inside, lowest, blocks, T: tl.const
     return total
 
 
+@ready
 @triton.jit(do_not_specialize=["taps", "taps_reverse", "period", "groups", "lowest", "blocks"])
 def collect_kernel(
     sums, df, dback, dskip, taps, taps_reverse, period, channels, groups, lowest, blocks,
@@ -281,7 +225,7 @@ def prepare(u: Tensor, filter: Filter, size: ToeplitzSize, backward: bool = Fals
     width = K * (highest - lowest + 1) + size.tile.T  # both ways: T is a multiple of K
     copies = u.new_empty((D, COPIES, width))
     turned = torch.empty_like(copies) if backward else None
-    table_kernel[(D * (1 + backward), triton.cdiv(width, 128))](
+    table_kernel[(D * (1 + backward), -(-width // 128))](
         *parts(filter), copies, turned, D, width, size.origin, size.reversed().origin, BLOCK=128
     )
     return Prepared(copies, turned)
@@ -291,6 +235,8 @@ def forward(
     u: Tensor, table: Prepared, size: ToeplitzSize, pre: Tensor | None, post: Tensor | None
 ) -> Tensor:
     """Convolve rows; positions are contiguous."""
+    if toeplitz_rows.takes(u, size, pre, post):
+        return toeplitz_rows.forward(u, table.copies, size)
     return _convolve(u, table.copies, size, pre, post, None)[0]
 
 
@@ -307,6 +253,10 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of rows and first gate (`data`), partial sums for the filter's (`filters`)."""
     du, dpre = None, None
+    if data and filters and toeplitz_rows.takes(u, size, pre, post):
+        assert table.turned is not None
+        du, sums = toeplitz_rows.backward(dy, u, table.turned, size)
+        return du, None, sums
     if data:
         assert table.turned is not None
         other = None if pre is None else u
@@ -322,7 +272,7 @@ def filter_gradients(
     groups, D, blocks = sums.shape[:3]
     taps_reverse = 0 if made.f_reverse is None else made.f_reverse.shape[1]
     most = max(made.f.shape[1], taps_reverse)
-    collect_kernel[(D, triton.cdiv(most, 256))](
+    collect_kernel[(D, -(-most // 256))](
         sums, *made, made.f.shape[1], taps_reverse, filter.period, D, groups,
         _lowest_and_highest(u, size)[0], blocks, T=size.tile.T, BLOCK=256, num_warps=2,
     )  # fmt: skip
@@ -343,7 +293,7 @@ def _convolve(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     other = None if factor is None else torch.empty_like(y)
     pieces = B * -(-L // tile.T)
-    of_a_tile = min(tile.pieces, max(16, triton.next_power_of_2(pieces)))
+    of_a_tile = min(tile.pieces, max(16, 1 << (pieces - 1).bit_length()))
     tiles = -(-pieces // of_a_tile)
     lowest, highest = size.blocks(tile.K)
     convolve_kernel[(D * tiles,)](
