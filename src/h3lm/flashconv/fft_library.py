@@ -296,7 +296,7 @@ class _Convolution(torch.autograd.Function):
         wanted = (needs[0] or needs[4], needs[1] or needs[2] or needs[3], needs[5])
         given: tuple[Any, ...] = (dy, *tensors, ctx.circular, *wanted)
         if _nobody_looks(dy):
-            grads = iter(_backward(*given, ctx.made))
+            grads = iter(_backward(*given, made=ctx.made))
         else:
             grads = iter(torch.ops.h3lm.fft_conv_bwd(*given))
         present = _present(tensors, *wanted)
