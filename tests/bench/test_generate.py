@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,8 @@ def tune(monkeypatch):
         def __init__(self, rows):
             self.rows = rows
 
+            self.cache = SimpleNamespace(start_steps=lambda length: None)
+
         def record(self):
             return self
 
@@ -80,7 +83,7 @@ def tune(monkeypatch):
             return tune.cost(self.rows)
 
     monkeypatch.setattr(tune, "make_model", lambda *a, **k: None)
-    monkeypatch.setattr(tune, "filled_decoder", lambda model, rows, context: Decoder(rows))
+    monkeypatch.setattr(tune, "filled_decoder", lambda model, rows, positions: Decoder(rows))
     monkeypatch.setattr(tune, "median_ms", lambda call, repeats: call())
     monkeypatch.setattr(tune, "_us", lambda case, size: case.bytes / size.keys)
     for module, name in ((tune.step, "SIZES"), (tune.step, "NORM_FIRST"), (tune.core, "SIZES")):
@@ -95,7 +98,8 @@ def test_the_search_leaves_the_fastest_sizes_in_the_tables(tune, monkeypatch):
         """Few warps, nothing ahead, an early norm: fast; fastest are those of a wrong kernel."""
         sizes = [size for key, size in tune.step.SIZES.items() if key[0] == rows]
         sizes = [50 if size is None else size.warps + size.ahead / 1e5 for size in sizes]
-        return tune.core.SIZES[rows].warps + sum(sizes) - 0.1 * tune.step.NORM_FIRST[rows]
+        early = 0.1 * (tune.step.NORM_FIRST[rows] + tune.step.ATTEND.first)
+        return tune.core.SIZES[rows].warps + sum(sizes) - early
 
     monkeypatch.setattr(tune, "cost", cost, raising=False)
     wrong = {("out 1", s) for s in tune.product_sizes(1, "out") if s.warps == 2}
@@ -105,7 +109,7 @@ def test_the_search_leaves_the_fastest_sizes_in_the_tables(tune, monkeypatch):
     assert tune.step.SIZES[1, "down"].warps == 2
     assert all(size is not None and size.ahead == 0 for size in tune.step.SIZES.values())
     assert tune.step.NORM_FIRST == {1: True, 16: True, 64: True}
-    assert tune.step.ATTEND.keys == 64
+    assert (tune.step.ATTEND.keys, tune.step.ATTEND.first) == (64, True)
     before = dict(tune.step.SIZES)
     tune.search(set(), deadline=0.0)
     assert before == tune.step.SIZES

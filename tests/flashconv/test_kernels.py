@@ -302,6 +302,18 @@ def test_kernel_equals_float64_in_every_gradient(backend: str, case: tuple) -> N
     assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
 
 
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("heads", [False, True])
+def test_operators_may_be_rounded_before(heads: bool) -> None:
+    kernels = self_test.hopper_kernels(DEVICE, heads)
+    assert kernels is not None
+    tensors, operators = self_test._problem(DEVICE, 8192, 8 if heads else 1)
+    rounded = operators.rounded(torch.bfloat16)
+    found, expected = (self_test._everything(kernels, tensors, x) for x in (rounded, operators))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 HEADS = [
     # B, D, L, modes, taps, dtype, state, head_dim
     (2, 4, 1040, 32, 64, torch.bfloat16, True, 2),

@@ -66,6 +66,14 @@ def test_a_product_in_parts(triton_step, parts, depth):
     close(y.sum(0), x.double() @ weight.double().T, torch.float32)
 
 
+@pytest.mark.parametrize("depth", [64, 300])
+def test_without_tma_there_is_another_way(triton_step, depth):
+    x, weight = draw(4, depth), draw(40, depth)
+    size = triton_step.ProductSize(64, 64, 2, 12, tma=True, x_stages=12)
+    y = triton_step.product(x, weight, None, False, True, steps_early(), size)
+    close(y.sum(0), x.double() @ weight.double().T, torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "size", [(64, 64, 4, 4, 7), (128, 128, 3, 8, 2), (32, 128, 2, 4, 2), (64, 64, 9, 4, 5)], ids=str

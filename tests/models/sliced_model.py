@@ -61,7 +61,8 @@ def run(model: H3ForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[float, li
 
 def run_case(mixers: str, way: str, group, device: str) -> dict[str, float]:
     model = make(mixers, way, device)
-    packed, length = way == "packed", LONG if way == "long" else L
+    # compiled: slices of one length
+    packed, length = way == "packed", {"long": LONG, "compiled": L + 1}.get(way, L)
     rows = 1 if packed else 2
     tokens = torch.randint(0, 32, (rows, length + 1))
     labels = tokens[:, 1:].clone()

@@ -53,8 +53,7 @@ def _everything(leaves: dict[str, Tensor], length: int, fused: bool) -> dict[str
 
 @pytest.fixture(params=["powers", "generating function"])
 def _algorithm(request, monkeypatch) -> None:
-    if request.param != "powers":
-        monkeypatch.setattr(operator, "MAX_POWERS", 0)
+    monkeypatch.setattr(operator, "algorithm", lambda modes, length: request.param)
 
 
 @pytest.mark.usefixtures("_algorithm")
@@ -99,7 +98,14 @@ def test_filters_both_ways(length: int, monkeypatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("H", "d_state", "length", "dt_min"),
-    [(256, 4, 2048, 1e-3), (64, 64, 1000, 1e-3), (16, 64, 16384, 1e-4), (8, 32, 40000, 1e-3)],
+    [
+        (256, 4, 2048, 1e-3),
+        (64, 64, 1000, 1e-3),
+        (16, 64, 16384, 1e-4),
+        (8, 32, 40000, 1e-3),
+        (8, 128, 4096, 1e-3),
+        (8, 128, 500, 1e-3),
+    ],
 )
 def test_sizes_of_the_arena(H: int, d_state: int, length: int, dt_min: float) -> None:
     leaves = _leaves(H, d_state, 2, dt_min)
@@ -137,13 +143,13 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch, caplog) -> None:
     from h3lm.ssm import filters_triton
 
     with torch.inference_mode():
-        assert not operator.fault.__wrapped__(DEVICE, 8)
-    assert torch.vmap(lambda x: x if operator.works(DEVICE, 2) else -x)(torch.ones(2)).all()
-    monkeypatch.setattr(operator, "MAX_POWERS", 0)
+        for kind in ("powers", "generating function"):
+            assert not operator.fault.__wrapped__(DEVICE, kind, 8)
+    assert torch.vmap(lambda x: x if operator.works(DEVICE, 2, 9) else -x)(torch.ones(2)).all()
     monkeypatch.setattr(filters_triton, "WRAPPED", 0.3)  # a circle on which much wraps around
     filters_triton.circle.cache_clear()
     operator.fault.cache_clear()
-    assert "filters differs by" in operator.fault(DEVICE, 8)
+    assert "filters differs by" in operator.fault(DEVICE, "generating function", 8)
     assert "plain PyTorch takes over" in caplog.text
     operator.fault.cache_clear()
     filters_triton.circle.cache_clear()
@@ -151,5 +157,11 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch, caplog) -> None:
     system = DPLRSSM(2, 4).to(DEVICE).system()
     for answer in (True, False):
         monkeypatch.setattr(operator, "works", lambda *_, answer=answer: answer)
-        assert operator.can_fuse(system.eigenvalues, system.B, system.c[None]) is answer
-    assert not operator.can_fuse(system.eigenvalues, system.B[None], system.c[None])
+        assert operator.can_fuse(system.eigenvalues, system.B, system.c[None], 9) is answer
+    assert not operator.can_fuse(system.eigenvalues, system.B[None], system.c[None], 9)
+
+
+def test_the_algorithm_is_chosen_by_states_and_taps() -> None:
+    sizes = ((2, 9), (16, 99), (17, 1024), (32, 1025), (64, 256), (64, 257))
+    chosen = [operator.algorithm(*at) == "powers" for at in sizes]
+    assert chosen == [True, True, False, True, False, True]

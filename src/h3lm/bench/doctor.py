@@ -108,8 +108,9 @@ def _self_tests(device: torch.device) -> Iterator[tuple[str, str, str]]:
     yield "making of operators", "as in PyTorch", operators_fault(device)
     yield "parameters of SSMs", "as in PyTorch", parameters_fault(device)
     yield "decoding step", "as its modules", step_fault(device)
-    for modes in (8, 16, 32, 64):
-        yield f"filters of S4, {modes} modes", "as in PyTorch", fused_filters.fault(device, modes)
+    for kind, modes in fused_filters.checks():
+        name = f"filters of S4, {kind}, up to {modes} modes"
+        yield name, "as in PyTorch", fused_filters.fault(device, kind, modes)
     yield "batch norm and gate", "as in PyTorch", border.fault(device)
     if find_spec("triton") is not None:
         from h3lm.models import loss_triton

@@ -2,8 +2,8 @@
 
 As the trainer takes them: blocks from memory-mapped shards, bfloat16 autocast over float32 weights,
 the loss without whole logits, blocks compiled one by one, activations recomputed where the estimate
-of the memory asks for it, gradients clipped, fused AdamW. On several GPUs by FSDP2, by DDP, or with
-slices of each row.
+of the memory asks for it, gradients clipped, fused AdamW; on one GPU as CUDA graphs.
+On several GPUs by FSDP2, by DDP, or with slices of each row.
 """
 
 import gc
@@ -56,7 +56,8 @@ PHASES = ("forward", "backward", "optimizer")
 NOTES = (
     "Training steps on random tokens read from memory-mapped blocks: float32 weights, bfloat16 "
     "autocast, fused AdamW, gradients clipped, no dropout, the loss without whole logits; medians "
-    "in ms. Forward, backward and optimiser by events on the device; communication: NCCL's "
+    "in ms. Graphs: forward and backward pass are replayed as a CUDA graph, phases then those of "
+    "single steps. Forward, backward and optimiser by events on the device; communication: NCCL's "
     "kernels in a profiled step, most of which run beside others, and the part that runs alone; "
     "data: what the host waits for a batch. Attention by the fastest of SDPA's backends here. "
     "Estimate: what `h3lm train` prints before a run. Ratio: tokens/s over those of the first "
@@ -360,7 +361,9 @@ def _nothing(_: str) -> None:
 
 def _measure(number: int, job: Job, place: str) -> report.Row:
     """One process's part of a measurement; the row is the first's."""
-    gc.collect()  # what was measured before
+    if job.compiled:
+        torch._dynamo.reset()
+    gc.collect()  # the model that was measured before
     device = torch.device(job.device)
     config = job.contender.config(job.preset)
     estimate = _estimate(job, config, device)
@@ -435,7 +438,6 @@ def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool, gathered: bool) -
     if job.world > 1 and job.way == "fsdp":
         shard_model(model, compute_dtype=torch.bfloat16, keep_gathered=gathered)
     if job.compiled:
-        torch._dynamo.reset()
         compile_model(model, "blocks")
     if job.world == 1 or job.way == "fsdp":
         return model

@@ -413,23 +413,39 @@ class _StateBefore(torch.autograd.Function):
 
 
 class _GatherPositions(torch.autograd.Function):
-    """All-gather along the positions; reduce-scatter of its gradient."""
+    """All-gather along the positions; reduce-scatter of its gradient.
+
+    Positions come first on the way, as a projection has them in memory: slices of one length are
+    then joined, and their gradients cut, as they come and go.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: list[int], group: ProcessGroup) -> Tensor:
         ctx.lengths, ctx.group = lengths, group
-        longest = max(lengths)
-        padded = F.pad(x, (0, 0, 0, longest - x.shape[2]))
-        slices = _gather(padded, group)
-        return torch.cat([s[:, :, :n] for s, n in zip(slices, lengths, strict=True)], 2)
+        slices = _gather(_padded(x.permute(2, 0, 1, 3), max(lengths)), group)
+        if _alike(lengths):
+            return slices.flatten(0, 1).permute(1, 2, 0, 3)
+        cut = [s[:n] for s, n in zip(slices, lengths, strict=True)]
+        return torch.cat(cut).permute(1, 2, 0, 3)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         lengths, longest = ctx.lengths, max(ctx.lengths)
-        slices = [F.pad(g, (0, 0, 0, longest - g.shape[2])) for g in grads[0].split(lengths, 2)]
-        mine = torch.empty_like(slices[0], memory_format=torch.contiguous_format)
-        _REDUCE_SCATTER(mine, torch.cat(slices), group=ctx.group)
-        return mine[:, :, : lengths[distributed.get_rank(ctx.group)]], None, None
+        grad = grads[0].permute(2, 0, 1, 3)
+        if not _alike(lengths):
+            grad = torch.cat([_padded(g, longest) for g in grad.split(lengths)])
+        mine = grad.new_empty(longest, *grad.shape[1:])
+        _REDUCE_SCATTER(mine, grad.contiguous(), group=ctx.group)
+        own = lengths[distributed.get_rank(ctx.group)]
+        return mine[:own].permute(1, 2, 0, 3), None, None
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    return x if len(x) == length else F.pad(x, (0, 0) * (x.dim() - 1) + (0, length - len(x)))
+
+
+def _alike(lengths: list[int]) -> bool:
+    return min(lengths) == max(lengths)
 
 
 def _gather(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -74,8 +74,9 @@ def h3_step_in_place(
         state: Changed in place but for its `position`.
         head_dim: Channels of a head.
         backend: "auto", "torch" or "triton".
-        early: Promises that the kernel launched before this call writes neither the state nor the
-            operators: then the state may be read while that one still runs.
+        early: Promises that what was launched before this call since the last plain kernel (one
+            that lets nothing start before it ends) writes neither the state nor the operators:
+            then the state may be read while that still runs.
 
     Returns:
         `o`, (B, D) in the dtype of q.

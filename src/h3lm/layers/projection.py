@@ -20,7 +20,8 @@ def project_channel_first(linear: nn.Module, u: Tensor) -> Tensor:
     """Apply a linear map to (B, L, d_in) and return it channel first, (B, d_out, L).
 
     For a plain `nn.Linear` this is the product W u^T: it comes out channel first, with L
-    contiguous, and nothing is transposed. Anything else (LoRA, quantised, tensor-parallel, with
+    contiguous, and nothing is transposed; in training on a GPU in half precision its bias is in the
+    product (`bias_as_input`). Anything else (LoRA, quantised, tensor-parallel, with
     hooks) is called as the module that it is, at the price of one transpose.
     """
     B, L, d_in = u.shape

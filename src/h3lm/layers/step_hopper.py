@@ -25,13 +25,19 @@ TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
 @gluon.jit
-def start_tile(matrix, tiles, barriers, i, row, begin, steps, STAGES: gl.constexpr):
-    """Start the copy of tile i of an operand, whose inputs go on from `begin`, if there is one."""
-    there = i < steps
-    bar = barriers.index(i % STAGES)
+def expect_tile(matrix, barriers, i, steps, STAGES: gl.constexpr):
+    """Say that tile i of an operand will come, if there is one."""
+    mbarrier.expect(barriers.index(i % STAGES), matrix.block_type.nbytes, pred=i < steps)
+
+
+@gluon.jit
+def copy_tile(matrix, tiles, barriers, i, row, begin, steps, STAGES: gl.constexpr):
+    """Start the copy of tile i of an operand, whose inputs go on from `begin`."""
+    s = i % STAGES
     at = begin + i * matrix.block_shape[1]
-    mbarrier.expect(bar, matrix.block_type.nbytes, pred=there)
-    tma.async_copy_global_to_shared(matrix, [row, at], bar, tiles.index(i % STAGES), pred=there)
+    tma.async_copy_global_to_shared(
+        matrix, [row, at], barriers.index(s), tiles.index(s), pred=i < steps
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -84,7 +90,11 @@ def product_kernel(
     w_tiles, w_barriers = make_ring(weight, STAGES)
     x_tiles, x_barriers = make_ring(x, X_STAGES)
     for i in gl.static_range(STAGES):
-        start_tile(weight, w_tiles, w_barriers, i, left, begin, steps, STAGES)
+        expect_tile(weight, w_barriers, i, steps, STAGES)
+    for i in gl.static_range(X_STAGES):
+        expect_tile(x, x_barriers, i, steps, X_STAGES)
+    for i in gl.static_range(STAGES):
+        copy_tile(weight, w_tiles, w_barriers, i, left, begin, steps, STAGES)
     if EARLY:
         fetch_weights(
             weights, left, begin + STAGES * DEPTH, begin + min(ahead, depth_of_part), N, K,
@@ -92,7 +102,7 @@ def product_kernel(
         )  # fmt: skip
     wait_for_inputs(first, EARLY)
     for i in gl.static_range(X_STAGES):
-        start_tile(x, x_tiles, x_barriers, i, 0, begin, steps, X_STAGES)
+        copy_tile(x, x_tiles, x_barriers, i, 0, begin, steps, X_STAGES)
 
     total = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
     for step in range(steps):
@@ -103,8 +113,12 @@ def product_kernel(
         total = warpgroup_mma_wait(1, deps=[total])
         gl.thread_barrier()  # all warps are done with the tiles before these
         if step > 0:
-            start_tile(x, x_tiles, x_barriers, step - 1 + X_STAGES, 0, begin, steps, X_STAGES)
-            start_tile(weight, w_tiles, w_barriers, step - 1 + STAGES, left, begin, steps, STAGES)
+            w_next = step - 1 + STAGES
+            x_next = step - 1 + X_STAGES
+            expect_tile(weight, w_barriers, w_next, steps, STAGES)
+            expect_tile(x, x_barriers, x_next, steps, X_STAGES)
+            copy_tile(weight, w_tiles, w_barriers, w_next, left, begin, steps, STAGES)
+            copy_tile(x, x_tiles, x_barriers, x_next, 0, begin, steps, X_STAGES)
     total = warpgroup_mma_wait(0, deps=[total])
 
     total = gl.convert_layout(total, out)

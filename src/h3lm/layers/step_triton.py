@@ -493,6 +493,8 @@ def product(
         (rows, N), or (parts, rows, N) in float32.
     """
     (M, K), N = x.shape, weight.shape[0]
+    if size.tma and (not early or K % 8):  # TMA takes rows of whole 16 bytes
+        size = ProductSize(64, 128, size.parts)  # 96 KB of shared memory
     depth_of_part = triton.cdiv(triton.cdiv(K, size.parts), size.depth) * size.depth
     parts = triton.cdiv(K, depth_of_part)
     assert in_parts or parts == 1
@@ -504,7 +506,7 @@ def product(
         "WHOLE": not in_parts, "BIAS": bias is not None, "GELU": gelu, "ahead": size.ahead,
     }  # fmt: skip
     launch = {"num_warps": size.warps, **launch_options(early, size.first)}
-    if size.tma and early and 1 < M <= 64 and K % 8 == 0:
+    if size.tma:
         from h3lm.layers import step_hopper
 
         step_hopper.launch(

@@ -139,6 +139,11 @@ class RingPosition:
 
     steps: Tensor | None = None
 
+    def move(self) -> None:
+        """Go on by one slot in all rows."""
+        assert self.steps is not None
+        self.steps.add_(1)
+
 
 class RingLayer(RecurrentLayer):
     """A `RecurrentLayer` whose shift state is a ring of n_taps slots: a step writes one of them.
@@ -172,12 +177,15 @@ class RingLayer(RecurrentLayer):
         assert self.position.steps is not None
         return RingState(self.conv_states[0], self.position.steps, self.recurrent_states[0])
 
-    def stepped(self) -> None:
-        """Note that every row advanced by one position in place."""
+    def stepped(self, *, move: bool = True) -> None:
+        """Note that every row advanced by one position in place.
+
+        Args:
+            move: Whether the last ring moves the position on; else somebody does it later.
+        """
         self.count(1)
-        if self.last:
-            assert self.position.steps is not None
-            self.position.steps.add_(1)
+        if self.last and move:
+            self.position.move()
 
     def _put_conv(self, conv: Tensor) -> None:
         B, D, kept = conv.shape

@@ -140,9 +140,9 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
         stored = cache.layers[self.layer_idx]
         if isinstance(self.mixer, CausalAttention):
             return attend_step(qkv, stored.keys, stored.values, cache.lengths, where.rotation)
-        # before it there is a product, which writes no state
+        # in the chain of kernels in front of it none writes this layer's state
         mixed = self.mixer.step_core(qkv, stored.ring(), stored.operators, early=True)
-        stored.stepped()
+        stored.stepped(move=False)
         return mixed
 
     def _mix_with_state(self, u: Tensor, where: Where, cache: Cache | None) -> Tensor:
@@ -326,7 +326,10 @@ class H3Model(H3PreTrainedModel):
         stream = Stream(r[:, 0].contiguous())
         for layer in self.layers:
             stream = layer.advance(stream, functools.partial(layer.step_core, where, cache))
-        return add_norm(stream, self.norm)[1][:, None]
+        r = add_norm(stream, self.norm)[1][:, None]
+        if cache.ring.steps is not None:  # not in front of it: a plain kernel parts the chain
+            cache.ring.move()
+        return r
 
     def _where(
         self,

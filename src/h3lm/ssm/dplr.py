@@ -128,7 +128,7 @@ class DPLRSystem:
         Raises:
             ValueError: if `length` is negative.
         """
-        if length > 0 and can_fuse(self.eigenvalues, self.B, readouts):
+        if length > 0 and can_fuse(self.eigenvalues, self.B, readouts, length):
             return fused_filters(self.eigenvalues, self.P, self.B, readouts, self.dt, length)
         return self.plain_filters(readouts, length)
 
@@ -142,7 +142,7 @@ class DPLRSystem:
             length: L, at least 1.
         """
         readouts = torch.stack([self.c, backward])
-        if can_fuse(self.eigenvalues, self.B, readouts):
+        if can_fuse(self.eigenvalues, self.B, readouts, length):
             made = fused_filters(
                 self.eigenvalues, self.P, self.B, readouts, self.dt, length,
                 skip=self.skip, delayed=True,
@@ -162,10 +162,10 @@ class DPLRSystem:
     def quick_filter(self, length: int) -> Float[Tensor, "H L"]:
         """`filter` for short rows, in few operations: no power of the dense matrix.
 
-        The generating function is taken on a circle on which what follows after L is below the
-        last place of float32, by the kernels (`ssm.filters_triton`) or as they do.
+        By kernels where they run. Else the generating function is taken on a circle on which what
+        follows after L is below the last place of float32, as in `ssm.filters_triton`.
         """
-        if can_fuse(self.eigenvalues, self.B, self.c[None]):
+        if can_fuse(self.eigenvalues, self.B, self.c[None], length):
             return self.filter(length)
         eigenvalues, P, B, c = (_widen(x) for x in (self.eigenvalues, self.P, self.B, self.c))
         dt, radius = self.dt.to(c.real.dtype), WRAPPED ** (1 / length)

@@ -1,12 +1,12 @@
 """The making of S4's filters as one operator of PyTorch, by kernels.
 
-Up to 64 real states they are those of `powers_triton`, above that those of `filters_triton`.
-Complex tensors cross the border as real pairs. The kernels are imported at their first use, and run
-once on a small problem beside plain PyTorch, which takes over where they fail on a machine.
+They are those of `powers_triton` or `filters_triton`, see `algorithm`. Complex tensors cross the
+border as real pairs. The kernels are imported at their first use, and run once on a small problem
+beside plain PyTorch, which takes over where they fail on a machine.
 """
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,24 +16,40 @@ from h3lm.ssm.fused_operators import MAX_MODES, has_kernels
 
 logger = logging.getLogger("h3lm.ssm")
 MAX_READOUTS = 2
-MAX_POWERS = 32  # modes for which the powers are made
+Algorithm = Literal["powers", "generating function"]
+FEW_POWERS = 16  # modes for which powers are made at any length
+FEW_TAPS = {32: 1024, MAX_MODES: 256}  # by modes, which the generating function makes exactly
 TOLERANCE = 1e-5  # of float32, behind sums in float64
 
-_found: dict[tuple[torch.device, int], str] = {}  # by `fault`, for when nothing can be tried
+_found: dict[
+    tuple[torch.device, Algorithm, int], str
+] = {}  # by `fault`, for when nothing can be tried
 
 
-def can_fuse(eigenvalues: Tensor, B: Tensor, readouts: Tensor) -> bool:
+def algorithm(modes: int, length: int) -> Algorithm:
+    """Which kernels make filters, a pure function.
+
+    The generating function costs N for each tap, powers N^3 for each doubling of the length. Its
+    rounding grows with both: of 64 states from 4096 taps on, of 128 from 1024 on, it is more than
+    twice that of plain PyTorch.
+    """
+    few = next(taps for most, taps in FEW_TAPS.items() if modes <= most)
+    return "powers" if modes <= FEW_POWERS or length > few else "generating function"
+
+
+def can_fuse(eigenvalues: Tensor, B: Tensor, readouts: Tensor, length: int) -> bool:
     """Whether the kernels can make the filters of a system with these tensors.
 
     Args:
         eigenvalues: (H, N/2).
         B: (H, N/2); with axes in front of it, the plain path makes the filters.
         readouts: (K, H, N/2).
+        length: Taps of a filter.
     """
     single = eigenvalues.dtype == B.dtype == readouts.dtype == torch.complex64
     fits = eigenvalues.shape[-1] <= MAX_MODES and 1 <= len(readouts) <= MAX_READOUTS
     possible = has_kernels(eigenvalues) and single and fits and B.dim() == 2
-    return possible and works(eigenvalues.device, eigenvalues.shape[-1])
+    return possible and works(eigenvalues.device, eigenvalues.shape[-1], length)
 
 
 def fused_filters(
@@ -75,7 +91,7 @@ def _forward(
     delayed: bool,
 ) -> tuple[Tensor, Tensor]:
     given = (eigenvalues, P, B, C, dt, length, skip, delayed)
-    if C.shape[2] <= MAX_POWERS:
+    if algorithm(C.shape[2], length) == "powers":
         from h3lm.ssm import powers_triton
 
         return powers_triton.make(*given), _no_table(C)
@@ -97,7 +113,8 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     readouts, H, modes, _ = C.shape
     table = C.new_empty(H, 6 + 4 * readouts, modes, dtype=torch.float64)
-    return C.new_empty(readouts, H, length), _no_table(C) if modes <= MAX_POWERS else table
+    by_powers = algorithm(modes, length) == "powers"
+    return C.new_empty(readouts, H, length), _no_table(C) if by_powers else table
 
 
 def _no_table(C: Tensor) -> Tensor:
@@ -117,7 +134,7 @@ def _backward(
     delayed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     given = (eigenvalues, P, B, C, dt, delayed)
-    if C.shape[2] <= MAX_POWERS:
+    if algorithm(C.shape[2], grad.shape[-1]) == "powers":
         from h3lm.ssm import powers_triton
 
         return powers_triton.make_backward(grad, *given)
@@ -183,23 +200,31 @@ def _side_by_side(
 _forward.register_vmap(_side_by_side)
 
 
-def works(device: torch.device, modes: int) -> bool:
+def works(device: torch.device, modes: int, length: int) -> bool:
     """Whether the kernels may be used; where they cannot be tried, an earlier test can say no."""
-    modes = max(8, 1 << (modes - 1).bit_length())  # one kernel for all below
+    kind = algorithm(modes, length)
+    # one kernel for all below
+    modes = max(8, 1 << (modes - 1).bit_length()) if kind == "powers" else MAX_MODES
     transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by vmap
     if transformed or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return not _found.get((device, modes))
-    return not fault(device, modes)
+        return not _found.get((device, kind, modes))
+    return not fault(device, kind, modes)
 
 
-@first_use(logger, "S4's filter kernels for {1} modes are off, plain PyTorch takes over", _found)
-def fault(device: torch.device, modes: int) -> str:
-    """What is wrong with the kernels for so many modes on this machine; empty if they work."""
+def checks() -> list[tuple[Algorithm, int]]:
+    """What `fault` can be asked for on a device."""
+    powers: list[tuple[Algorithm, int]] = [("powers", modes) for modes in (8, 16, 32, MAX_MODES)]
+    return [*powers, ("generating function", MAX_MODES)]
+
+
+@first_use(logger, "S4's filters by {1} of {2} modes are off, plain PyTorch takes over", _found)
+def fault(device: torch.device, kind: Algorithm, modes: int) -> str:
+    """What is wrong with kernels for so many modes on this machine; empty if they work."""
     with torch.inference_mode(False):
-        return _compare(device, modes)
+        return _compare(device, kind, modes)
 
 
-def _compare(device: torch.device, modes: int) -> str:
+def _compare(device: torch.device, kind: Algorithm, modes: int) -> str:
     random = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -212,11 +237,20 @@ def _compare(device: torch.device, modes: int) -> str:
     leaves = [x.requires_grad_() for x in (eigenvalues, *rest)]
     with torch.enable_grad():
         plain = _plain(300, *leaves)
-        fused = torch.ops.h3lm.dplr_filters_fwd(*leaves, None, 300, False)[0]
     grad = normal(*plain.shape)
-    found, expected = (
-        (filters, *torch.autograd.grad(filters, leaves, grad)) for filters in (fused, plain)
-    )
+    expected = (plain, *torch.autograd.grad(plain, leaves, grad))
+    eigenvalues, P, B, C, dt = (x.detach() for x in leaves)
+    found: tuple[Tensor, ...]
+    if kind == "powers":
+        from h3lm.ssm import powers_triton
+
+        made = powers_triton.make(eigenvalues, P, B, C, dt, 300)
+        found = (made, *powers_triton.make_backward(grad, eigenvalues, P, B, C, dt))
+    else:
+        from h3lm.ssm import filters_triton
+
+        made, table = filters_triton.make(eigenvalues, P, B, C, dt, 300)
+        found = (made, *filters_triton.make_backward(grad, table, eigenvalues, P, B, C, dt))
     names = "filters", "eigenvalues", "P", "B", "C", "dt"
     for name, a, b in zip(names, found, expected, strict=True):
         error = float((a - b).detach().norm() / b.detach().norm())

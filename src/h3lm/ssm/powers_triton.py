@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_MODES = 32  # N = 64: a matrix is half of the registers of a program of four warps
-STEP = tl.constexpr(16)  # of its depth: the matrix units' own
+STEP = tl.constexpr(16)  # of a product's depth: the matrix units' own
+STAGES = tl.constexpr(4)  # of its loads, which go through the second cache
 
 
 @triton.jit
@@ -64,14 +64,19 @@ def product(
 
     X is `rows` x `depth` and Y `depth` x `columns`, at most as large as the tiles.
     """
-    i, n = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    for start in tl.static_range(0, DEPTH, STEP):
-        m = start + tl.arange(0, STEP)
-        mask = (i < rows)[:, None] & (m < depth)[None, :]
-        left = tl.load(x + i[:, None] * x_row + m[None, :] * x_column, mask, 0.0)
-        mask = (m < depth)[:, None] & (n < columns)[None, :]
-        right = tl.load(y + m[:, None] * y_row + n[None, :] * y_column, mask, 0.0)
-        total = tl.dot(left, right, total, out_dtype=tl.float64)
+    i, n, m = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, STEP)
+    left, right = x + i[:, None] * x_row, y + n[None, :] * y_column
+    top, side = (i < rows)[:, None], (n < columns)[None, :]
+    if DEPTH == STEP:
+        a = tl.load(left + m[None, :] * x_column, top & (m < depth)[None, :], 0.0)
+        b = tl.load(right + m[:, None] * y_row, (m < depth)[:, None] & side, 0.0)
+        total = tl.dot(a, b, total, out_dtype=tl.float64)
+    else:
+        for start in tl.range(0, DEPTH, STEP, num_stages=STAGES):
+            k = start + m
+            a = tl.load(left + k[None, :] * x_column, top & (k < depth)[None, :], 0.0)
+            b = tl.load(right + k[:, None] * y_row, (k < depth)[:, None] & side, 0.0)
+            total = tl.dot(a, b, total, out_dtype=tl.float64)
     return total
 
 
@@ -339,19 +344,20 @@ def padded(modes: int) -> int:
 
 
 class Launch(NamedTuple):
-    """Rows of a product, warps, and stages of the loads' pipeline, of each kernel."""
+    """Rows of a product and warps, of each kernel."""
 
-    powers: tuple[int, int, int]
-    filters: tuple[int, int, int]
-    tables: tuple[int, int, int]
-    backward: tuple[int, int, int]
+    powers: tuple[int, int]
+    filters: tuple[int, int]
+    tables: tuple[int, int]
+    backward: tuple[int, int]
     parameters: int
 
 
 LAUNCHES = {  # by modes
-    8: Launch((16, 1, 1), (16, 1, 1), (16, 1, 3), (16, 1, 1), 1),
-    16: Launch((32, 4, 1), (32, 4, 1), (32, 4, 3), (32, 4, 1), 4),
-    32: Launch((64, 8, 1), (32, 4, 1), (32, 4, 3), (32, 8, 1), 8),
+    8: Launch((16, 1), (16, 1), (16, 1), (16, 1), 1),
+    16: Launch((32, 4), (32, 4), (32, 4), (32, 4), 4),
+    32: Launch((64, 4), (32, 4), (32, 4), (32, 4), 8),
+    64: Launch((32, 16), (32, 8), (32, 8), (32, 16), 16),
 }
 
 
@@ -413,12 +419,11 @@ def make(
     shape = Shape.of(modes, length)
     tables = _tables(eigenvalues, P, B, C, dt, shape, keep=False)
     filters = torch.empty((readouts, H, length), dtype=torch.float32, device=dt.device)
-    tile, warps, stages = LAUNCHES[shape.modes].filters
+    tile, warps = LAUNCHES[shape.modes].filters
     tiles = [triton.cdiv(1 << turns, tile) for turns in (shape.right_turns, shape.left_turns)]
     filters_kernel[(H, *tiles)](
         tables.left, tables.right, skip, filters, H, length, shape.left_turns, shape.right_turns,
         READOUTS=readouts, N=2 * shape.modes, DELAYED=delayed, TILE=tile, num_warps=warps,
-        num_stages=stages,
     )  # fmt: skip
     return filters
 
@@ -439,20 +444,20 @@ def make_backward(
     tables = _tables(eigenvalues, P, B, C, dt, shape, keep=True)  # made anew: they are large
     dleft, dright = torch.empty_like(tables.left), torch.empty_like(tables.right)
     N, launch = 2 * shape.modes, LAUNCHES[shape.modes]
-    tile, warps, stages = launch.tables
+    tile, warps = launch.tables
     right, left = (triton.cdiv(1 << n, tile) for n in (shape.right_turns, shape.left_turns))
     tables_backward_kernel[(H, right + readouts * left)](
         grad.contiguous(), tables.left, tables.right, dleft, dright, H, length,
         shape.left_turns, shape.right_turns,
-        READOUTS=readouts, N=N, DELAYED=delayed, TILE=tile, num_warps=warps, num_stages=stages,
+        READOUTS=readouts, N=N, DELAYED=delayed, TILE=tile, num_warps=warps,
     )  # fmt: skip
     dl, dP, dB, dC = (torch.empty_like(x) for x in (eigenvalues, P, B, C))
     ddt, dpowers = torch.empty_like(dt), tables.powers.new_empty(H, 2, N, N)
-    tile, warps, stages = launch.backward
+    tile, warps = launch.backward
     powers_backward_kernel[(H,)](
         tables.powers, tables.left, tables.right, dleft, dright, dpowers,
         shape.left_turns, shape.right_turns,
-        READOUTS=readouts, N=N, TILE=tile, num_warps=warps, num_stages=stages,
+        READOUTS=readouts, N=N, TILE=tile, num_warps=warps,
     )  # fmt: skip
     parameters_kernel[(H,)](
         eigenvalues, P, B, dt, dleft, dright, dpowers, dl, dP, dB, dC, ddt, H, modes,
@@ -473,10 +478,10 @@ def _tables(
 
     left, right = empty(1 << shape.left_turns, readouts, N), empty(1 << shape.right_turns, N)
     tables = Tables(left, right, empty(max(turns, 1) if keep else 2, N, N))
-    tile, warps, stages = LAUNCHES[shape.modes].powers
+    tile, warps = LAUNCHES[shape.modes].powers
     powers_kernel[(H,)](
         eigenvalues, P, B, C, dt, tables.powers, left, right, H, modes,
         shape.left_turns, shape.right_turns, tables.powers.shape[1],
-        READOUTS=readouts, MODES=shape.modes, TILE=tile, num_warps=warps, num_stages=stages,
+        READOUTS=readouts, MODES=shape.modes, TILE=tile, num_warps=warps,
     )  # fmt: skip
     return tables

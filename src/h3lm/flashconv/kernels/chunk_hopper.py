@@ -103,8 +103,17 @@ TOTALS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]))
 
 @gluon.jit
 def to_shared(pointer, index, dtype: gl.constexpr):
-    """An operator [64, 64] in shared memory, from elements at `pointer + index`."""
-    return gl.allocate_shared_memory(dtype, [T, T], SQUARE, gl.load(pointer + index).to(dtype))
+    """An operator [64, 64] in shared memory, from elements at `pointer + index`.
+
+    Of the right dtype it is copied: it is there when the first tile is waited for.
+    """
+    if pointer.dtype.element_ty == dtype:
+        buffer = gl.allocate_shared_memory(dtype, [T, T], SQUARE)
+        async_copy.async_copy_global_to_shared(buffer, pointer + index)
+        async_copy.commit_group()
+        return buffer
+    else:
+        return gl.allocate_shared_memory(dtype, [T, T], SQUARE, gl.load(pointer + index).to(dtype))
 
 
 @gluon.jit

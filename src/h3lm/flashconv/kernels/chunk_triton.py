@@ -61,10 +61,12 @@ from h3lm.flashconv.kernels.tile import (
     store_complex,
 )
 
-# of a launch, the best on an H200
-FORWARD = {"num_warps": 4, "num_stages": 1}
-BACKWARD = {"num_warps": 4, "num_stages": 1}
-FETCH = True
+# of a launch, the best on an H200; three programs fit on a multiprocessor with so many registers
+FORWARD = {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
+AHEAD = True
+V_EARLY = True
+Q_EARLY = True
+BACKWARD = {"num_warps": 4, "num_stages": 1}  # and of a forward pass that needs more registers
 
 
 @triton.jit
@@ -112,19 +114,9 @@ def tile_at(pointer, row, channel, row_stride, channel_stride, first, inner, row
     """
     base = pointer + (row.to(tl.int64) * row_stride + channel.to(tl.int64) * channel_stride + first)
     if ROWS > 1:
-        offset = row_in_tile.to(tl.int64) * row_stride
-        return base + (offset if len(inner.shape) == 1 else offset[:, None]) + inner
+        return base + (row_in_tile.to(tl.int64) * row_stride)[:, None] + inner
     else:
         return base + inner
-
-
-@triton.jit
-def fetch_tile(pointers):
-    """Ask for a tile, given by where each of its chunks begins, to be brought into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.uint64)],
-        dtype=tl.uint32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -173,11 +165,11 @@ def forward_kernel(
     B, D, L, rows_per_program, tiles, slots, total, segments,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
-    REVERSED: tl.constexpr, FETCH: tl.constexpr,
+    REVERSED: tl.constexpr, AHEAD: tl.constexpr, V_EARLY: tl.constexpr, Q_EARLY: tl.constexpr,
 ):  # fmt: skip
     """Forward pass; a tile holds ROWS rows of C / ROWS chunks.
 
-    FETCH: the next tile is brought into the L2 cache while this one is worked on; for EVEN ones.
+    AHEAD: k of the next tile is asked for before outputs are made; for EVEN ones.
 
     REVERSED: chunks are walked from last to first, to add up what they leave to the left.
     """
@@ -208,6 +200,11 @@ def forward_kernel(
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
     chunk_im = decay_im[:, None]
+    if AHEAD:
+        source, _, begin, _, _ = span_of(first_row, B, L, total, segments, bounds, SEGMENTED)
+        k_tile = tl.load(
+            tile_at(k, source, channel, k_row, k_channel, begin, inner, row_in_tile, ROWS)
+        )
     for block in range(0, rows_per_program // ROWS):
         tile_row = first_row + block * ROWS
         source, owner, begin, before, length = span_of(
@@ -229,31 +226,15 @@ def forward_kernel(
             if REVERSED:
                 mask = mask & (position >= 0)
 
-            if FETCH:
-                last = tile == tiles - 1
-                next_row = tl.minimum(tile_row + tl.where(last, ROWS, 0), B - ROWS)
-                next_first = tl.where(last, 0, first + CHUNKS * T)
-                next_source, _, next_begin, _, _ = span_of(
-                    next_row, B, L, total, segments, bounds, SEGMENTED
-                )
-                next_first += next_begin
-                fetch_tile(
-                    tile_at(k, next_source, channel, k_row, k_channel, next_first, in_row * T,
-                            row_in_tile, ROWS)
-                )  # fmt: skip
-                if v is not None:
-                    fetch_tile(
-                        tile_at(v, next_source, channel, v_row, v_channel, next_first, in_row * T,
-                                row_in_tile, ROWS)
-                    )  # fmt: skip
-                if q is not None:
-                    fetch_tile(
-                        tile_at(q, next_source, channel, q_row, q_channel, next_first, in_row * T,
-                                row_in_tile, ROWS)
-                    )  # fmt: skip
             first += begin
             k_at = tile_at(k, source, channel, k_row, k_channel, first, inner, row_in_tile, ROWS)
-            k_tile = load_tile(k_at, mask, EVEN)
+            if not AHEAD:
+                k_tile = load_tile(k_at, mask, EVEN)
+            if V_EARLY:
+                v_at = tile_at(
+                    v, source, channel, v_row, v_channel, first, inner, row_in_tile, ROWS
+                )
+                v_tile = load_tile(v_at, mask, EVEN)
             if F is not None:
                 w, _, _ = filter_inputs(
                     F0,
@@ -279,7 +260,9 @@ def forward_kernel(
                         w += tl.trans(tl.load(carry_at, early, 0.0))
             else:
                 w = tl.trans(k_tile).to(tl.float32)
-            if v is not None:
+            if V_EARLY:
+                w *= tl.trans(v_tile).to(tl.float32)
+            elif v is not None:
                 v_at = tile_at(
                     v, source, channel, v_row, v_channel, first, inner, row_in_tile, ROWS
                 )
@@ -319,10 +302,28 @@ def forward_kernel(
                             here = (tile * CHUNKS + in_row == chunks) & (row_in_tile == r)
                             end_state = tl.sum(tl.where(here[None, :], x, 0.0), 1)
                             tl.store(end + row_at + state_offset, end_state, tile_row + r < B)
+            if AHEAD:
+                over = tile == tiles - 1
+                next_row = tl.minimum(tile_row + tl.where(over, ROWS, 0), B - ROWS)
+                next_source, _, next_begin, _, _ = span_of(
+                    next_row, B, L, total, segments, bounds, SEGMENTED
+                )
+                next_first = next_begin + tl.where(over, 0, (tile + 1) * CHUNKS * T)
+                k_at = tile_at(
+                    k, next_source, channel, k_row, k_channel, next_first, inner, row_in_tile, ROWS
+                )
+                k_tile = tl.load(k_at)
             if o is not None:
+                if Q_EARLY:
+                    q_at = tile_at(
+                        q, source, channel, q_row, q_channel, first, inner, row_in_tile, ROWS
+                    )
+                    q_tile = load_tile(q_at, mask, EVEN)
                 y = tl.dot(M_c, w, input_precision=PRECISION)
                 y = tl.dot(P_c, x.to(dtype), y, input_precision=PRECISION)
-                if q is not None:
+                if Q_EARLY:
+                    y *= tl.trans(q_tile).to(tl.float32)
+                elif q is not None:
                     q_at = tile_at(
                         q, source, channel, q_row, q_channel, first, inner, row_in_tile, ROWS
                     )
@@ -636,6 +637,7 @@ def forward(
     shape = saved_states_shape(k, D, N // 2, segments, bounds) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
     even = walk.is_even(B, L, C) and total == segments * L and bounds is None
+    slim = k.element_size() == 2 and N <= 64 and filter_blocks(operators) <= 2
     forward_kernel[(D * walk.programs_per_channel,)](
         q, k, v, o if with_output else None, *operators.rounded(k.dtype), carry, start,
         end if with_end else None,
@@ -644,7 +646,9 @@ def forward(
         B, D, L, walk.rows_per_program, walk.tiles, slots, total, segments,
         N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
         PRECISION=product_precision(k.dtype), EVEN=even, SEGMENTED=segments > 1,
-        REVERSED=leftwards, FETCH=FETCH and even and k.is_cuda and not leftwards, **FORWARD,
+        REVERSED=leftwards, AHEAD=AHEAD and slim and even and not leftwards,
+        V_EARLY=V_EARLY and slim and v is not None, Q_EARLY=Q_EARLY and slim and q is not None,
+        **(FORWARD if slim else BACKWARD),
     )  # fmt: skip
     return o, end, states
 

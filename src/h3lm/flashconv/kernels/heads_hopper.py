@@ -8,9 +8,10 @@ differ only in i, so the sum over i is its own:
 
     o_j = sum_i q_i y_ij;   y = M w + P x;   x <- decay x + K w;   w_ij = s_i v_j
 
-While a chunk's products run, the w of the next chunk is formed. One barrier stands in a chunk:
-before it w and x have been written, and the copies of the next chunk have arrived; what is written
-behind it goes to the buffers that the chunk before read.
+Work of the threads stands beside products: the outputs of a chunk are read out while K w of the
+next one runs, then w of the chunk after it is formed and the new state written while y runs. One
+barrier stands in a chunk: before it w and x have been written, and the copies of the next chunk
+have arrived; what is written behind it goes to the buffers that the chunk before read.
 
 Whole chunks of rows only; the rest, and the backward pass, are plain Triton's.
 """
@@ -219,6 +220,7 @@ def forward_kernel(
             if end is not None:
                 x = turned(x, decay_re, decay_im)
             x = warpgroup_mma(K_h, w, x, is_async=True)
+            y = warpgroup_mma_wait(1, deps=[y])  # done, but else the assembler waits for all
             out = read_out(y, q_tiles.index((step + STAGES - 1) % STAGES)).to(dtype)
             gl.store(o_base + chunk * T + o_at, out, chunk > 0)
             y = warpgroup_mma(M_h, w, zero, use_acc=False, is_async=True)
