@@ -72,6 +72,20 @@ def test_a_state_that_is_not_wanted_is_not_made(layer, u):
         assert none is None
 
 
+def test_s4_without_a_state_convolves_whole_rows(monkeypatch):
+    seen = []
+    right = flashconv.fft_operators
+    monkeypatch.setattr(
+        flashconv, "fft_operators", lambda s, L, C: (seen.append((L, C)), right(s, L, C))[1]
+    )
+    layer = mixer("s4").build(MixerSizes(d_model=2, d_state=4)).double()
+    u = torch.randn(1, 9000, 2, dtype=torch.float64)
+    expected, _ = layer(u)
+    found, _ = layer(u, with_state=False)
+    assert_close(found, expected)
+    assert seen == [(9000, 8192), (9000, 9000)]
+
+
 def test_parallel_equals_recurrent(layer, u):
     expected, end = layer(u)
     state, steps = None, []

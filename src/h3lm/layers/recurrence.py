@@ -8,6 +8,7 @@ from torch import Tensor
 
 from h3lm import flashconv
 from h3lm.flashconv import FFTOperators
+from h3lm.flashconv.fft_chunks import CHUNK_LENGTH
 from h3lm.flashconv.state import as_real_pairs, from_real_pairs
 from h3lm.layers.prepared import Prepared, PreparingModule
 from h3lm.layers.unpad import Unpadded
@@ -16,6 +17,7 @@ from h3lm.ssm.dplr import DPLRSystem
 from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH
 
 System = ChunkOperators | DPLRSystem
+MAX_WHOLE_LENGTH = 1 << 16  # of a filter: making one takes many float64 numbers for each tap
 
 
 class RecurrentState(NamedTuple):
@@ -45,7 +47,7 @@ class Recurrence(PreparingModule):
     def __init__(self) -> None:
         super().__init__()
         self._prepared: Prepared[System] = Prepared()
-        self._prepared_filters: Prepared[dict[int, FFTOperators]] = Prepared()
+        self._prepared_filters: Prepared[dict[tuple[int, int], FFTOperators]] = Prepared()
 
     def system(self) -> System:
         """What `mix` runs; a subclass makes it from its parameters, in float32."""
@@ -70,9 +72,9 @@ class Recurrence(PreparingModule):
         if u.shape[-1] == 1 and cu_seqlens is None:
             return _step(u, system, state, mask)
         if mask is None:
-            return convolve(
-                u, self._operators(u, cu_seqlens), state, cu_seqlens, self.backend, with_state
-            )
+            whole = state is None and not with_state
+            operators = self._operators(u, cu_seqlens, whole)
+            return convolve(u, operators, state, cu_seqlens, self.backend, with_state)
         if state is None:
             state = zero_state(u, system)
 
@@ -88,17 +90,24 @@ class Recurrence(PreparingModule):
         """The system, reused in eval mode."""
         return self._prepared.get(self, self._make_system)
 
-    def _operators(self, u: Tensor, cu_seqlens: Tensor | None) -> System | FFTOperators:
-        """What the op takes: a system without a scan also needs a filter as long as the rows."""
+    def _operators(
+        self, u: Tensor, cu_seqlens: Tensor | None, whole: bool = False
+    ) -> System | FFTOperators:
+        """What the op takes: a system without a scan also needs a filter as long as the rows.
+
+        Where no state comes in or goes out, one of the whole rows: chunks would be joined by
+        states, which cost more than the transforms.
+        """
         system = self.prepared_system()
         if not isinstance(system, DPLRSystem) or u.shape[-1] == 0:
             return system
         length = filter_length(spans_of(cu_seqlens, u.shape[-1]))
+        chunk = length if whole and length <= MAX_WHOLE_LENGTH else CHUNK_LENGTH
         kept = self._prepared_filters.get(self, dict)
-        if length not in kept:
+        if (length, chunk) not in kept:
             kept.clear()
-            kept[length] = flashconv.fft_operators(system, length)
-        return kept[length]
+            kept[length, chunk] = flashconv.fft_operators(system, length, chunk)
+        return kept[length, chunk]
 
     def _make_system(self) -> System:
         with torch.autocast(next(self.parameters()).device.type, enabled=False):

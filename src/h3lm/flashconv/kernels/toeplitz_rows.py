@@ -32,7 +32,8 @@ class Launch(NamedTuple):
     warps: int
 
 
-FORWARD, BACKWARD = Launch(128, 2, 8), Launch(64, 2, 8)
+# measured on an H200, see docs/log.md
+FORWARD, BACKWARD = Launch(64, 1, 4), Launch(64, 2, 8)
 MIN_ROWS = 64  # of a batch: fewer would leave most of a tile empty
 
 
