@@ -44,3 +44,14 @@ def test_a_check_within_a_checkpointed_block_leaves_the_block_alone():
     # the block's own tensors alone are counted, in the forward pass and when it runs again
     checkpoint(block, x, use_reentrant=False).sum().backward()
     assert torch.allclose(x.grad, 2 * torch.ones(2).exp())
+
+
+def test_a_check_under_vmap_is_no_part_of_it():
+    @first_use(logging.getLogger("h3lm.ssm"), "{0} is off", {})
+    def fault(name: str) -> str:
+        x = torch.randn(3, requires_grad=True)
+        (grad,) = torch.autograd.grad((2 * x).sum(), x)
+        return "" if float(grad.sum()) == 6 else "y differs"
+
+    assert torch.vmap(lambda x: x if fault("fft") == "" else -x)(torch.ones(2)).all()
+    assert fault("fft") == ""

@@ -6,6 +6,7 @@ from logging import Logger
 from typing import Any
 
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.graph import saved_tensors_hooks
 
 Found = dict[Any, str]
@@ -37,8 +38,12 @@ def first_use(
             if place in found:
                 return found[place]
             try:
-                # hooks of activation checkpointing count what is saved around here, and raise
-                with saved_tensors_hooks(_as_it_is, _as_it_is):
+                # hooks of activation checkpointing count what is saved around here, and raise, as
+                # vmap does for random numbers: the comparison is no part of either
+                with (
+                    saved_tensors_hooks(_as_it_is, _as_it_is),
+                    temporarily_clear_interpreter_stack(),
+                ):
                     wrong = compare(*key)
             except Exception as error:  # whatever a compiler may raise
                 first = str(error).splitlines()[0] if str(error) else ""
