@@ -116,6 +116,29 @@ def test_a_step_that_adds_to_gradients_has_a_graph_of_its_own():
     assert forms == [False, True]  # of two rows there is never a first step to add to
 
 
+def test_forms_are_captured_while_their_gradients_fit(monkeypatch):
+    monkeypatch.setattr("h3lm.train.graphs.MAX_GRADIENT_BYTES", 4 * 4 * 3)  # of three forms
+    model, captured = nn.Linear(3, 1), []
+
+    def step(inputs):
+        loss = model(inputs["x"]).sum()
+        loss.backward()
+        return loss.detach()
+
+    def capture(run, pool):
+        captured.append(pool)
+        graph = Replayed(run, list(model.parameters()))
+        return graph, graph.loss
+
+    steps = GraphedSteps(model.parameters(), capture)
+    for rows in range(1, 6):
+        for _ in range(WARM_STEPS + 2):
+            model.zero_grad()
+            steps({"x": torch.ones(rows, 3)}, step)
+            assert torch.equal(model.weight.grad, torch.full((1, 3), float(rows)))
+    assert len(captured) == 3
+
+
 def test_what_cannot_be_captured_is_launched(caplog):
     model = nn.Linear(2, 1)
 

@@ -69,8 +69,8 @@ class ClassificationTrainer(H3Trainer):
         super().__init__(recipe, [], **arguments)
 
     def wants_graphs(self) -> bool:
-        """As the recipe's `classification` says."""
-        return self.settings.graphs
+        """As for language models, unless the recipe's `classification` says no."""
+        return self.settings.graphs and super().wants_graphs()
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         total = self.args.max_steps * self.recipe.batch_size

@@ -42,7 +42,7 @@ class ClassificationSettings:
         gain_db: Signals in training: louder or softer by up to so much.
         noise: Signals in training: white noise of up to so many standard deviations of the row.
         stretch: Signals in training: played faster or slower by up to this part.
-        graphs: Whether a GPU replays steps as CUDA graphs (`train.graphs`); with one process.
+        graphs: Whether a GPU may replay steps as CUDA graphs (`train.graphs`); with one process.
     """
 
     seeds: int = 1
@@ -53,7 +53,7 @@ class ClassificationSettings:
     gain_db: float = 0.0
     noise: float = 0.0
     stretch: float = 0.0
-    graphs: bool = False
+    graphs: bool = True
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Self:

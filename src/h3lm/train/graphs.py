@@ -18,6 +18,7 @@ from torch import Tensor
 logger = logging.getLogger("h3lm.train")
 WARM_STEPS = 2  # of a form before it is captured: kernels compile, libraries take their memory
 MAX_FORMS = 128  # that are captured; others run as they are
+MAX_GRADIENT_BYTES = 1 << 32  # of all forms: each leaves its gradients in memory of its own
 
 Inputs = dict[str, Tensor]
 Step = Callable[[Inputs], Tensor]
@@ -51,6 +52,9 @@ class GraphedSteps:
         capture: Callable[..., tuple[Any, Tensor]] | None = None,
     ) -> None:
         self._parameters = list(parameters)
+        size = sum(p.numel() * p.element_size() for p in self._parameters)
+        # at least a step that makes gradients and one that adds to them
+        self._most = max(2, min(MAX_FORMS, MAX_GRADIENT_BYTES // max(size, 1)))
         self._capture = capture or record
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._captured: dict[tuple[Any, ...], _Captured] = {}
@@ -77,7 +81,7 @@ class GraphedSteps:
             # a graph that adds does so where a first one has left its gradients
             early = adds and (False, shapes) not in self._captured
             self._seen[form] += not early
-            full = len(self._captured) >= MAX_FORMS
+            full = len(self._captured) >= self._most
             if self._off or full or early or self._seen[form] <= WARM_STEPS:
                 return step(inputs)
             found = self._record(inputs, step)
