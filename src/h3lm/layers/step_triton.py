@@ -67,27 +67,29 @@ class ProductSize:
     x_stages: int = 0
 
 
-ATTEND = AttendSize()
+ATTEND = AttendSize(first=True)
 MAX_ROWS = 64  # of products; with more, the libraries' kernels are as good
 # By `rows_class`: whether what follows a norm may start before the norm waits
-NORM_FIRST = {1: False, 16: False, 64: False}
+NORM_FIRST = {1: True, 16: False, 64: True}
 # By rows at most and kind of product; None for the library's. Chosen by the time of whole steps
 # (`h3lm.bench.generate_tune --steps`).
 SIZES: dict[tuple[int, str], ProductSize | None] = {
-    (1, "up"): ProductSize(2, 2048, warps=2),
-    (1, "down"): ProductSize(4, 2048, parts=4),
-    (1, "qkv"): ProductSize(4, 2048),
-    (1, "out"): ProductSize(4, 2048),
-    (1, "head"): ProductSize(8, 2048, warps=8),
-    (16, "up"): None,
-    (16, "down"): None,
-    (16, "qkv"): ProductSize(64, 128, stages=4),
-    (16, "out"): ProductSize(64, 128, parts=4, stages=4),
-    (16, "head"): None,
-    (64, "up"): ProductSize(64, 64, stages=12, tma=True, x_stages=12),
-    (64, "down"): ProductSize(64, 128, parts=4, stages=4, ahead=512),
-    (64, "qkv"): None,
-    (64, "out"): ProductSize(64, 128, parts=2, stages=6, tma=True, x_stages=6),
+    (1, "up"): ProductSize(columns=4, depth=1024, warps=2, first=True),
+    (1, "down"): ProductSize(columns=8, depth=2048, parts=2, warps=8),
+    (1, "qkv"): ProductSize(columns=4, depth=1024, warps=2),
+    (1, "out"): ProductSize(columns=4, depth=2048),
+    (1, "head"): ProductSize(columns=4, depth=1024, warps=2, first=True),
+    (16, "up"): ProductSize(columns=64, depth=256, ahead=256),
+    (16, "down"): ProductSize(
+        columns=128, depth=64, parts=8, stages=8, ahead=256, tma=True, x_stages=8
+    ),
+    (16, "qkv"): ProductSize(columns=64, stages=6, ahead=256, first=True),
+    (16, "out"): ProductSize(columns=64, parts=2, stages=6, ahead=512, tma=True, x_stages=6),
+    (16, "head"): ProductSize(columns=64, depth=64, stages=7),
+    (64, "up"): ProductSize(columns=64, stages=6, ahead=1024, first=True, tma=True, x_stages=6),
+    (64, "down"): ProductSize(columns=64, parts=4, stages=4, ahead=512),
+    (64, "qkv"): ProductSize(columns=64, stages=6, ahead=512, tma=True, x_stages=6),
+    (64, "out"): ProductSize(columns=64, parts=2, stages=6, tma=True, x_stages=6),
     (64, "head"): None,
 }
 

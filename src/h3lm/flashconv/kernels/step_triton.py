@@ -46,9 +46,9 @@ class StepSize:
 
 
 SIZES = {  # by `rows_class`; the last for more
-    1: StepSize(rows=1, lean=True),
-    16: StepSize(),
-    64: StepSize(lean=True, stages=2),
+    1: StepSize(rows=1, lean=True, first=True),
+    16: StepSize(columns=16, rows=4, warps=4, lean=True, stages=2, first=True),
+    64: StepSize(columns=16, rows=16, warps=4, lean=True, stages=2),
 }
 
 
