@@ -114,11 +114,7 @@ def tables_backward_kernel(
     o_im = -2.0 * tl.load(P_at + modes, mask, 0.0).to(tl.float64)
     r = 2.0 * tl.load(dresponse + system * T + e).to(tl.float64)[None, :]
 
-    first = (e == 0)[None, :]
-    before_re, before_im = power(a_re, -a_im, tl.where(e > 0, e - 1, 0)[None, :], BITS)
-    p_re, p_im = times(before_re, before_im, a_re, -a_im)  # conj(a^e)
-    p_re = tl.where(first, 1.0, p_re)
-    p_im = tl.where(first, 0.0, p_im)
+    p_re, p_im = power(a_re, -a_im, e[None, :], BITS)  # conj(a^e)
     sum_re, sum_im = times(k_re + r * c_re, k_im - r * c_im, p_re, p_im)
     store_modes(db, system, n, modes, tl.sum(sum_re, 1), tl.sum(sum_im, 1))
     after_re, after_im = times(o_re, o_im, a_re, -a_im)
@@ -133,9 +129,10 @@ def tables_backward_kernel(
     out_im += tl.where(last, decay_im, 0.0)
     steps = (e + 1).to(tl.float64)[None, :]
     sum_re, sum_im = times(out_re * steps, out_im * steps, p_re, p_im)
+    p_re, p_im = power(a_re, -a_im, tl.where(e > 0, e - 1, 0)[None, :], BITS)
     into_re, into_im = times(k_re + r * c_re, k_im - r * c_im, b_re, -b_im)
     steps = e.to(tl.float64)[None, :]
-    more_re, more_im = times(into_re * steps, into_im * steps, before_re, before_im)
+    more_re, more_im = times(into_re * steps, into_im * steps, p_re, p_im)
     kept = (a_re != 0.0) | (a_im != 0.0)
     sum_re = tl.where(kept, sum_re + more_re, 0.0)
     sum_im = tl.where(kept, sum_im + more_im, 0.0)
