@@ -552,6 +552,7 @@ def test_compiles_in_one_graph(dynamic: bool) -> None:
 @needs_triton
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support:UserWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 def test_packed_rows_compile_in_one_graph() -> None:
     def run(q: Tensor, k: Tensor, v: Tensor, taps: Tensor, system: DiagonalSystem, at: Tensor):
         o, end = h3_core(q, k, v, taps, system, cu_seqlens=at, return_final_state=True)
