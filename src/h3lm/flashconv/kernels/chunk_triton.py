@@ -63,9 +63,6 @@ from h3lm.flashconv.kernels.tile import (
 
 # of a launch, the best on an H200; three programs fit on a multiprocessor with so many registers
 FORWARD = {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
-AHEAD = True
-V_EARLY = True
-Q_EARLY = True
 BACKWARD = {"num_warps": 4, "num_stages": 1}  # and of a forward pass that needs more registers
 
 
@@ -165,11 +162,12 @@ def forward_kernel(
     B, D, L, rows_per_program, tiles, slots, total, segments,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
-    REVERSED: tl.constexpr, AHEAD: tl.constexpr, V_EARLY: tl.constexpr, Q_EARLY: tl.constexpr,
+    REVERSED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Forward pass; a tile holds ROWS rows of C / ROWS chunks.
 
-    AHEAD: k of the next tile is asked for before outputs are made; for EVEN ones.
+    EARLY: v is asked for before the filter runs, and k of the next tile before outputs are made;
+    for EVEN tiles.
 
     REVERSED: chunks are walked from last to first, to add up what they leave to the left.
     """
@@ -200,7 +198,7 @@ def forward_kernel(
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
     chunk_im = decay_im[:, None]
-    if AHEAD:
+    if EARLY:
         source, _, begin, _, _ = span_of(first_row, B, L, total, segments, bounds, SEGMENTED)
         k_tile = tl.load(
             tile_at(k, source, channel, k_row, k_channel, begin, inner, row_in_tile, ROWS)
@@ -228,13 +226,14 @@ def forward_kernel(
 
             first += begin
             k_at = tile_at(k, source, channel, k_row, k_channel, first, inner, row_in_tile, ROWS)
-            if not AHEAD:
+            if not EARLY:
                 k_tile = load_tile(k_at, mask, EVEN)
-            if V_EARLY:
+            if v is not None:
                 v_at = tile_at(
                     v, source, channel, v_row, v_channel, first, inner, row_in_tile, ROWS
                 )
-                v_tile = load_tile(v_at, mask, EVEN)
+                if EARLY:
+                    v_tile = tl.load(v_at)
             if F is not None:
                 w, _, _ = filter_inputs(
                     F0,
@@ -260,13 +259,10 @@ def forward_kernel(
                         w += tl.trans(tl.load(carry_at, early, 0.0))
             else:
                 w = tl.trans(k_tile).to(tl.float32)
-            if V_EARLY:
+            if v is not None:
+                if not EARLY:
+                    v_tile = load_tile(v_at, mask, EVEN)
                 w *= tl.trans(v_tile).to(tl.float32)
-            elif v is not None:
-                v_at = tile_at(
-                    v, source, channel, v_row, v_channel, first, inner, row_in_tile, ROWS
-                )
-                w *= tl.trans(load_tile(v_at, mask, EVEN)).to(tl.float32)
             w = w.to(dtype)
 
             z = tl.dot(K_c, w, input_precision=PRECISION)
@@ -302,7 +298,7 @@ def forward_kernel(
                             here = (tile * CHUNKS + in_row == chunks) & (row_in_tile == r)
                             end_state = tl.sum(tl.where(here[None, :], x, 0.0), 1)
                             tl.store(end + row_at + state_offset, end_state, tile_row + r < B)
-            if AHEAD:
+            if EARLY:
                 over = tile == tiles - 1
                 next_row = tl.minimum(tile_row + tl.where(over, ROWS, 0), B - ROWS)
                 next_source, _, next_begin, _, _ = span_of(
@@ -314,16 +310,9 @@ def forward_kernel(
                 )
                 k_tile = tl.load(k_at)
             if o is not None:
-                if Q_EARLY:
-                    q_at = tile_at(
-                        q, source, channel, q_row, q_channel, first, inner, row_in_tile, ROWS
-                    )
-                    q_tile = load_tile(q_at, mask, EVEN)
                 y = tl.dot(M_c, w, input_precision=PRECISION)
                 y = tl.dot(P_c, x.to(dtype), y, input_precision=PRECISION)
-                if Q_EARLY:
-                    y *= tl.trans(q_tile).to(tl.float32)
-                elif q is not None:
+                if q is not None:
                     q_at = tile_at(
                         q, source, channel, q_row, q_channel, first, inner, row_in_tile, ROWS
                     )
@@ -646,8 +635,7 @@ def forward(
         B, D, L, walk.rows_per_program, walk.tiles, slots, total, segments,
         N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
         PRECISION=product_precision(k.dtype), EVEN=even, SEGMENTED=segments > 1,
-        REVERSED=leftwards, AHEAD=AHEAD and slim and even and not leftwards,
-        V_EARLY=V_EARLY and slim and v is not None, Q_EARLY=Q_EARLY and slim and q is not None,
+        REVERSED=leftwards, EARLY=slim and even and not leftwards,
         **(FORWARD if slim else BACKWARD),
     )  # fmt: skip
     return o, end, states

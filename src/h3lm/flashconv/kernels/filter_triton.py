@@ -24,7 +24,7 @@ from h3lm.flashconv.kernels.tile import T
 
 C = tl.constexpr(64)
 # of a launch, the best on an H200
-FORWARD = {"num_warps": 4, "num_stages": 2}
+FORWARD = {"num_warps": 4, "num_stages": 3}
 
 
 @dataclass(frozen=True)

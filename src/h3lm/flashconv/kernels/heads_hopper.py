@@ -8,10 +8,9 @@ differ only in i, so the sum over i is its own:
 
     o_j = sum_i q_i y_ij;   y = M w + P x;   x <- decay x + K w;   w_ij = s_i v_j
 
-Work of the threads stands beside products: the outputs of a chunk are read out while K w of the
-next one runs, then w of the chunk after it is formed and the new state written while y runs. One
-barrier stands in a chunk: before it w and x have been written, and the copies of the next chunk
-have arrived; what is written behind it goes to the buffers that the chunk before read.
+While a chunk's products run, the w of the next chunk is formed. One barrier stands in a chunk:
+before it w and x have been written, and the copies of the next chunk have arrived; what is written
+behind it goes to the buffers that the chunk before read.
 
 Whole chunks of rows only; the rest, and the backward pass, are plain Triton's.
 """
@@ -34,7 +33,7 @@ from h3lm.flashconv.kernels.tile import T, mode_of_row, part_of_row, place
 HEAD_DIM = gl.constexpr(8)
 PAIRS = gl.constexpr(64)
 N = gl.constexpr(64)
-STAGES = gl.constexpr(8)  # chunks whose inputs are in shared memory or on their way
+STAGES = gl.constexpr(4)  # chunks whose inputs are in shared memory or on their way
 PROGRAMS = 3  # that fit on a multiprocessor, with so many registers for a thread
 FORWARD = {"num_warps": 4, "maxnreg": 168}
 
@@ -112,12 +111,11 @@ def turned(x, re, im):
 
 
 @gluon.jit
-def read_out(y, q_tile):
-    """The sum over i of q_i y_ij, [time, j], of y [row, pair] and a chunk of q [channel, time]."""
-    gate = gl.expand_dims(q_tile.permute((1, 0)).load(gl.SliceLayout(2, READ_OUT)), 2)
+def read_out(y, gate):
+    """The sum over i of q_i y_ij, [time, j], of y [row, pair] and q [time, i, 1]."""
     y = gl.permute(gl.reshape(y, [T // 16, 2, 8, HEAD_DIM, HEAD_DIM]), (0, 2, 1, 3, 4))
     y = place(gl.reshape(y, [T, HEAD_DIM, HEAD_DIM]), READ_OUT)
-    return gl.convert_layout(gl.sum(y * gate.to(gl.float32), 1), OUTPUT)
+    return gl.convert_layout(gl.sum(y * gate, 1), OUTPUT)
 
 
 @gluon.jit
@@ -185,12 +183,12 @@ def forward_kernel(
     x_tiles = gl.allocate_shared_memory(dtype, [2, N, PAIRS], SQUARE)
     next_row = first_row
     next_chunk = 0
-    for n in gl.static_range(STAGES - 2):
+    for n in gl.static_range(STAGES - 1):
         next_row, next_chunk = copy_next(
             q, s, v, q_tiles, s_tiles, v_tiles, n, next_row, behind, head, next_chunk, chunks,
             q_row, q_channel, s_row, s_channel, v_row, v_channel,
         )  # fmt: skip
-    async_copy.wait_group(STAGES - 4)
+    async_copy.wait_group(STAGES - 2)
     gl.thread_barrier()
     form_products(s_tiles.index(0), v_tiles.index(0), w_tiles.index(0))
     zero = gl.zeros([T, PAIRS], gl.float32, PRODUCT)
@@ -199,46 +197,36 @@ def forward_kernel(
     for n in range(behind - first_row):
         member = (first_row + n).to(gl.int64) * H + head
         states = member * (PAIRS * N)
-        o_base = o + member * HEAD_DIM * L - T
+        o_base = o + member * HEAD_DIM * L
         if start is not None:
             x = gl.load(start + states + state_offsets())
         else:
             x = zero
-        y = zero
-        x_tiles.index(step % 2).store(x.to(dtype))
-        if end is None:
-            x = turned(x, decay_re, decay_im)
-        fence_async_shared()
-        gl.thread_barrier()
         for chunk in range(chunks):
+            w = w_tiles.index(step % 2).permute((1, 0))
+            x_tile = x_tiles.index(step % 2)
+            x_tile.store(x.to(dtype))
+            x = turned(x, decay_re, decay_im)
+            async_copy.wait_group(STAGES - 3)
             next_row, next_chunk = copy_next(
-                q, s, v, q_tiles, s_tiles, v_tiles, (step + STAGES - 2) % STAGES,
+                q, s, v, q_tiles, s_tiles, v_tiles, (step + STAGES - 1) % STAGES,
                 next_row, behind, head, next_chunk, chunks,
                 q_row, q_channel, s_row, s_channel, v_row, v_channel,
             )  # fmt: skip
-            w = w_tiles.index(step % 2).permute((1, 0))
-            if end is not None:
-                x = turned(x, decay_re, decay_im)
-            x = warpgroup_mma(K_h, w, x, is_async=True)
-            y = warpgroup_mma_wait(1, deps=[y])  # done, but else the assembler waits for all
-            out = read_out(y, q_tiles.index((step + STAGES - 1) % STAGES)).to(dtype)
-            gl.store(o_base + chunk * T + o_at, out, chunk > 0)
+            fence_async_shared()
+            gl.thread_barrier()
             y = warpgroup_mma(M_h, w, zero, use_acc=False, is_async=True)
-            y = warpgroup_mma(P_h, x_tiles.index(step % 2), y, is_async=True)
+            y = warpgroup_mma(P_h, x_tile, y, is_async=True)
+            x = warpgroup_mma(K_h, w, x, is_async=True)
+            gate = q_tiles.index(step % STAGES).permute((1, 0)).load(gl.SliceLayout(2, READ_OUT))
             step += 1
             form_products(
                 s_tiles.index(step % STAGES), v_tiles.index(step % STAGES), w_tiles.index(step % 2)
             )
-            x = warpgroup_mma_wait(2, deps=[x])
-            x_tiles.index(step % 2).store(x.to(dtype))
-            if end is None:  # while y is on its way; an end state has to stay as it is
-                x = turned(x, decay_re, decay_im)
-            y = warpgroup_mma_wait(0, deps=[y])
-            async_copy.wait_group(STAGES - 4)
-            fence_async_shared()
-            gl.thread_barrier()
-        out = read_out(y, q_tiles.index((step + STAGES - 1) % STAGES)).to(dtype)
-        gl.store(o_base + chunks * T + o_at, out)
+            y = warpgroup_mma_wait(1, deps=[y])
+            out = read_out(y, gl.expand_dims(gate, 2).to(gl.float32)).to(dtype)
+            gl.store(o_base + chunk * T + o_at, out)
+            x = warpgroup_mma_wait(0, deps=[x])
         if end is not None:
             gl.store(end + states + state_offsets(), x)
 

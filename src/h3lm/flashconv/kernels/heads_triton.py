@@ -6,11 +6,10 @@ head. For chunk c, with s = taps * k from `filter_triton` and operators M, K, P 
 
     w_ij = s_i v_j;   y_ij = M w_ij + P x_ij;   o_j = sum_i q_i y_ij;   x_ij <- decay x_ij + K w_ij
 
-Here the pairs are a side of a matrix product, 64 of them: one head of 8 channels, or heads of 4 or
-2 of as many rows of the batch as fill it. The state is an accumulator that never leaves the
-registers; the decay multiplies it between two products. The forward pass lies [time or state,
-pair], with states in the order of `tile`; the backward pass [pair, time or state], with both parts
-of a mode side by side, as states do in memory.
+Here the pairs are the columns of a matrix product, [time or state, 64 pairs]: one head of 8
+channels, or heads of 4 or 2 of as many rows of the batch as fill it. The state is an accumulator
+that never leaves the registers; the decay multiplies it between two products. States lie in the
+order of `tile`.
 
 Backwards there are two sweeps, and no state is kept for them. From left to right, with states made
 again, what the read-out needs, dy_ij = q_i do_j being the gradient of y:
@@ -72,51 +71,55 @@ def where_inside(position, length, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def of_keys(x, HEAD_DIM: tl.constexpr):
-    """[rows i, T] -> [rows i j, T]: what belongs to channel i of a head, for each pair."""
-    x = tl.reshape(x, [PAIRS // (HEAD_DIM * HEAD_DIM), HEAD_DIM, 1, T])
-    x = tl.broadcast_to(x, [PAIRS // (HEAD_DIM * HEAD_DIM), HEAD_DIM, HEAD_DIM, T])
-    return tl.reshape(x, [PAIRS, T])
+def products(keys, values, HEAD_DIM: tl.constexpr):
+    """[T, pairs], what channels i and j of a head give, from [rows i, T] and [rows j, T]."""
+    ROWS: tl.constexpr = PAIRS // (HEAD_DIM * HEAD_DIM)
+    keys = tl.reshape(keys, [ROWS, HEAD_DIM, 1, T]).to(tl.float32)
+    values = tl.reshape(values, [ROWS, 1, HEAD_DIM, T])
+    return tl.trans(tl.reshape((keys * values).to(values.dtype), [PAIRS, T]))
 
 
 @triton.jit
-def of_values(x, HEAD_DIM: tl.constexpr):
-    """[rows j, T] -> [rows i j, T]: what belongs to channel j of a head, for each pair."""
-    x = tl.reshape(x, [PAIRS // (HEAD_DIM * HEAD_DIM), 1, HEAD_DIM, T])
-    x = tl.broadcast_to(x, [PAIRS // (HEAD_DIM * HEAD_DIM), HEAD_DIM, HEAD_DIM, T])
-    return tl.reshape(x, [PAIRS, T])
+def sum_over_keys(y, keys, HEAD_DIM: tl.constexpr):
+    """The sum over i of y_ij times keys, [T, pairs] and [rows i, T] to [rows j, T].
+
+    The columns of a product that differ in i lie in one thread, or nearly so.
+    """
+    ROWS: tl.constexpr = PAIRS // (HEAD_DIM * HEAD_DIM)
+    keys = tl.reshape(tl.trans(keys), [T, ROWS, HEAD_DIM, 1]).to(tl.float32)
+    y = tl.reshape(y, [T, ROWS, HEAD_DIM, HEAD_DIM]) * keys
+    return tl.trans(tl.reshape(tl.sum(y, 2), [T, ROWS * HEAD_DIM]))
 
 
 @triton.jit
-def sum_over_keys(x, HEAD_DIM: tl.constexpr):
-    """[rows i j, T] -> [rows j, T]."""
-    x = tl.reshape(x, [PAIRS // (HEAD_DIM * HEAD_DIM), HEAD_DIM, HEAD_DIM, T])
-    return tl.reshape(tl.sum(x, 1), [PAIRS // HEAD_DIM, T])
+def sum_over_values(y, values, HEAD_DIM: tl.constexpr):
+    """The sum over j of y_ij times values, [T, pairs] and [rows j, T] to [rows i, T]."""
+    ROWS: tl.constexpr = PAIRS // (HEAD_DIM * HEAD_DIM)
+    values = tl.reshape(tl.trans(values), [T, ROWS, 1, HEAD_DIM]).to(tl.float32)
+    y = tl.reshape(y, [T, ROWS, HEAD_DIM, HEAD_DIM]) * values
+    return tl.trans(tl.reshape(tl.sum(y, 3), [T, ROWS * HEAD_DIM]))
 
 
 @triton.jit
-def sum_over_values(x, HEAD_DIM: tl.constexpr):
-    """[rows i j, T] -> [rows i, T]."""
-    x = tl.reshape(x, [PAIRS // (HEAD_DIM * HEAD_DIM), HEAD_DIM, HEAD_DIM, T])
-    return tl.reshape(tl.sum(x, 2), [PAIRS // HEAD_DIM, T])
+def parts(x, N: tl.constexpr):
+    """States [N, pairs] in the order of `tile` as real and imaginary parts [N/16, 8, pairs]."""
+    return tl.split(tl.permute(tl.reshape(x, [N // 16, 2, 8, PAIRS]), (0, 2, 3, 1)))
 
 
 @triton.jit
 def times(x, re, im, N: tl.constexpr):
-    """States [pairs, N] times a complex number for each mode."""
-    x_re, x_im = tl.split(tl.reshape(x, [PAIRS, N // 2, 2]))
-    re = re[None, :]
-    im = im[None, :]
+    """States [N, pairs] times a complex number for each mode."""
+    x_re, x_im = parts(x, N)
     y = tl.join(re * x_re - im * x_im, re * x_im + im * x_re)
-    return tl.reshape(y, [PAIRS, N])
+    return tl.reshape(tl.permute(y, (0, 3, 1, 2)), [N, PAIRS])
 
 
 @triton.jit
 def conjugate_products(g, x, N: tl.constexpr):
-    """The sum over pairs of g conj(x), real and imaginary, [N/2] each."""
-    g_re, g_im = tl.split(tl.reshape(g, [PAIRS, N // 2, 2]))
-    x_re, x_im = tl.split(tl.reshape(x, [PAIRS, N // 2, 2]))
-    return tl.sum(g_re * x_re + g_im * x_im, 0), tl.sum(g_im * x_re - g_re * x_im, 0)
+    """The sum over pairs of g conj(x), real and imaginary, [N/16, 8] each."""
+    g_re, g_im = parts(g, N)
+    x_re, x_im = parts(x, N)
+    return tl.sum(g_re * x_re + g_im * x_im, 2), tl.sum(g_im * x_re - g_re * x_im, 2)
 
 
 @triton.jit
@@ -126,49 +129,15 @@ def state_offsets(first, head, H, B, N: tl.constexpr, HEAD_DIM: tl.constexpr):
     row = first + pair // (HEAD_DIM * HEAD_DIM)
     at = row.to(tl.int64) * H + head
     at = at * (HEAD_DIM * HEAD_DIM) + pair % (HEAD_DIM * HEAD_DIM)
-    return at[:, None] * N + tl.arange(0, N)[None, :], (row < B)[:, None]
-
-
-@triton.jit
-def load_operators(M, K, P, head, N: tl.constexpr):
-    """M [T, T], K [N, T] and P [T, N] of a head, both parts of a mode side by side."""
-    i = tl.arange(0, T)
     n = tl.arange(0, N)
-    state = n % 2 * (N // 2) + n // 2
-    into = tl.load(K + head * N * T + state[:, None] * T + i[None, :])
-    if M is None:
-        return into, into, into
-    else:
-        square = tl.load(M + head * T * T + i[:, None] * T + i[None, :])
-        return square, into, tl.load(P + head * N * T + i[:, None] * N + state[None, :])
+    return at[None, :] * N + (2 * mode_of_row(n) + part_of_row(n))[:, None], (row < B)[None, :]
 
 
 @triton.jit
 def load_decay(decay, head, N: tl.constexpr):
-    """Decay of a head, [N/2] each part."""
+    """Decay of a head, [N/16, 8, 1] each part."""
     at = decay + head * N + 2 * tl.arange(0, N // 2)
-    return tl.load(at), tl.load(at + 1)
-
-
-@triton.jit
-def turned(x, re, im, N: tl.constexpr):
-    """States [N, pairs] in the order of `tile` times a complex number for each mode."""
-    parts = tl.permute(tl.reshape(x, [N // 16, 2, 8, PAIRS]), (0, 2, 3, 1))
-    x_re, x_im = tl.split(parts)
-    y = tl.join(re * x_re - im * x_im, re * x_im + im * x_re)
-    return tl.reshape(tl.permute(y, (0, 3, 1, 2)), [N, PAIRS])
-
-
-@triton.jit
-def read_out(y, q_tile, HEAD_DIM: tl.constexpr):
-    """The sum over i of q_i y_ij: y [T, pairs] and q [rows i, T] to [rows j, T].
-
-    The columns of a product that differ in i lie in one thread, or nearly so.
-    """
-    ROWS: tl.constexpr = PAIRS // (HEAD_DIM * HEAD_DIM)
-    gate = tl.reshape(tl.trans(q_tile), [T, ROWS, HEAD_DIM, 1]).to(tl.float32)
-    y = tl.reshape(y, [T, ROWS, HEAD_DIM, HEAD_DIM]) * gate
-    return tl.trans(tl.reshape(tl.sum(y, 2), [T, ROWS * HEAD_DIM]))
+    return tl.reshape(tl.load(at), [N // 16, 8, 1]), tl.reshape(tl.load(at + 1), [N // 16, 8, 1])
 
 
 @triton.jit(do_not_specialize=["B", "H", "groups", "segments"])
@@ -192,14 +161,10 @@ def forward_kernel(
     i = tl.arange(0, T)[None, :]
     member = tl.arange(0, ROWS * HEAD_DIM)
     channel = (head * HEAD_DIM + member % HEAD_DIM).to(tl.int64)
-    state = tl.arange(0, N)
-    state = (2 * mode_of_row(state) + part_of_row(state))[:, None]
     K_h, P_h = load_state_operators(K, P, head, N)
     if o is not None:
         M_h = load_square(M, head)
     decay_re, decay_im = load_decay(decay, head, N)
-    decay_re = tl.reshape(decay_re, [N // 16, 8, 1])
-    decay_im = tl.reshape(decay_im, [N // 16, 8, 1])
 
     for group in range(groups):
         first = (tl.program_id(0) // H * groups + group) * ROWS
@@ -214,14 +179,11 @@ def forward_kernel(
         inside = length[:, None]
         chunks = (length + T - 1) // T if REVERSED else length // T  # that an end state covers
         last = (tl.max(length, 0) + T - 1) // T
-        pair = tl.arange(0, PAIRS)
-        row = first + pair // (HEAD_DIM * HEAD_DIM)
         if not WHOLE:
-            _, _, pair_length = spans_of(row, B, L, total, segments, bounds, SEGMENTED)
+            of_pair = first + tl.arange(0, PAIRS) // (HEAD_DIM * HEAD_DIM)
+            _, _, pair_length = spans_of(of_pair, B, L, total, segments, bounds, SEGMENTED)
             covered = (pair_length + T - 1) // T if REVERSED else pair_length // T
-        pair = (row.to(tl.int64) * H + head) * (HEAD_DIM * HEAD_DIM) + pair % (HEAD_DIM * HEAD_DIM)
-        state_at = pair[None, :] * N + state
-        here = (row < B)[None, :]
+        state_at, here = state_offsets(first, head, H, B, N, HEAD_DIM)
         if start is not None:
             x = tl.load(start + state_at, here, 0.0)
         else:
@@ -234,14 +196,13 @@ def forward_kernel(
             mask = where_inside(position, inside, WHOLE)
             s_tile = tl.load(s_base + position, mask, 0.0)
             v_tile = tl.load(v_base + position, mask, 0.0)
-            w = of_keys(s_tile, HEAD_DIM).to(tl.float32) * of_values(v_tile, HEAD_DIM)
-            w = tl.trans(w.to(dtype))
+            w = products(s_tile, v_tile, HEAD_DIM)
             if o is not None:
                 y = tl.dot(M_h, w, input_precision=PRECISION)
                 y = tl.dot(P_h, x.to(dtype), y, input_precision=PRECISION)
                 q_tile = tl.load(q_base + position, mask, 0.0)
-                tl.store(o_base + position, read_out(y, q_tile, HEAD_DIM).to(dtype), mask)
-            after = turned(x, decay_re, decay_im, N)
+                tl.store(o_base + position, sum_over_keys(y, q_tile, HEAD_DIM).to(dtype), mask)
+            after = times(x, decay_re, decay_im, N)
             after = tl.dot(K_h, w, after, input_precision=PRECISION)
             if WHOLE:
                 x = after
@@ -267,11 +228,12 @@ def left_to_right_kernel(
     i = tl.arange(0, T)[None, :]
     member = tl.arange(0, ROWS * HEAD_DIM)
     channel = (head * HEAD_DIM + member % HEAD_DIM).to(tl.int64)
-    M_h, K_h, P_h = load_operators(M, K, P, head, N)
+    M_h = load_square(M, head)
+    K_h, P_h = load_state_operators(K, P, head, N)
     decay_re, decay_im = load_decay(decay, head, N)
     sum_P = tl.zeros([T, N], tl.float32)
-    sum_re = tl.zeros([N // 2], tl.float32)
-    sum_im = tl.zeros([N // 2], tl.float32)
+    sum_re = tl.zeros([N // 16, 8], tl.float32)
+    sum_im = tl.zeros([N // 16, 8], tl.float32)
 
     for group in range(groups):
         first = (program // H * groups + group) * ROWS
@@ -293,50 +255,48 @@ def left_to_right_kernel(
         if start is not None:
             x = tl.load(start + state_at, here, 0.0)
         else:
-            x = tl.zeros([PAIRS, N], tl.float32)
-        tangent = tl.zeros([PAIRS, N], tl.float32)
+            x = tl.zeros([N, PAIRS], tl.float32)
+        tangent = tl.zeros([N, PAIRS], tl.float32)
         for c in tl.range(0, last, num_stages=STAGES):
             position = c * T + i
             mask = where_inside(position, inside, WHOLE)
             do_tile = tl.load(do_base + position, mask, 0.0)  # not copied ahead: asked for first
             s_tile = tl.load(s_base + position, mask, 0.0)
             v_tile = tl.load(v_base + position, mask, 0.0)
-            w = of_keys(s_tile, HEAD_DIM).to(tl.float32) * of_values(v_tile, HEAD_DIM)
-            w = w.to(dtype)
-            gate = of_keys(tl.load(q_base + position, mask, 0.0), HEAD_DIM)
-            d_out = of_values(do_tile, HEAD_DIM).to(tl.float32)
-            dy = (gate.to(tl.float32) * d_out).to(dtype)
+            q_tile = tl.load(q_base + position, mask, 0.0)
+            w = products(s_tile, v_tile, HEAD_DIM)
+            dy = products(q_tile, do_tile, HEAD_DIM)
             half = x.to(dtype)
-            y = tl.dot(w, tl.trans(M_h), input_precision=PRECISION)
-            y = tl.dot(half, tl.trans(P_h), y, input_precision=PRECISION)
-            d_q = sum_over_values(y * d_out, HEAD_DIM).to(dtype)
+            y = tl.dot(M_h, w, input_precision=PRECISION)
+            y = tl.dot(P_h, half, y, input_precision=PRECISION)
+            d_q = sum_over_values(y, do_tile, HEAD_DIM).to(dtype)
             tl.store(dq_base + position, d_q, mask)
-            sum_P = tl.dot(tl.trans(dy), half, sum_P, input_precision=PRECISION)
-            p = tl.dot(dy, P_h, input_precision=PRECISION)
+            sum_P = tl.dot(dy, tl.trans(half), sum_P, input_precision=PRECISION)
+            p = tl.dot(tl.trans(P_h), dy, input_precision=PRECISION)
             p_re, p_im = conjugate_products(p, tangent, N)
             sum_re += p_re
             sum_im += p_im
             next_tangent = times(tangent, decay_re, decay_im, N) + x
             after = times(x, decay_re, decay_im, N)
-            after = tl.dot(w, tl.trans(K_h), after, input_precision=PRECISION)
+            after = tl.dot(K_h, w, after, input_precision=PRECISION)
             if WHOLE:
                 x = after
                 tangent = next_tangent
             else:
-                x = tl.where((c < covered)[:, None], after, x)
-                tangent = tl.where((c < covered)[:, None], next_tangent, tangent)
+                x = tl.where((c < covered)[None, :], after, x)
+                tangent = tl.where((c < covered)[None, :], next_tangent, tangent)
         if dend is not None:
             behind = tl.load(dend + state_at, here, 0.0)
             p_re, p_im = conjugate_products(behind, tangent, N)
             sum_re += p_re
             sum_im += p_im
     n = tl.arange(0, N)
-    state = (n % 2 * (N // 2) + n // 2)[None, :]
+    state = (part_of_row(n) * (N // 2) + mode_of_row(n))[None, :]
     wide = program.to(tl.int64) * N
     tl.store(dP + wide * T + tl.arange(0, T)[:, None] * N + state, sum_P)
     at = ddecay + wide + 2 * tl.arange(0, N // 2)
-    tl.store(at, sum_re)
-    tl.store(at + 1, sum_im)
+    tl.store(at, tl.reshape(sum_re, [N // 2]))
+    tl.store(at + 1, tl.reshape(sum_im, [N // 2]))
 
 
 @triton.jit(do_not_specialize=["B", "H", "groups", "segments"])
@@ -355,7 +315,8 @@ def right_to_left_kernel(
     i = tl.arange(0, T)[None, :]
     member = tl.arange(0, ROWS * HEAD_DIM)
     channel = (head * HEAD_DIM + member % HEAD_DIM).to(tl.int64)
-    M_h, K_h, P_h = load_operators(M, K, P, head, N)
+    M_h = load_square(M, head)
+    K_h, P_h = load_state_operators(K, P, head, N)
     decay_re, decay_im = load_decay(decay, head, N)
     sum_M = tl.zeros([T, T], tl.float32)
     sum_K = tl.zeros([N, T], tl.float32)
@@ -375,9 +336,9 @@ def right_to_left_kernel(
         state_at, here = state_offsets(first, head, H, B, N, HEAD_DIM)
         of_pair = first + tl.arange(0, PAIRS) // (HEAD_DIM * HEAD_DIM)
         _, _, pair_length = spans_of(of_pair, B, L, total, segments, bounds, SEGMENTED)
-        covered = (pair_length // T)[:, None]
+        covered = (pair_length // T)[None, :]
         # a row's end state lies behind its last full chunk: there its gradient comes in
-        g = tl.zeros([PAIRS, N], tl.float32)
+        g = tl.zeros([N, PAIRS], tl.float32)
         if dend is not None:
             g = tl.load(dend + state_at, here & (covered == last), 0.0)
         for step in tl.range(0, last, num_stages=STAGES):
@@ -385,30 +346,29 @@ def right_to_left_kernel(
             position = c * T + i
             mask = where_inside(position, inside, WHOLE)
             do_tile = tl.load(do_base + position, mask, 0.0)  # not copied ahead: asked for first
-            s_rows = of_keys(tl.load(s_base + position, mask, 0.0), HEAD_DIM).to(tl.float32)
-            v_rows = of_values(tl.load(v_base + position, mask, 0.0), HEAD_DIM).to(tl.float32)
-            w = (s_rows * v_rows).to(dtype)
-            gate = of_keys(tl.load(q_base + position, mask, 0.0), HEAD_DIM)
-            d_out = of_values(do_tile, HEAD_DIM)
-            dy = (gate.to(tl.float32) * d_out).to(dtype)
+            s_tile = tl.load(s_base + position, mask, 0.0)
+            v_tile = tl.load(v_base + position, mask, 0.0)
+            q_tile = tl.load(q_base + position, mask, 0.0)
+            w = products(s_tile, v_tile, HEAD_DIM)
+            dy = products(q_tile, do_tile, HEAD_DIM)
             half = g.to(dtype)
-            dw = tl.dot(dy, M_h, input_precision=PRECISION)
-            dw = tl.dot(half, K_h, dw, input_precision=PRECISION)
-            sum_M = tl.dot(tl.trans(dy), w, sum_M, input_precision=PRECISION)
-            sum_K = tl.dot(tl.trans(half), w, sum_K, input_precision=PRECISION)
-            d_s = sum_over_values(dw * v_rows, HEAD_DIM).to(dtype)
+            dw = tl.dot(tl.trans(M_h), dy, input_precision=PRECISION)
+            dw = tl.dot(tl.trans(K_h), half, dw, input_precision=PRECISION)
+            sum_M = tl.dot(dy, tl.trans(w), sum_M, input_precision=PRECISION)
+            sum_K = tl.dot(half, tl.trans(w), sum_K, input_precision=PRECISION)
+            d_s = sum_over_values(dw, v_tile, HEAD_DIM).to(dtype)
             tl.store((ds + out)[:, None] + position, d_s, mask)
-            d_v = sum_over_keys(dw * s_rows, HEAD_DIM).to(dtype)
+            d_v = sum_over_keys(dw, s_tile, HEAD_DIM).to(dtype)
             tl.store((dv + out)[:, None] + position, d_v, mask)
             g = times(g, decay_re, -decay_im, N)
-            g = tl.dot(dy, P_h, g, input_precision=PRECISION)
+            g = tl.dot(tl.trans(P_h), dy, g, input_precision=PRECISION)
             if dend is not None:
                 if not WHOLE:
                     g += tl.load(dend + state_at, here & (covered == c), 0.0)
         if dstart is not None:
             tl.store(dstart + state_at, g, here)
     n = tl.arange(0, N)
-    state = (n % 2 * (N // 2) + n // 2)[:, None]
+    state = (part_of_row(n) * (N // 2) + mode_of_row(n))[:, None]
     t = tl.arange(0, T)
     wide = program.to(tl.int64) * T
     tl.store(dM + wide * T + t[:, None] * T + t[None, :], sum_M)

@@ -75,7 +75,7 @@ def _import(heads: bool) -> ModuleType:
 def _compare(device: torch.device, heads: bool) -> str:
     from h3lm.flashconv.kernels import chunk_triton, heads_triton
 
-    tensors, operators = _problem(device, 320 if heads else 4096, 8 if heads else 1)
+    tensors, operators = _problem(device, 320, 8, 3) if heads else _problem(device, 4096)
     kernels: tuple[Any, Any] = (_import(heads), heads_triton if heads else chunk_triton)
     return _first_difference(*(_everything(x, tensors, operators) for x in kernels))
 
@@ -92,7 +92,7 @@ def _compare_segments(device: torch.device) -> str:
 
 
 def _problem(
-    device: torch.device, L: int, head_dim: int = 1
+    device: torch.device, L: int, head_dim: int = 1, rows: int = 1
 ) -> tuple[tuple[Tensor, ...], Operators]:
     """q, k, v, do of one head, and operators."""
     random = torch.Generator(device).manual_seed(0)
@@ -103,7 +103,7 @@ def _problem(
     T, N = 64, 64
     # products of bfloat16 are wrong in the interpreter, which is what runs without a GPU
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-    tensors = tuple(normal(1, head_dim, L).to(dtype) for _ in range(4))
+    tensors = tuple(normal(rows, head_dim, L).to(dtype) for _ in range(4))
     decay = torch.stack([torch.full((32,), 0.6), torch.linspace(-0.6, 0.6, 32)], -1)
     operators = Operators(
         F=normal(head_dim, 2, T, T, scale=0.1), M=normal(1, T, T, scale=0.1),
