@@ -24,7 +24,7 @@ def test_a_bias_may_be_the_weight_of_one_more_input(monkeypatch):
     leaves = [u, linear.weight, linear.bias]
     expected = project_channel_first(linear, u)
     grads = torch.autograd.grad(expected.square().sum(), leaves)
-    monkeypatch.setattr(projection, "_adds_in_product", lambda u: True)
+    monkeypatch.setattr(projection, "_adds_in_product", lambda *_: True)
     found = project_channel_first(linear, u)
     torch.testing.assert_close(found, expected)
     for x, y in zip(torch.autograd.grad(found.square().sum(), leaves), grads, strict=True):

@@ -198,7 +198,9 @@ def test_prompts_in_chunks(model, ids, chunk, loops):
 
 # on a GPU the library compiles the step for a static cache, and torch has much to say of that: of
 # complex numbers (decays, until they are pairs), of TensorFloat32, of a graph that is still empty
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support:UserWarning")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_what_it_does_not_know_goes_to_the_library(hybrid, ids, loops):
     class Nothing(LogitsProcessor):
         def __call__(self, input_ids, scores):

@@ -55,3 +55,17 @@ def test_a_check_under_vmap_is_no_part_of_it():
 
     assert torch.vmap(lambda x: x if fault("fft") == "" else -x)(torch.ones(2)).all()
     assert fault("fft") == ""
+
+
+def test_a_check_within_torch_func_is_none_of_its_business():
+    @first_use(logging.getLogger("h3lm.ssm"), "{0} is off", {})
+    def fault(name: str) -> str:
+        y = torch.randn(3, requires_grad=True).exp()
+        torch.autograd.grad(y.sum(), y)
+        return ""
+
+    def loss(x):
+        assert fault("fft") == ""
+        return (x * x).sum()
+
+    assert torch.equal(torch.func.grad(loss)(torch.ones(2)), 2 * torch.ones(2))

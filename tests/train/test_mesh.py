@@ -81,6 +81,11 @@ def test_mistakes_in_a_mesh_are_one_line(tiny, monkeypatch):
     model = H3ForCausalLM(H3Config(**TINY["model"], vocab_size=8, mixers="h3"))
     with pytest.raises(UserError, match="leaves 4 tokens to each, and the short filter takes 7"):
         mesh.check(model, tiny(mesh={"seq": 4}))
+    short = H3ForCausalLM(H3Config(**TINY["model"], vocab_size=8, mixers="h3", h3_num_taps=4))
+    mesh.check(short, tiny(mesh={"seq": 4}))  # taps count, not states
+    long = H3ForCausalLM(H3Config(**TINY["model"], vocab_size=8, mixers="h3", h3_num_taps=16))
+    with pytest.raises(UserError, match="leaves 8 tokens to each, and the short filter takes 15"):
+        mesh.check(long, tiny(block_length=32, mesh={"seq": 4}))
     with pytest.raises(UserError, match="one block at a time: micro_batch_size=1, not 4"):
         mesh.check(model, tiny(block_length=64, reset_state_at_documents=True))
     other = H3ForCausalLM(H3Config(**TINY["model"], vocab_size=8, mixers="linear_attention"))

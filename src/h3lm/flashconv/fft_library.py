@@ -283,21 +283,28 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, ctx.circular = inputs
-        ctx.save_for_backward(*tensors)
-        if not _nobody_looks(tensors[0]):
-            ctx.made = None
-            return _below_autograd(*inputs)
-        y, ctx.made = _convolve(*inputs, keep=True)
+        made = None
+        if _nobody_looks(tensors[0]):
+            y, made = _convolve(*inputs, keep=True)
+        else:
+            y = _below_autograd(*inputs)
+        ctx.plan = None if made is None else made.plan
+        # saved like the others: dropped after the backward pass, and seen by hooks
+        ctx.save_for_backward(*tensors, *(() if made is None else made.prepared))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
+        needs = ctx.needs_input_grad
+        tensors, prepared = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         wanted = (needs[0] or needs[4], needs[1] or needs[2] or needs[3], needs[5])
         run: Any = torch.ops.h3lm.fft_conv_bwd
         if _nobody_looks(dy):
-            run = partial(_backward, made=ctx.made)
+            made = None
+            if ctx.plan is not None:
+                made = _Made(ctx.plan, ctx.plan.kernels.Prepared(*prepared))
+            run = partial(_backward, made=made)
         grads = iter(run(dy, *tensors, ctx.circular, *wanted))
         present = _present(tensors, *wanted)
         return *(next(grads) if there else None for there in present), None

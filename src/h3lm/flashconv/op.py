@@ -5,7 +5,7 @@ share: direction, the empty sequence, chunk operators made from a system.
 """
 
 from itertools import pairwise
-from typing import Any, overload
+from typing import overload
 
 import torch
 from jaxtyping import Complex, Float, Integer
@@ -110,7 +110,14 @@ def h3_core_qkv(
     qkv: Float[Tensor, "B D_times_3 L"],
     taps: Float[Tensor, "D n_taps"],
     system: DiagonalSystem | ChunkOperators,
-    **options: Any,
+    *,
+    head_dim: int = 1,
+    initial_state: H3State | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
+    reverse: bool = False,
+    backend: str = "auto",
+    process_group: ProcessGroup | None = None,
 ) -> tuple[Float[Tensor, "B D L"], H3State | None]:
     """`h3_core` of q, k and v that lie one behind the other in a tensor, as a projection makes it.
 
@@ -118,8 +125,8 @@ def h3_core_qkv(
 
     Args:
         qkv: (B, 3 D, L); else as there.
-        taps, system: As in `h3_core`.
-        options: Its keyword arguments.
+        taps, system, head_dim, initial_state, return_final_state, cu_seqlens, reverse, backend,
+            process_group: As in `h3_core`.
 
     Raises:
         ValueError: as there, or if the channels of qkv are no three times those of the taps.
@@ -129,7 +136,11 @@ def h3_core_qkv(
             f"qkv has {qkv.shape[1]} channels, not 3 times the {len(taps)} of the taps"
         )
     q, k, v = qkv.chunk(3, 1)
-    return _h3_core(q, k, v, taps, system, qkv=qkv, **options)
+    return _h3_core(
+        q, k, v, taps, system, head_dim=head_dim, initial_state=initial_state,
+        return_final_state=return_final_state, cu_seqlens=cu_seqlens, reverse=reverse,
+        backend=backend, process_group=process_group, qkv=qkv,
+    )  # fmt: skip
 
 
 def _h3_core(

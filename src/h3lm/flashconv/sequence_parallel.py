@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
@@ -320,6 +321,7 @@ class _WithEnds(torch.autograd.Function):
         return x.view_as(x), *(x[:, first:stop, begin:] for first, stop, begin in ends)
 
     @staticmethod
+    @once_differentiable  # the gradient is added to in place
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, *of_ends = grads
         for (first, stop, begin), end in zip(ctx.ends, of_ends, strict=True):

@@ -31,8 +31,8 @@ def project_channel_first(linear: nn.Module, u: Tensor) -> Tensor:
     rows = u.reshape(B * L, d_in)
     weight: Tensor = linear.weight
     bias: Tensor | None = linear.bias
-    if bias is not None and _adds_in_product(u):
-        rows, weight, bias = *bias_as_input(rows, weight, bias, _product_dtype(u)), None
+    if bias is not None and _adds_in_product(u, weight):
+        rows, weight, bias = *bias_as_input(rows, weight, bias, dtype_of_products(u)), None
     y = weight @ rows.T
     if bias is not None:
         y = y + bias.to(y.dtype)[:, None]
@@ -53,15 +53,12 @@ def bias_as_input(
     return rows, torch.cat([weight, bias[:, None], zeros], 1).to(dtype)
 
 
-def _adds_in_product(u: Tensor) -> bool:
+def _adds_in_product(u: Tensor, weight: Tensor) -> bool:
     """Whether a bias is worth it as an input: in training on a GPU, in half precision."""
-    return u.is_cuda and torch.is_grad_enabled() and _product_dtype(u).itemsize == 2
-
-
-def _product_dtype(u: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(u.device.type) and u.dtype != torch.float64:
-        return torch.get_autocast_dtype(u.device.type)
-    return u.dtype
+    if not (u.is_cuda and torch.is_grad_enabled()) or dtype_of_products(u).itemsize != 2:
+        return False
+    # without autocast a weight of another dtype is a mistake, which the product tells
+    return torch.is_autocast_enabled(u.device.type) or weight.dtype == u.dtype
 
 
 def project_channel_last(linear: nn.Module, o: Tensor) -> Tensor:

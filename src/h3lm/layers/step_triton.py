@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from h3lm.flashconv.dispatch import LARGE_SHARED, capability
 from h3lm.flashconv.kernels.overlap import fetch, launch_options, wait_for_inputs
 from h3lm.flashconv.step import rows_class
 
@@ -495,7 +496,10 @@ def product(
         (rows, N), or (parts, rows, N) in float32.
     """
     (M, K), N = x.shape, weight.shape[0]
-    if size.tma and (not early or K % 8):  # TMA takes rows of whole 16 bytes
+    where = capability(x.device)
+    # written for Hopper's products; TMA takes rows of whole 16 bytes
+    no_tma = size.tma and (not early or K % 8 or where is None or where[0] != 9)
+    if no_tma or (M > 1 and where not in LARGE_SHARED):
         size = ProductSize(64, 128, size.parts)  # 96 KB of shared memory
     depth_of_part = triton.cdiv(triton.cdiv(K, size.parts), size.depth) * size.depth
     parts = triton.cdiv(K, depth_of_part)

@@ -63,10 +63,11 @@ class H3EncoderLayer(GradientCheckpointingLayer):
             return _normalise(norm, self._added(r, r, sublayer, lengths), lengths)
         # in what the sublayer reads, so that it turns and casts nothing
         last = norm is self.norm1 and getattr(self.mixer, "reads_positions_last", False)
-        if isinstance(norm, BatchNorm):
+        seen = norm._forward_hooks or norm._forward_pre_hooks  # by whoever calls it as a module
+        if isinstance(norm, BatchNorm) and not seen:
             u, r = norm.beside(r, lengths, dtype=dtype_of_products(r), positions_last=last)
         else:
-            u = norm(r)
+            u = _normalise(norm, r, lengths)
         return self._added(r, u, sublayer, lengths)
 
     def _added(self, r: Tensor, u: Tensor, sublayer: Any, lengths: Tensor | None) -> Tensor:

@@ -1,10 +1,12 @@
 """The check that stands before the first use of a kernel, told once on each machine."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import wraps
 from logging import Logger
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.graph import saved_tensors_hooks
@@ -38,12 +40,7 @@ def first_use(
             if place in found:
                 return found[place]
             try:
-                # hooks of activation checkpointing count what is saved around here, and raise, as
-                # vmap does for random numbers: the comparison is no part of either
-                with (
-                    saved_tensors_hooks(_as_it_is, _as_it_is),
-                    temporarily_clear_interpreter_stack(),
-                ):
+                with _apart():
                     wrong = compare(*key)
             except Exception as error:  # whatever a compiler may raise
                 first = str(error).splitlines()[0] if str(error) else ""
@@ -57,6 +54,17 @@ def first_use(
         return fault
 
     return around
+
+
+def _apart() -> AbstractContextManager[object]:
+    """Make the comparison no part of what goes on around it.
+
+    Hooks of activation checkpointing count what is saved, and raise; vmap raises for random
+    numbers. Transforms of functorch allow no hooks at all, and need none: they save nothing then.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return temporarily_clear_interpreter_stack()
+    return saved_tensors_hooks(_as_it_is, _as_it_is)
 
 
 def _as_it_is(x: Tensor) -> Tensor:

@@ -43,8 +43,10 @@ def shorten(model: nn.Module) -> None:
             module.backend = "torch"
             longest = None if isinstance(module, S4) else MAX_LENGTH
             if isinstance(module, S4):
-                # kernels are tried at their first use, which cannot be under vmap
-                module.system().quick_filter(2)
+                # kernels are tried at their first use, which cannot be under vmap; short and long
+                # filters have kernels of their own
+                for length in (2, MAX_LENGTH):
+                    module.system().quick_filter(length)
             module.mix = _for_short(module.mix, module, _mix, 2, longest)  # type: ignore[method-assign]
 
 

@@ -293,6 +293,9 @@ def short_of_memory(recipe: Recipe, rows: int) -> Iterator[None]:
         ways = [] if fewer is None else [f"micro_batch_size={fewer}"]
         ways += [] if recipe.gradient_checkpointing else ["gradient_checkpointing=true"]
         ways += [] if recipe.parallel == "fsdp" else ["parallel=fsdp on several GPUs"]
+        # a captured step keeps its memory while others run, such as an evaluation
+        launched = on_cpu or recipe.graphs is False or recipe.gradient_checkpointing
+        ways += [] if launched else ["graphs=false"]
         remedy = " or ".join(ways) or "a shorter block_length in another output_dir"
         where = "the machine" if on_cpu else "the GPU"
         raise UserError(

@@ -84,7 +84,7 @@ class Mesh:
         except ValueError as error:
             raise UserError(f"the mesh has seq={self.seq}: {error}") from None
         first, stop = slice_bounds(recipe.block_length, self.seq - 1, self.seq)
-        needed = model.config.d_state - 1
+        needed = (model.config.h3_num_taps or model.config.d_state) - 1
         if stop - first < needed:
             raise UserError(
                 f"block_length={recipe.block_length} over seq={self.seq} processes leaves "

@@ -97,13 +97,16 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
         The norm that they had, the same in every process.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
     parts = [part for grad in grads if (part := _own_part(grad)).numel()]
-    squares = [norm.double().square() for norm in torch._foreach_norm(parts)]
-    total = torch.stack(squares).sum() if squares else grads[0].new_zeros((), dtype=torch.float64)
+    total = _own_part(grads[0]).new_zeros((), dtype=torch.float64)
+    if parts:  # a process may hold no element of a small model
+        total += torch.stack(torch._foreach_norm(parts)).double().square().sum()
     for group in _sharing(grads):
         distributed.all_reduce(total, group=group)
     total = total.sqrt().float()
-    if max_norm != float("inf"):
+    if parts and max_norm != float("inf"):
         torch._foreach_mul_(parts, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total
 

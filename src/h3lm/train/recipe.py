@@ -120,8 +120,9 @@ class Recipe:
     )
     graphs: bool | None = key(
         None,
-        "replay forward and backward pass of a language model on one GPU as CUDA graphs; null: "
-        "unless blocks are recomputed, states reset at documents or steps profiled",
+        "replay forward and backward pass as CUDA graphs, on one GPU; null: unless blocks are "
+        "recomputed, states reset at documents or steps profiled; classifiers need "
+        "classification.graphs too",
         free=True,
     )
     parallel: str = key(

@@ -25,8 +25,8 @@ PEAK_TFLOPS = {
     "4090": 165.0,
 }
 FORMULA = (
-    "operations of a token: 6 N + 6 L d per attention layer + 3 d d_state (2 + 7 head_dim) per H3 "
-    "layer; N parameters, L block_length, d hidden_size; recomputation is not counted"
+    "operations of a token: 6 N + 6 L d per attention layer + 3 d (2 taps + 7 head_dim d_state) "
+    "per H3 layer; N parameters, L block_length, d hidden_size; recomputation is not counted"
 )
 
 
@@ -56,6 +56,6 @@ def flops_per_token(model: nn.Module, length: int) -> float:
         if isinstance(module, CausalAttention):
             forward += 2.0 * length * module.d_model
         elif isinstance(module, H3):
-            forward += 2.0 * module.d_model * module.d_state
+            forward += 2.0 * module.d_model * module.shift_ssm.d_state
             forward += 7.0 * module.d_model * module.head_dim * module.d_state
     return 3.0 * forward

@@ -258,6 +258,7 @@ class H3Trainer(Trainer):
         if self.graphs is None:
             loss = step(model, inputs, num_items_in_batch)
         else:
+            model.train()  # as the library's step does, in case a callback has generated
             given = self._prepare_inputs(inputs)
             if num_items_in_batch is not None:
                 number = torch.as_tensor(num_items_in_batch, device=self.args.device)
