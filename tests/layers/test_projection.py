@@ -40,12 +40,12 @@ def test_on_a_gpu_it_is_so_in_training_in_half_precision():
     exact = linear.double()(u.double()).mT
     linear.float()
     with torch.autocast("cuda", torch.bfloat16):
-        assert projection._adds_in_product(u)
+        assert projection._adds_in_product(u, linear.weight)
         trained = project_channel_first(linear, u)
         with torch.no_grad():
-            assert not projection._adds_in_product(u)
+            assert not projection._adds_in_product(u, linear.weight)
             plain = project_channel_first(linear, u)
     assert trained.dtype == plain.dtype == torch.bfloat16
     error, allowed = ((x.double() - exact).norm().item() for x in (trained, plain))
     assert error <= 1.05 * allowed
-    assert not projection._adds_in_product(u)
+    assert not projection._adds_in_product(u, linear.weight)
