@@ -63,8 +63,8 @@ def test_causal_by_gradient(layer, u):
 def test_a_state_that_is_not_wanted_is_not_made(layer, u):
     if "with_state" not in inspect.signature(layer.forward).parameters:
         pytest.skip("its state costs nothing")
-    mask = torch.ones(2, LENGTH)
-    mask[0, :9] = 0
+    mask = torch.ones(2, LENGTH, dtype=torch.bool)
+    mask[0, :9] = False
     for masked in (None, mask):
         expected, _ = layer(u, mask=masked)
         found, none = layer(u, mask=masked, with_state=False)
