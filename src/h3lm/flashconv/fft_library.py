@@ -180,16 +180,8 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _forward(
-    u: Tensor,
-    f: Tensor,
-    f_reverse: Tensor | None,
-    skip: Tensor | None,
-    pre: Tensor | None,
-    post: Tensor | None,
-    circular: bool,
-) -> Tensor:
-    return _convolve(u, f, f_reverse, skip, pre, post, circular, keep=False)[0]
+def _forward(*inputs: Any) -> Tensor:
+    return _convolve(*inputs, keep=False)[0]
 
 
 def _convolve(
