@@ -68,6 +68,7 @@ class RowSlice:
         """Positions in the row, (1, L)."""
         return torch.arange(self.start, self.stop, device=device)[None]
 
+    @torch.compiler.disable  # no graph holds what others send
     def up_to_here(self, x: Tensor) -> Tensor:
         """Keys or values (B, heads, L, d) of all slices up to this one's end."""
         return gather_positions(x, list(self.lengths), self.group)[:, :, : self.stop]
