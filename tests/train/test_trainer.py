@@ -287,6 +287,10 @@ def test_data_that_were_altered_are_named_before_training(tiny, blocks, tmp_path
         run(tiny(data=str(copied), verify_data=False))
 
 
+def test_graphs_that_a_device_does_not_have_are_told(tiny):
+    assert "graphs=true: only one process with a GPU" in run(tiny(graphs=True))[1]
+
+
 def test_speed_time_left_and_passes_are_logged(tiny):
     result, _ = run(tiny())
     entries = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]

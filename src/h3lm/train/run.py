@@ -334,6 +334,10 @@ def _describe(trainer: H3Trainer, blocks: JoinedBlocks, console: Console) -> Non
         f"{trainer.args.device}{several}, {len(blocks):,} blocks of {recipe.block_length} tokens",
         highlight=False,
     )
+    if recipe.graphs and trainer.graphs is None:
+        console.print(
+            "graphs=true: only one process with a GPU has CUDA graphs, so steps are launched"
+        )
     for words in _mixture(recipe, blocks, trainer.args.max_steps):
         console.print(words, highlight=False)
     groups = parameter_groups(
