@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import distributed
+from torch._dynamo.backends.common import aot_autograd
 
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.slices import share_rows, slice_bounds
@@ -75,24 +79,36 @@ def test_a_compiled_block_is_cut_only_where_something_is_sent(alone, monkeypatch
     share_rows(model, alone)
     pieces: list[str] = []
 
-    def note(graph, _):
-        pieces.append(" ".join(str(node.target) for node in graph.graph.nodes))
-        return graph.forward
+    backward: list[str] = []
+
+    def note(words: list[str]) -> Callable[..., Any]:
+        def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            words.append(" ".join(f"{node.name}={node.target}" for node in graph.graph.nodes))
+            return make_boxed_func(graph.forward)
+
+        return compiler
 
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend=note))
+    how = aot_autograd(fw_compiler=note(pieces), bw_compiler=note(backward))
+    monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend=how))
     compile_model(model, "blocks")
     ids = torch.randint(0, 8, (2, 16))
     count = torch.tensor(ids.numel())
     loss = model(ids, labels=ids, shift_labels=ids, num_items_in_batch=count).loss
     loss.backward()
     first, behind, of_attention, last = pieces
-    for piece, projects in ((first, "matmul"), (of_attention, "linear")):
+    for piece in (first, of_attention):
         assert "layer_norm" in piece
-        assert projects in piece
+        assert "mm" in piece  # the projection
     for piece in (behind, last):
         assert "layer_norm" in piece
         assert "gelu" in piece
+    assert len(backward) == 4
+    in_front = [piece for piece in backward if "gelu" not in piece]
+    for piece, outputs in zip(in_front, (4, 2), strict=True):  # q, k and v, or qkv, and r
+        assert f"tangents_{outputs}=" in piece
+        assert f"tangents_{outputs + 1}=" not in piece
+        assert "layer_norm_backward" in piece
 
 
 @pytest.mark.parametrize(("length", "count"), [(75, 4), (8, 2), (3, 2)])

@@ -42,7 +42,7 @@ from h3lm.models import decoding, kept
 from h3lm.models.cache import DecodingCache, RingLayer, check_room, prepare_cache
 from h3lm.models.configuration_h3 import NOT_CAUSAL, H3Config
 from h3lm.models.loss import IGNORED, head_loss
-from h3lm.models.slices import RowSlice
+from h3lm.models.slices import RowSlice, past_cut, stand_in
 from h3lm.ssm import SSMModule
 
 logger = logging.getLogger("h3lm.models")
@@ -98,6 +98,7 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
     def compute(self, r: Tensor, where: Where, cache: Cache | None) -> Tensor:
         """`forward` without what the library wraps it in: what a compiler may take."""
         u = self.norm1(r)
+        aside = None if where.slice is None else stand_in(r)
         if where.step is not None:
             mixed = self._step(u, where, where.step)
         elif isinstance(self.mixer, CausalAttention):
@@ -110,6 +111,7 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
             if where.slice is not None:
                 k = where.slice.up_to_here(k)
                 v = where.slice.up_to_here(v)
+                r = past_cut(r, aside)
             mixed = self.mixer.attend(q, k, v, where.bias)
         elif where.slice is not None:
             # The mixer's parts by hand: a compiled block is cut where others send something, and
@@ -118,6 +120,7 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
             o, _ = self.mixer.core_of_slice(
                 qkv, process_group=where.slice.group, cu_seqlens=where.cu_seqlens, with_state=False
             )
+            r = past_cut(r, aside)
             mixed = project_channel_last(self.mixer.output_proj, o)
         elif where.cu_seqlens is not None:
             mixed, _ = self.mixer(u.reshape(1, -1, u.shape[2]), cu_seqlens=where.cu_seqlens)
