@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from h3lm.flashconv import KeptFilter, dispatch, fft, fft_conv, fft_library
-from h3lm.flashconv.dispatch import Problem, choose, conv_algorithm
+from h3lm.flashconv import KeptFilter, dispatch, fft, fft_conv, fft_library, measured
+from h3lm.flashconv.dispatch import Problem, choose
 from h3lm.flashconv.filters import Filter, FilterGradients
 from h3lm.flashconv.kernels import conv_plan
 
@@ -62,7 +62,8 @@ def _everything(run, leaves: dict[str, Tensor], mode: str, dtype: torch.dtype) -
 @pytest.fixture
 def _transforms(monkeypatch):
     """Keep short filters away from the Toeplitz blocks."""
-    monkeypatch.setattr(dispatch, "MAX_TOEPLITZ_LAGS", {})
+    monkeypatch.setattr(measured, "ALGORITHMS", {})
+    monkeypatch.setattr(dispatch, "MAX_TOEPLITZ_LAGS", 0)
 
 
 @pytest.fixture
@@ -154,12 +155,6 @@ def test_kernels_that_fail_their_check_are_not_used(monkeypatch) -> None:
     found = _everything(fft_library.fft_conv, leaves, "causal", torch.float16)
     for name, expected in exact.items():
         torch.testing.assert_close(found[name], expected, rtol=2e-3, atol=2e-3)
-
-
-def test_backward_has_a_table_of_its_own() -> None:
-    problem = Problem(length=1024, capability=(9, 0))
-    chosen = [conv_algorithm(torch.bfloat16, problem, backward) for backward in (False, True)]
-    assert chosen == ["Toeplitz blocks", "block FFT"]
 
 
 @needs_triton
@@ -341,9 +336,10 @@ def test_nothing_overflows_in_float16_at_its_worst() -> None:
     [
         ({}, torch.bfloat16, "triton", "block FFT"),
         ({"length": 8193}, torch.bfloat16, "triton", "through memory"),
-        ({"length": 512}, torch.bfloat16, "triton", "Toeplitz"),
-        ({"lags": 64}, torch.bfloat16, "triton", "Toeplitz"),
-        ({"lags": 64, "gated": True}, torch.float16, "triton", "block FFT"),
+        ({"length": 128}, torch.bfloat16, "triton", "Toeplitz"),
+        ({"length": 128, "gated": True}, torch.float16, "triton", "block FFT"),
+        ({"capability": (8, 6), "lags": 256}, torch.bfloat16, "triton", "Toeplitz"),
+        ({"capability": (8, 6), "length": 257}, torch.bfloat16, "triton", "block FFT"),
         ({"length": 256}, torch.float32, "triton", "block FFT"),
         ({"capability": (8, 6), "length": 2**19 + 1}, torch.float16, "torch", "up to 524288"),
         ({"length": 2**22}, torch.float16, "triton", "Triton"),

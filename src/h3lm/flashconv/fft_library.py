@@ -138,6 +138,7 @@ def _algorithms(u: Tensor, filter: Filter, gated: bool) -> tuple[str, str]:
         capability=capability(u.device),
         lags=filter.taps + (filter.taps_reverse or 1) - 1,
         gated=gated,
+        rows=len(u),
     )
     found = [conv_algorithm(u.dtype, problem, backward) for backward in (False, True)]
     fine = {name: works(name, u.device, u.shape[-1]) for name in found}
@@ -194,8 +195,8 @@ def _convolve(
     circular: bool,
     *,
     keep: bool,
-) -> tuple[Tensor, _Made | None]:
-    """The result, and what `_backward` may take from it if it is to be kept."""
+) -> tuple[Tensor, str, _Made | None]:
+    """The result, the algorithm of `_backward`, and what that may take over if it is to be kept."""
     with _device_of(u):
         filter = _filter(u, f, f_reverse, skip, circular)
         algorithm, backward = _algorithms(u, filter, pre is not None or post is not None)
@@ -204,7 +205,7 @@ def _convolve(
         made = _Made.of(algorithm, u, filter, keep)
         kernels, size = made.plan
         y = kernels.forward(u, made.prepared, size, pre, post)
-        return y, made if keep and made.is_small(u) else None
+        return y, backward, made if keep and made.is_small(u) else None
 
 
 def _forward_fake(u: Tensor, *rest: Any) -> Tensor:
@@ -223,12 +224,14 @@ def _backward(
     data: bool,
     filters: bool,
     gate: bool,
+    algorithm: str = "",
     made: _Made | None = None,
 ) -> list[Tensor]:
     with _device_of(u):
         filter = _filter(u, f, f_reverse, skip, circular)
         if made is None:
-            algorithm = _algorithms(u, filter, pre is not None or post is not None)[1]
+            gated = pre is not None or post is not None
+            algorithm = algorithm or _algorithms(u, filter, gated)[1]
             made = _Made.of(algorithm, u, filter, backward=True)
         (kernels, size), prepared = made
         dy, u, pre, post = _positions_last(dy), _positions_last(u), _optional(pre), _optional(post)
@@ -275,9 +278,9 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, ctx.circular = inputs
-        made = None
+        made, ctx.algorithm = None, ""
         if _nobody_looks(tensors[0]):
-            y, made = _convolve(*inputs, keep=True)
+            y, ctx.algorithm, made = _convolve(*inputs, keep=True)
         else:
             y = _below_autograd(*inputs)
         ctx.plan = None if made is None else made.plan
@@ -296,7 +299,7 @@ class _Convolution(torch.autograd.Function):
             made = None
             if ctx.plan is not None:
                 made = _Made(ctx.plan, ctx.plan.kernels.Prepared(*prepared))
-            run = partial(_backward, made=made)
+            run = partial(_backward, algorithm=ctx.algorithm, made=made)
         grads = iter(run(dy, *tensors, ctx.circular, *wanted))
         present = _present(tensors, *wanted)
         return *(next(grads) if there else None for there in present), None
@@ -367,7 +370,9 @@ def _(
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, wherever its tensors are."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def _positions_last(x: Tensor) -> Tensor:
