@@ -20,7 +20,7 @@ from h3lm.flashconv import fft
 from h3lm.flashconv.dispatch import Problem, capability, conv_algorithm
 from h3lm.flashconv.filters import Filter
 
-KEPT_SHARE = 4  # of the rows' memory, one part in so many, for a filter's spectrum until backward
+KEPT_SHARE = 3  # of the rows' memory, one part in so many, for a filter's spectrum until backward
 MAX_KEPT = 8  # lengths of rows for which a kept filter keeps its spectrum
 
 
