@@ -66,6 +66,22 @@ def test_a_time_says_whether_it_was_a_graph(monkeypatch):
         assert ways._graph_ms(lambda: None) == expected
 
 
+@pytest.mark.parametrize(("minutes", "timed"), [(0.0, 1), (1.0, 2)])
+def test_what_was_timed_is_written_whatever_comes(minutes, timed, tmp_path, monkeypatch):
+    monkeypatch.setattr(ways, "check", lambda say: None)
+    monkeypatch.setattr(ways.measure, "environment", lambda command: {"gpu": "G", "ran": command})
+    monkeypatch.setattr(ways.measure, "gpu_name", lambda: "g")
+    for name in ("method_rows", "algorithm_rows"):
+        monkeypatch.setattr(ways, name, lambda cases: iter([{"rows": "1"}, {"rows": "2"}]))
+    said = []
+    ways.run(tmp_path, said.append, minutes)
+    for name in ("methods", "algorithms"):
+        content = json.loads((tmp_path / f"conv_g_{name}.json").read_text())
+        assert len(content["rows"]) == timed
+        assert content["environment"]["ran"].startswith("python -m h3lm.bench.ways --time")
+    assert any("out of time" in line for line in said) == (timed == 1)
+
+
 def test_the_table_is_made_of_reports(tmp_path):
     environment = {"gpu": "NVIDIA H100"}
     for name, row in (("methods", {"length": "8", "scan both": 1.23456, "launched": "scan"}),
