@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from h3lm.flashconv import KeptFilter, dispatch, fft, fft_conv, fft_library, measured
-from h3lm.flashconv.dispatch import Problem, choose
+from h3lm.flashconv import KeptFilter, fft, fft_conv, fft_library, measured
+from h3lm.flashconv.dispatch import Problem, choose, conv_algorithm
 from h3lm.flashconv.filters import Filter, FilterGradients
 from h3lm.flashconv.kernels import conv_plan
 
@@ -62,8 +62,12 @@ def _everything(run, leaves: dict[str, Tensor], mode: str, dtype: torch.dtype) -
 @pytest.fixture
 def _transforms(monkeypatch):
     """Keep short filters away from the Toeplitz blocks."""
+
+    def transforms(dtype: torch.dtype, problem: Problem, backward: bool) -> str:
+        return conv_algorithm(dtype, replace(problem, lags=1 << 30), backward)
+
     monkeypatch.setattr(measured, "ALGORITHMS", {})
-    monkeypatch.setattr(dispatch, "MAX_TOEPLITZ_LAGS", 0)
+    monkeypatch.setattr(fft_library, "conv_algorithm", transforms)
 
 
 @pytest.fixture

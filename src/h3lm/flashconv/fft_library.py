@@ -7,9 +7,10 @@ The operators are defined by hand, not by `torch.library.custom_op`: on short ro
 each call, 0.1 ms forward and backward, took longer than the kernels.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from h3lm.flashconv import fft
-from h3lm.flashconv.dispatch import Problem, capability, conv_algorithm
+from h3lm.flashconv.dispatch import ConvAlgorithm, Problem, capability, conv_algorithm
 from h3lm.flashconv.filters import Filter
 
 KEPT_SHARE = 3  # of the rows' memory, one part in so many, for a filter's spectrum until backward
@@ -76,7 +77,9 @@ def fft_conv(
     mode: str = "causal",
 ) -> Tensor:
     """`flashconv.fft_conv` by the kernels."""
-    run = torch.ops.h3lm.fft_conv_fwd
+    run: Any = torch.ops.h3lm.fft_conv_fwd
+    if not torch.compiler.is_compiling() and _nobody_looks(u):
+        run = _with_autograd
     y: Tensor = run(u, f, f_reverse, skip, pre_gate, post_gate, mode == "circular")
     return y
 
@@ -133,17 +136,30 @@ def _algorithms(u: Tensor, filter: Filter, gated: bool) -> tuple[str, str]:
     """Those for rows like u, forward and backward; torch.fft in the place of one that is faulty."""
     from h3lm.flashconv.kernels.conv_plan import works
 
-    problem = Problem(
-        length=u.shape[-1],
-        capability=capability(u.device),
-        lags=filter.taps + (filter.taps_reverse or 1) - 1,
-        gated=gated,
-        rows=len(u),
+    lags = filter.taps + (filter.taps_reverse or 1) - 1
+    forward, backward = _fastest(
+        conv_algorithm, u.dtype, capability(u.device), u.shape[-1], lags, gated, len(u)
     )
-    found = [conv_algorithm(u.dtype, problem, backward) for backward in (False, True)]
-    fine = {name: works(name, u.device, u.shape[-1]) for name in found}
-    forward, backward = (name if fine[name] else "torch.fft" for name in found)
-    return forward, backward
+    fine = works(forward, u.device, u.shape[-1])
+    if backward == forward:
+        return (forward, forward) if fine else ("torch.fft", "torch.fft")
+    fine_backward = works(backward, u.device, u.shape[-1])
+    return forward if fine else "torch.fft", backward if fine_backward else "torch.fft"
+
+
+@lru_cache(1024)
+def _fastest(
+    algorithm: Callable[..., ConvAlgorithm],
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    length: int,
+    lags: int,
+    gated: bool,
+    rows: int,
+) -> tuple[ConvAlgorithm, ConvAlgorithm]:
+    """What `dispatch.conv_algorithm` says, forward and backward."""
+    problem = Problem(length=length, capability=capability, lags=lags, gated=gated, rows=rows)
+    return algorithm(dtype, problem, False), algorithm(dtype, problem, True)
 
 
 class _Made(NamedTuple):
@@ -306,11 +322,15 @@ class _Convolution(torch.autograd.Function):
 
 
 def _nobody_looks(x: Tensor) -> bool:
-    """Whether no compiler and no mode wants to see each operator: then it is called as it is.
+    """Whether no compiler, mode or transform wants to see operators: then they are plain calls.
 
     A way through the dispatcher takes as long as a launch.
     """
-    return type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+    return (
+        type(x) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _below_autograd(*inputs: Any) -> Tensor:
