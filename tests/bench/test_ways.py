@@ -68,7 +68,7 @@ def test_a_time_says_whether_it_was_a_graph(monkeypatch):
 
 @pytest.mark.parametrize(("minutes", "timed"), [(0.0, 1), (1.0, 2)])
 def test_what_was_timed_is_written_whatever_comes(minutes, timed, tmp_path, monkeypatch):
-    monkeypatch.setattr(ways, "check", lambda say: None)
+    monkeypatch.setattr(ways, "check", lambda say, only: None)
     monkeypatch.setattr(ways.measure, "environment", lambda command: {"gpu": "G", "ran": command})
     monkeypatch.setattr(ways.measure, "gpu_name", lambda: "g")
     for name in ("method_rows", "algorithm_rows"):
@@ -92,9 +92,11 @@ def test_the_table_is_made_of_reports(tmp_path):
     ways.write_table(tmp_path, tmp_path / "table.json")
     assert json.loads((tmp_path / "table.json").read_text()) == {
         "9": {
-            "gpu": "NVIDIA H100",
-            "methods": [{"length": "8", "scan both": 1.23}],
-            "algorithms": [{"lags": "9", "blocks forward": 123.0}],
+            "algorithms": {
+                "gpu": "NVIDIA H100",
+                "rows": [{"lags": "9", "blocks forward": 123.0}],
+            },
+            "methods": {"gpu": "NVIDIA H100", "rows": [{"length": "8", "scan both": 1.23}]},
         }
     }
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ LAUNCHED = "launched"
 BLOCKS, TRANSFORMS = "blocks", "transforms"
 # names of GPUs in reports, by generation: the first that was measured is chosen by
 MEASURED = {9: ("nvidia_h200", "nvidia_h100_80gb_hbm3")}
-METHOD_LENGTHS = (256, 1024, 2048, 8192, 32768, 131072)
-CHECKED_LENGTHS = (256, 2048, 32768)
+METHOD_LENGTHS = (256, 512, 1024, 2048, 8192, 32768, 131072)
+FLOAT32_LENGTHS = CHECKED_LENGTHS = (256, 2048, 32768)
 SHORT_LENGTHS = (128, 256, 384, 512, 768, 1024, 2048)
 LONG_LENGTHS, FEW_LAGS = (4096, 65536), (64, 256, 1024)
 FEW_ROWS = 8
@@ -97,21 +97,20 @@ class AlgorithmCase(NamedTuple):
 
 
 def method_cases() -> list[MethodCase]:
-    """What is timed of `ssm_conv`: many rows first, then one, then float32."""
+    """What is timed of `ssm_conv`: many rows, few, then with states, then float32."""
     half, single = torch.bfloat16, torch.float32
     many = {length: max(1, CONV_ELEMENTS // (CORE_CHANNELS * length)) for length in METHOD_LENGTHS}
-    cases = [
-        MethodCase(half, d_state, states, rows, length)
-        for d_state in (64, 128)
-        for states in (False, True)
-        for length, rows in many.items()
-    ]
-    cases += [case._replace(rows=1) for case in cases if case.rows > 1]
+    cases = []
+    for states in (False, True):
+        for d_state in (64, 128):
+            every = [MethodCase(half, d_state, states, many[length], length) for length in many]
+            few = [MethodCase(half, d_state, states, 1, length) for length in (256, 2048)]
+            cases += every + few
     return cases + [
         MethodCase(single, d_state, states, max(1, many[length] // 4), length)
-        for d_state in (64, 128)
         for states in (False, True)
-        for length in METHOD_LENGTHS
+        for d_state in (64, 128)
+        for length in FLOAT32_LENGTHS
     ]
 
 
@@ -127,23 +126,27 @@ def algorithm_cases() -> list[AlgorithmCase]:
     return cases
 
 
-def run(folder: Path, say: Say, minutes: float) -> None:
+def run(folder: Path, say: Say, minutes: float, only: str = "") -> None:
     """Check and time everything, and write both reports as it goes.
 
     Args:
         folder: Where they go.
         say: Called with a line for each case.
-        minutes: What is not timed by then is left out, and nothing written for it.
+        minutes: What is not timed by then is left out.
+        only: One of `ALGORITHMS` and `METHODS`; both if empty.
     """
     end = time.monotonic() + 60 * minutes
-    check(say)
-    command = f"python -m h3lm.bench.ways --time --minutes {minutes:g}"
+    check(say, only)
+    chosen = f" --only {only}" if only else ""
+    command = f"python -m h3lm.bench.ways --time --minutes {minutes:g}{chosen}"
     environment = measure.environment(command)
     name = f"conv_{measure.gpu_name()}"
     for what, notes, rows in (
         (ALGORITHMS, ALGORITHM_NOTES, algorithm_rows(algorithm_cases())),
         (METHODS, METHOD_NOTES, method_rows(method_cases())),
     ):
+        if only not in ("", what):
+            continue
         done: list[report.Row] = []
         for row in rows:
             done.append(row)
@@ -154,17 +157,18 @@ def run(folder: Path, say: Say, minutes: float) -> None:
                 break
 
 
-def check(say: Say) -> None:
+def check(say: Say, only: str = "") -> None:
     """Compare every way with float64, side by side; that also fills Triton's cache.
 
     Raises:
         RuntimeError: if one is off: a fast wrong one is not timed.
     """
-    checked = [case for case in method_cases() if case.length in CHECKED_LENGTHS]
-    cases: list[MethodCase | AlgorithmCase] = [
-        *sorted({case._replace(rows=2) for case in checked}, key=str),
-        *sorted({case._replace(rows=min(case.rows, 70)) for case in algorithm_cases()}),
-    ]
+    cases: list[MethodCase | AlgorithmCase] = []
+    if only != ALGORITHMS:
+        some = [case for case in method_cases() if case.length in CHECKED_LENGTHS]
+        cases += sorted({case._replace(rows=2) for case in some}, key=str)
+    if only != METHODS:
+        cases += sorted({case._replace(rows=min(case.rows, 70)) for case in algorithm_cases()})
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
         for case, errors in zip(cases, pool.map(_errors, cases), strict=True):
@@ -346,19 +350,17 @@ def _yes(true: bool) -> str:
     return "yes" if true else "no"
 
 
-def table(folder: Path) -> dict[str, dict[str, object]]:
+def table(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """What the package's table is, made of the reports in a folder."""
-    made: dict[str, dict[str, object]] = {}
+    made: dict[str, dict[str, dict[str, Any]]] = {}
     for generation, gpus in MEASURED.items():
-        names = [gpu for gpu in gpus if (folder / f"conv_{gpu}_{METHODS}.json").exists()]
-        for gpu in names[:1]:
-            contents = {
-                name: json.loads((folder / f"conv_{gpu}_{name}.json").read_text())
-                for name in (METHODS, ALGORITHMS)
-            }
-            made[str(generation)] = {"gpu": contents[METHODS]["environment"]["gpu"]} | {
-                name: [_short(row) for row in content["rows"]] for name, content in contents.items()
-            }
+        for name in (ALGORITHMS, METHODS):
+            paths = [folder / f"conv_{gpu}_{name}.json" for gpu in gpus]
+            for path in [path for path in paths if path.exists()][:1]:
+                content = json.loads(path.read_text())
+                rows = [_short(row) for row in content["rows"]]
+                part = {"gpu": content["environment"]["gpu"], "rows": rows}
+                made.setdefault(str(generation), {})[name] = part
     return made
 
 
@@ -374,14 +376,14 @@ def _short(row: report.Row) -> report.Row:
 def write_table(folder: Path, path: Path = measured.FILE) -> None:
     """Write the package's table, a line for each row."""
     generations = []
-    for generation, of in table(folder).items():
-        parts = [f'  "gpu": {json.dumps(of["gpu"])}']
-        for name in (METHODS, ALGORITHMS):
-            rows = of[name]
-            assert isinstance(rows, list)
-            lines = ",\n".join(f"   {json.dumps(row)}" for row in rows)
-            parts.append(f'  "{name}": [\n{lines}\n  ]')
-        generations.append(f' "{generation}": {{\n' + ",\n".join(parts) + "\n }")
+    for generation, parts in table(folder).items():
+        lines = []
+        for name, part in parts.items():
+            rows = ",\n".join(f"   {json.dumps(row)}" for row in part["rows"])
+            lines.append(
+                f'  "{name}": {{"gpu": {json.dumps(part["gpu"])}, "rows": [\n{rows}\n  ]}}'
+            )
+        generations.append(f' "{generation}": {{\n' + ",\n".join(lines) + "\n }")
     path.write_text("{\n" + ",\n".join(generations) + "\n}\n")
 
 
@@ -391,11 +393,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the reports")
     parser.add_argument("--time", action="store_true", help="measure them first, on this GPU")
     parser.add_argument("--minutes", type=float, default=10.0, help="stop timing after so many")
+    parser.add_argument("--only", choices=(METHODS, ALGORITHMS), default="", help="time one half")
     given = parser.parse_args()
     if given.time:
         if not torch.cuda.is_available():
             parser.error("--time needs a GPU, and there is no CUDA device here")
-        run(given.out, lambda line: print(line, flush=True), given.minutes)  # noqa: T201
+        run(given.out, lambda line: print(line, flush=True), given.minutes, given.only)  # noqa: T201
     write_table(given.out)
     sys.stdout.write(f"{measured.FILE}\n")
 

@@ -265,19 +265,17 @@ def choose_method(
 def _measured_method(dtype: torch.dtype, problem: Problem) -> Choice:
     """The faster of both methods for a diagonal system on a GPU."""
     table = measured.METHODS.get(_generation(problem))
-    modes = "64" if problem.num_modes <= 32 else "128"
     kinds = (
         "float32" if dtype == torch.float32 else "bfloat16",
-        modes,
+        "64" if problem.num_modes <= 32 else "128",
         "yes" if problem.states else "no",
     )
-    sizes = (problem.length, problem.rows)
-    what = "both" if problem.backward else "forward"
-    way = None if table is None else table.faster(kinds, sizes, what)
+    asked = kinds, (problem.length, problem.rows), "both" if problem.backward else "forward"
+    way = None if table is None else table.faster(*asked)
     if table is None or way is None:
         return _SCAN_BY_BYTES
     compiling = torch.compiler.is_compiling()  # which cannot put unknown sizes into words
-    return Choice(way, "measured" if compiling else table.said(kinds, sizes, what))
+    return Choice(way, "measured" if compiling else table.said(*asked))
 
 
 _SCAN_BY_BYTES = Choice("scan", "diagonal systems are scanned with the fewest bytes")

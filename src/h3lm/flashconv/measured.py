@@ -104,12 +104,14 @@ def _leaf(branch: Pieces, sizes: tuple[int, ...]) -> Any:
 
 
 def _tables(name: str, **columns: tuple[str, ...]) -> dict[int, Table]:
-    read = json.loads(FILE.read_text())
-    found = {int(major): Table(of["gpu"], of[name], **columns) for major, of in read.items()}
+    """Tables by the major number of the compute capability."""
+    found = {
+        int(major): Table(parts[name]["gpu"], parts[name]["rows"], **columns)
+        for major, parts in json.loads(FILE.read_text()).items()
+    }
     return found | {major: found[like] for major, like in LIKE.items() if like in found}
 
 
-# by the major number of the compute capability
 ALGORITHMS = _tables(
     "algorithms",
     kinds=("gated",),
