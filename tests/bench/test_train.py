@@ -75,6 +75,25 @@ def test_slices_stand_beside_one_gpu_with_the_same_rows(monkeypatch):
     assert train._beside_whole({"peak GiB": 4.0}, job) == {"peak of one GPU": "out of memory"}
 
 
+def test_memory_alone_takes_a_single_step(tmp_path, monkeypatch):
+    taken = []
+    step = train._Step.__call__
+    monkeypatch.setattr(train._Step, "__call__", lambda *a: taken.append(a[0]) or step(*a))
+    held = []
+    monkeypatch.setattr(train, "_memory", lambda *_: held.append(taken[0].optimizer.state) or {})
+    path = run(
+        tmp_path, print, lengths=[32], tokens=64, compiled=False, contenders=CONTENDERS[1:],
+        device="cpu", timed=False,
+    )  # fmt: skip
+    assert len(taken) == 1
+    assert all(int(state["step"]) == 2 for state in held[0].values())  # they were there before
+    assert path.name == "memory_125m_eager_cpu.md"
+    assert not path.with_suffix(".png").exists()
+    (row,) = json.loads(path.with_suffix(".json").read_text())["rows"]
+    assert "tokens/s" not in row
+    assert "--memory" in path.read_text()
+
+
 @pytest.mark.slow
 def test_processes_of_torchrun_measure_and_the_first_tells(tmp_path):
     script = tmp_path / "bench.py"

@@ -3,13 +3,20 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import distributed
+from torch._dynamo.backends.common import aot_autograd
 
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.slices import share_rows, slice_bounds
+from h3lm.train.compiling import compile_model
 
 CASES = [f"{mixers} 2 {way}" for mixers in ("h3", "hybrid") for way in ("plain", "packed")]
 CASES += ["h3 2 long", "hybrid 2 compiled"]
@@ -47,6 +54,61 @@ def test_loss_and_gradients_of_two_gpus_equal_those_of_whole_rows():
     for case, off in found.items():
         assert off["loss"] < 1e-6, case
         assert off["gradients"] < 1e-5, case
+
+
+@pytest.fixture
+def alone():
+    """A group of processes that this one is all of."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # asked by the compiler
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_compiled_block_is_cut_only_where_something_is_sent(alone, monkeypatch, recomputed):
+    torch.manual_seed(0)
+    config = H3Config(
+        vocab_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, d_state=4,
+        mixers=["h3", "attention"],
+    )  # fmt: skip
+    model = H3ForCausalLM(config).train()
+    if recomputed:
+        new = "activation_checkpointing_enable"  # in transformers 5.23
+        getattr(model, new, model.gradient_checkpointing_enable)({"use_reentrant": False})
+    share_rows(model, alone)
+    pieces: list[str] = []
+
+    backward: list[str] = []
+
+    def note(words: list[str]) -> Callable[..., Any]:
+        def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            words.append(" ".join(f"{node.name}={node.target}" for node in graph.graph.nodes))
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    compiler = torch.compile
+    how = aot_autograd(fw_compiler=note(pieces), bw_compiler=note(backward))
+    monkeypatch.setattr(torch, "compile", lambda f: compiler(f, backend=how))
+    compile_model(model, "blocks")
+    ids = torch.randint(0, 8, (2, 16))
+    count = torch.tensor(ids.numel())
+    loss = model(ids, labels=ids, shift_labels=ids, num_items_in_batch=count).loss
+    loss.backward()
+    first, behind, of_attention, last = pieces
+    for piece in (first, of_attention):
+        assert "layer_norm" in piece
+        assert "mm" in piece  # the projection
+    for piece in (behind, last):
+        assert "layer_norm" in piece
+        assert "gelu" in piece
+    assert len(backward) == 4
+    in_front = [piece for piece in backward if "gelu" not in piece]
+    for piece, outputs in zip(in_front, (4, 2), strict=True):  # q, k and v, or qkv, and r
+        assert f"tangents_{outputs}=" in piece
+        assert f"tangents_{outputs + 1}=" not in piece
+        assert "layer_norm_backward" in piece
 
 
 @pytest.mark.parametrize(("length", "count"), [(75, 4), (8, 2), (3, 2)])

@@ -51,6 +51,7 @@ from h3lm.train.throughput import FORMULA, flops_per_token, peak_flops
 WAYS = ("fsdp", "ddp", "seq")
 WARM_UP, WARM_UP_LAUNCHED = 5, 2  # steps before graphs are replayed, and where there are none
 LONGEST_MS = 6000  # that steps are timed for, but for the last two
+LONGEST_TRIED = 1 << 15  # positions that backends of attention are compared on
 ALONE = 3  # steps timed one by one, for the phases of graphs
 PHASES = ("forward", "backward", "optimizer")
 NOTES = (
@@ -165,6 +166,7 @@ def run(
     contenders: tuple[Contender, ...] = CONTENDERS,
     device: str = "cuda",
     graphs: bool = True,
+    timed: bool = True,
 ) -> Path:
     """Check the kernels, time training steps, and write a report into a folder.
 
@@ -184,6 +186,7 @@ def run(
         contenders: What is compared; the first is what the others are divided by.
         device: "cuda", or "cpu" to see that it runs.
         graphs: Whether one GPU replays steps as CUDA graphs, unless blocks are recomputed.
+        timed: False for the memory of a single step alone, where a step takes long.
 
     Raises:
         UserError: without so many CUDA devices, if there is no such way, or if `torchrun` has
@@ -200,30 +203,31 @@ def run(
     rows: list[report.Row] = []
     for length in lengths or TRAIN_LENGTHS:
         speeds: dict[tuple[int, str], float] = {}
-        for number in sorted({1, world}):
+        for number in sorted({1, world}) if timed else [world]:
             for contender in contenders:
                 times = number if way == "seq" else 1
                 job = Job(
                     preset, contender, max(1, tokens // length), length * times, number, way,
-                    compiled, recomputed, device, graphs=graphs,
+                    compiled, recomputed, device, graphs=graphs and timed,
+                    repeats=Job.repeats if timed else 0,
                 )  # fmt: skip
                 row = _row(job)
-                speed = row["tokens/s"]
+                speed = row.get("tokens/s")
                 if isinstance(speed, float):
                     speeds[number, contender.name] = speed
                     if (number, contenders[0].name) in speeds:
                         row["ratio"] = speed / speeds[number, contenders[0].name]
                     if number > 1 and (1, contender.name) in speeds:
                         row["scaling"] = speed / speeds[1, contender.name]
-                    if number > 1 and way == "seq" and "peak GiB" in row:
-                        row |= _beside_whole(row, job)
+                if number > 1 and way == "seq" and "peak GiB" in row:
+                    row |= _beside_whole(row, job)
                 rows.append(row)
                 words = (f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items())
                 say("  ".join(words))
     how = ("compiled" if compiled else "eager") + ("" if graphs else "_launched")
     several = f"_{way}{world}" if world > 1 else ""
     gpu = measure.gpu_name() if device == "cuda" else "cpu"
-    name = f"train_{preset}_{how}{several}_{gpu}"
+    name = f"{'train' if timed else 'memory'}_{preset}_{how}{several}_{gpu}"
     command = f"h3lm bench train --preset {preset} --world {world} --parallel {way}"
     command += "".join(f" --length {length}" for length in lengths or ())
     command += f" --tokens {tokens}" + ("" if compiled else " --no-compile")
@@ -231,9 +235,11 @@ def run(
     if contenders != CONTENDERS:
         command += "".join(f" --model {contender.word}" for contender in contenders)
     command += {None: "", True: " --recompute", False: " --keep"}[recomputed]
+    command += "" if timed else " --memory"
     if not is_first():
         return folder / f"{name}.md"
-    plot_phases(folder / f"{name}.png", rows)
+    if timed:
+        plot_phases(folder / f"{name}.png", rows)
     environment = measure.environment(command) if device == "cuda" else {"command": command}
     return report.write(name, folder, environment, NOTES, rows)
 
@@ -330,7 +336,8 @@ def _meet(number: int, device: str) -> None:
     else:
         torch.set_num_threads(1)
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        # what the first tells goes by the CPU: a GPU that waits for it would not be at rest
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
 
 
 def _measure_together(job: Job) -> report.Row:
@@ -365,6 +372,8 @@ def _measure(number: int, job: Job, place: str) -> report.Row:
         torch._dynamo.reset()
     gc.collect()  # the model that was measured before
     device = torch.device(job.device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     config = job.contender.config(job.preset)
     estimate = _estimate(job, config, device)
     recomputed, _ = estimate.choose(job.recomputed)
@@ -383,9 +392,14 @@ def _measure(number: int, job: Job, place: str) -> report.Row:
     def take() -> _Marks:
         return step(*_timed(lambda: next(batches)))
 
+    row: report.Row = {
+        "parameters": f"{parameters:,}",
+        "recomputed": "yes" if recomputed else "no",
+    }
     if not job.repeats:
+        step.hold_states()
         _phases(take(), device)
-        return {"peak GiB": torch.cuda.max_memory_allocated() / 2**30}
+        return row | _memory(job, device, estimate.needs(recomputed, gathered), attention)
     for _ in range((WARM_UP_LAUNCHED if step.graphs is None else WARM_UP) - 1):
         take()
     _, last = _timed(lambda: _phases(take(), device))
@@ -396,12 +410,9 @@ def _measure(number: int, job: Job, place: str) -> report.Row:
         replays = [_phases(step(next(batches), 0.0), device) for _ in range(ALONE)]
         medians = [median(times) for times in zip(*replays, strict=True)]
         spent |= dict(zip(PHASES, medians, strict=True))
-    held = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    peak = _largest(held, job, device)
+    memory = _memory(job, device, estimate.needs(recomputed, gathered), attention)
     rate = 1000 * job.tokens / spent["step"]
-    row: report.Row = {
-        "parameters": f"{parameters:,}",
-        "recomputed": "yes" if recomputed else "no",
+    row |= {
         "graphs": "yes" if step.graphs is not None and step.graphs.captured else "no",
         "tokens/s": rate,
     }
@@ -413,9 +424,17 @@ def _measure(number: int, job: Job, place: str) -> report.Row:
         together, alone = communication_ms(lambda: step(next(batches), 0.0), device)
         row |= {"communication ms": together, "alone ms": alone}
         row["all-reduce GB/s"] = _bandwidth(device)
-    if peak:
-        row["peak GiB"] = peak / 2**30
-    row["estimate GiB"] = estimate.needs(recomputed, gathered) / 2**30
+    return row | memory
+
+
+def _memory(
+    job: Job, device: torch.device, estimate: float, attention: SDPBackend | None
+) -> report.Row:
+    """The most that a process held, beside the estimate, and the attention that it held it with."""
+    held = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    peak = _largest(held, job, device)
+    row: report.Row = {"peak GiB": peak / 2**30} if peak else {}
+    row["estimate GiB"] = estimate / 2**30
     if attention is not None:
         row["attention"] = attention.name.lower()
     return row
@@ -484,6 +503,13 @@ class _Step:
         self.optimizer.zero_grad(set_to_none=True)
         marks.set()
         return marks
+
+    def hold_states(self) -> None:
+        """Have the optimiser make its states, as if a step had been taken before."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _passes(self, batch: dict[str, Tensor], turned: Callable[[], object]) -> Tensor:
         """Forward and backward; `turned` is called between them."""
@@ -586,7 +612,7 @@ def _fastest_attention(config: H3Config, job: Job, device: torch.device) -> SDPB
     if "attention" not in config.mixers or device.type != "cuda" or job.mesh.seq > 1:
         return None
     heads, width = config.num_attention_heads, config.hidden_size
-    size = (job.rows, job.length, heads, width // heads)
+    size = (job.rows, min(job.length, LONGEST_TRIED), heads, width // heads)
     q, k, v = (
         torch.randn(size, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
         for _ in "qkv"

@@ -61,6 +61,9 @@ def train(
     model: Annotated[
         list[str] | None, Option(help="transformer, hybrid or h3; give it again for more.")
     ] = None,
+    memory: Annotated[
+        bool, Option("--memory", help="The memory of a single step alone; nothing is timed.")
+    ] = False,
 ) -> None:
     """Training steps of a preset: H3 and the hybrid beside the Transformer."""
     from h3lm.bench.train import contenders_of, run
@@ -69,7 +72,7 @@ def train(
         run(
             out, print, preset=preset, world=world, way=parallel, lengths=length, tokens=tokens,
             compiled=compiled, recomputed=recompute, graphs=graphs,
-            contenders=contenders_of(model),
+            contenders=contenders_of(model), timed=not memory,
         )
     )  # fmt: skip
 

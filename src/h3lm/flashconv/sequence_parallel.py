@@ -293,7 +293,8 @@ def _state_before(end: Tensor, system: DiagonalSystem, slice_: _Slice) -> Tensor
 
 
 def _decay(system: DiagonalSystem, steps: int) -> Tensor:
-    return system.powers(torch.tensor([steps], device=system.a.device))[..., 0]
+    # filled there: to copy a number to a device is to wait for it
+    return system.powers(torch.full((1,), steps, device=system.a.device))[..., 0]
 
 
 def _over_heads(decay: Tensor, state: Tensor) -> Tensor:

@@ -167,12 +167,13 @@ class H3(PreparingModule):
         Raises:
             ValueError: if `mask` is given beside `cu_seqlens` or `process_group`.
         """
+        if mask is None and process_group is not None:
+            return self.core_of_slice(
+                qkv, state,
+                process_group=process_group, cu_seqlens=cu_seqlens, with_state=with_state,
+            )  # fmt: skip
         taps, operators = self.operators()
         how: dict[str, Any] = {"head_dim": self.head_dim, "backend": self.backend}
-        if mask is None and process_group is not None:
-            return self._core_of_slice(
-                qkv, taps, operators, state, cu_seqlens, process_group, with_state
-            )
         if mask is None:
             return flashconv.h3_core_qkv(
                 qkv, taps, operators, initial_state=state, return_final_state=with_state,
@@ -198,17 +199,18 @@ class H3(PreparingModule):
 
         return Unpadded(mask).run(run, state, (q, k, v))
 
-    @torch.compiler.disable  # what it knows of the decay is another number in each step
-    def _core_of_slice(
+    @torch.compiler.disable  # no graph holds what others send, nor a decay new in each step
+    def core_of_slice(
         self,
-        qkv: Tensor,
-        taps: Tensor,
-        operators: ChunkOperators,
-        state: H3State | None,
-        cu_seqlens: Tensor | None,
+        qkv: Float[Tensor, "B D_times_3 L"],
+        state: H3State | None = None,
+        *,
         process_group: ProcessGroup,
-        with_state: bool,
-    ) -> tuple[Tensor, H3State | None]:
+        cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
+        with_state: bool = True,
+    ) -> tuple[Float[Tensor, "B D L"], H3State | None]:
+        """`core` of a slice of rows that several processes share."""
+        taps, operators = self.operators()
         q, k, v = qkv.chunk(3, dim=1)
         return sequence_parallel.h3_core(
             q, k, v, taps, operators,

@@ -83,7 +83,8 @@ def _may_take(size: int, device: torch.device) -> bool:
 
 def _is_ours(module: Any) -> bool:
     """Whether a module is plain: not wrapped, not hooked, not quantised, no adapter."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    hooked = hooked or vars(module).keys() & {"forward", "compute"}
     return not hooked and type(module).__module__.startswith(OURS)
 
 

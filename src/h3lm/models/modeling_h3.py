@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from h3lm.layers import H3, Block, CausalAttention
 from h3lm.layers.attention import Rotation
 from h3lm.layers.long_conv import LongConv
+from h3lm.layers.projection import project_channel_first, project_channel_last
 from h3lm.layers.recurrence import Recurrence
 from h3lm.layers.step import (
     Stream,
@@ -41,7 +42,7 @@ from h3lm.models import decoding, kept
 from h3lm.models.cache import DecodingCache, RingLayer, check_room, prepare_cache
 from h3lm.models.configuration_h3 import NOT_CAUSAL, H3Config
 from h3lm.models.loss import IGNORED, head_loss
-from h3lm.models.slices import RowSlice
+from h3lm.models.slices import RowSlice, past_cut, stand_in
 from h3lm.ssm import SSMModule
 
 logger = logging.getLogger("h3lm.models")
@@ -92,7 +93,12 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
         self, r: Tensor, where: Where, cache: Cache | None = None
     ) -> Tensor:
         """Advance the residual stream (B, L, D)."""
+        return self.compute(r, where, cache)
+
+    def compute(self, r: Tensor, where: Where, cache: Cache | None) -> Tensor:
+        """`forward` without what the library wraps it in: what a compiler may take."""
         u = self.norm1(r)
+        aside = None if where.slice is None else stand_in(r)
         if where.step is not None:
             mixed = self._step(u, where, where.step)
         elif isinstance(self.mixer, CausalAttention):
@@ -103,13 +109,19 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
                     # nothing seen before: there is room behind the prompt, no keys
                     k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
             if where.slice is not None:
-                k, v = (where.slice.up_to_here(x) for x in (k, v))
+                k = where.slice.up_to_here(k)
+                v = where.slice.up_to_here(v)
+                r = past_cut(r, aside)
             mixed = self.mixer.attend(q, k, v, where.bias)
         elif where.slice is not None:
-            group = where.slice.group
-            mixed, _ = self.mixer(
-                u, cu_seqlens=where.cu_seqlens, process_group=group, with_state=False
+            # The mixer's parts by hand: a compiled block is cut where others send something, and
+            # keeps what stands on either side in one piece only if that is in this frame
+            qkv = project_channel_first(self.mixer.qkv_proj, u)
+            o, _ = self.mixer.core_of_slice(
+                qkv, process_group=where.slice.group, cu_seqlens=where.cu_seqlens, with_state=False
             )
+            r = past_cut(r, aside)
+            mixed = project_channel_last(self.mixer.output_proj, o)
         elif where.cu_seqlens is not None:
             mixed, _ = self.mixer(u.reshape(1, -1, u.shape[2]), cu_seqlens=where.cu_seqlens)
             mixed = mixed.view_as(u)

@@ -7,7 +7,7 @@ keys and values. All else works position by position.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -68,6 +68,7 @@ class RowSlice:
         """Positions in the row, (1, L)."""
         return torch.arange(self.start, self.stop, device=device)[None]
 
+    @torch.compiler.disable  # no graph holds what others send
     def up_to_here(self, x: Tensor) -> Tensor:
         """Keys or values (B, heads, L, d) of all slices up to this one's end."""
         return gather_positions(x, list(self.lengths), self.group)[:, :, : self.stop]
@@ -113,6 +114,48 @@ class RowSlice:
         key = torch.arange(self.stop, device=position_ids.device)
         seen = (key <= here) & (key >= here - position_ids[0][:, None])
         return seen[None, None]
+
+
+@torch.library.custom_op("h3lm::stand_in", mutates_args=())
+def stand_in(r: Tensor) -> Tensor:
+    """A tensor of r's form that takes no memory, says nothing, and has r's gradient for its own.
+
+    Where a compiled block is cut, what goes around the cut would get its gradient in two parts,
+    one from each piece, which autograd adds up by themselves. With
+
+        aside = stand_in(r);   ... the cut ...;   r = past_cut(r, aside)
+
+    the part from behind comes to the piece in front as the gradient of an output of its own, and
+    is added where that piece makes the other part.
+
+    Args:
+        r: (B, L, D).
+    """
+    return r.new_zeros(()).expand(r.shape)
+
+
+@stand_in.register_fake
+def _(r: Tensor) -> Tensor:
+    return r.new_empty(()).expand(r.shape)
+
+
+stand_in.register_autograd(lambda ctx, grad: grad)
+
+
+@torch.compiler.disable
+def past_cut(r: Tensor, aside: Tensor) -> Tensor:
+    """r, whose gradient goes to what stands in for it; see `stand_in`."""
+    return _PastCut.apply(r, aside)
+
+
+class _PastCut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, r: Tensor, aside: Tensor) -> Tensor:
+        return r.view_as(r)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]
 
 
 def slice_bounds(length: int, index: int, count: int) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
 
 from h3lm.models import H3ForCausalLM
 
@@ -18,9 +17,11 @@ def compile_model(model: H3ForCausalLM, way: str) -> None:
         way: `blocks`, one after the other, of which equal ones are compiled once; or `model`, as
             a whole, which takes longer to start and may fuse across blocks.
     """
-    modules: list[nn.Module] = list(model.model.layers) if way == "blocks" else [model]
-    for module in modules:
-        module.forward = torch.compile(module.forward)
+    if way == "model":
+        model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
+        return
+    for layer in model.model.layers:
+        layer.compute = torch.compile(layer.compute)
 
 
 def eagerly() -> AbstractContextManager[None]:
