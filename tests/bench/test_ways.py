@@ -38,8 +38,12 @@ def test_a_wrong_way_is_seen(monkeypatch):
 
     monkeypatch.setattr(ways, "_call", wrong)
     errors = ways.method_errors(CASES[0], "cpu")
-    assert errors[f"y, {CHUNKS}"] > ways.ALLOWED[torch.bfloat16]
-    assert errors[f"y, {SCAN}"] < ways.ALLOWED[torch.bfloat16]
+    with pytest.raises(RuntimeError, match=f"y, {CHUNKS} is off by 2"):
+        ways.refuse_wrong(CASES[0], errors)
+    del errors[f"y, {CHUNKS}"], errors[f"du, {CHUNKS}"]
+    ways.refuse_wrong(CASES[0], errors)
+    with pytest.raises(RuntimeError, match="is off by nan"):
+        ways.refuse_wrong(CASES[0], errors | {"dy": float("nan")})
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

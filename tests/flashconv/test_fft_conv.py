@@ -104,6 +104,11 @@ def test_mistakes_are_one_clear_line(changes, message):
         fft_conv(**arguments)
 
 
+def test_a_kept_filter_has_channels():
+    with pytest.raises(ValueError, match=r"f is \(4,\), a KeptFilter needs \(D, length\)"):
+        KeptFilter(torch.zeros(4))
+
+
 @given(st.integers(1, 10**6))
 def test_fast_length_is_even_smooth_and_near(n):
     found = _fast_length(n)

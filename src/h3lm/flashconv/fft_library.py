@@ -51,6 +51,9 @@ class KeptFilter:
     Attributes:
         f, skip, f_reverse, mode: As in `fft_conv`; cut to the length of the row.
         prepared: What was made of it, by what it was made for.
+
+    Raises:
+        ValueError: if a filter is not (D, length).
     """
 
     f: Tensor
@@ -58,6 +61,11 @@ class KeptFilter:
     f_reverse: Tensor | None = None
     mode: str = "causal"
     prepared: dict[tuple[object, ...], _Prepared] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, taps in (("f", self.f), ("f_reverse", self.f_reverse)):
+            if taps is not None and taps.dim() != 2:
+                raise ValueError(f"{name} is {tuple(taps.shape)}, a KeptFilter needs (D, length)")
 
     def cut(self, length: int) -> tuple[Tensor, Tensor | None]:
         """Both filters for rows of a length, which at 0 still have a tap."""

@@ -1,7 +1,7 @@
 """What was measured of the ways to run a call, for the choice between them.
 
-`measured.json` holds rows of the reports of `h3lm bench conv`, by generation of GPUs; it is made of
-them by `python -m h3lm.bench.ways`.
+`measured.json` holds rows of reports, by generation of GPUs: `python -m h3lm.bench.ways` times them
+and takes them in.
 """
 
 import json
@@ -108,6 +108,7 @@ def _tables(name: str, **columns: tuple[str, ...]) -> dict[int, Table]:
     found = {
         int(major): Table(parts[name]["gpu"], parts[name]["rows"], **columns)
         for major, parts in json.loads(FILE.read_text()).items()
+        if name in parts
     }
     return found | {major: found[like] for major, like in LIKE.items() if like in found}
 
