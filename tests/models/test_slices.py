@@ -15,7 +15,7 @@ from torch import distributed
 from torch._dynamo.backends.common import aot_autograd
 
 from h3lm.models import H3Config, H3ForCausalLM
-from h3lm.models.slices import share_rows, slice_bounds
+from h3lm.models.slices import past_cut, share_rows, slice_bounds, stand_in
 from h3lm.train.compiling import compile_model
 
 CASES = [f"{mixers} 2 {way}" for mixers in ("h3", "hybrid") for way in ("plain", "packed")]
@@ -109,6 +109,19 @@ def test_a_compiled_block_is_cut_only_where_something_is_sent(alone, monkeypatch
         assert f"tangents_{outputs}=" in piece
         assert f"tangents_{outputs + 1}=" not in piece
         assert "layer_norm_backward" in piece
+
+
+def test_what_stands_in_takes_no_memory_and_takes_the_gradient():
+    r = torch.randn(2, 5, 3, requires_grad=True)
+    aside = stand_in(r)
+    assert aside.shape == r.shape
+    assert aside.untyped_storage().nbytes() == 0
+    behind = past_cut(r, aside)
+    assert torch.equal(behind, r)
+    grad = torch.randn_like(r)
+    for leaf in (r, aside):
+        assert torch.equal(torch.autograd.grad(behind, leaf, grad, retain_graph=True)[0], grad)
+    torch.library.opcheck(stand_in, (r,), test_utils=("test_schema", "test_autograd_registration"))
 
 
 @pytest.mark.parametrize(("length", "count"), [(75, 4), (8, 2), (3, 2)])

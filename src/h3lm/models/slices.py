@@ -118,7 +118,7 @@ class RowSlice:
 
 @torch.library.custom_op("h3lm::stand_in", mutates_args=())
 def stand_in(r: Tensor) -> Tensor:
-    """A tensor of r's form that takes no memory, says nothing, and has r's gradient for its own.
+    """A tensor of r's form without a memory of its own, whose gradient is r's.
 
     Where a compiled block is cut, what goes around the cut would get its gradient in two parts,
     one from each piece, which autograd adds up by themselves. With
@@ -131,12 +131,15 @@ def stand_in(r: Tensor) -> Tensor:
     Args:
         r: (B, L, D).
     """
-    return r.new_zeros(()).expand(r.shape)
+    # Not expanded from one element: torch 2.11 would have the gradient in that layout
+    aside = torch.empty_like(r)
+    aside.untyped_storage().resize_(0)
+    return aside
 
 
 @stand_in.register_fake
 def _(r: Tensor) -> Tensor:
-    return r.new_empty(()).expand(r.shape)
+    return torch.empty_like(r)
 
 
 stand_in.register_autograd(lambda ctx, grad: grad)
