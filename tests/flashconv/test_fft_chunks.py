@@ -129,17 +129,18 @@ def test_without_gradients_the_spectrum_is_made_once():
 
 
 @pytest.mark.parametrize(
-    ("method", "diagonal", "modes", "chosen", "word"),
+    ("method", "diagonal", "change", "chosen", "word"),
     [
-        ("auto", True, 32, "scan", "fewest bytes"),
-        ("auto", True, 128, "fft_chunks", "d_state up to 128"),
-        ("auto", False, 32, "fft_chunks", "not diagonal"),
-        ("fft_chunks", True, 32, "fft_chunks", "asked for"),
+        ("auto", True, {"capability": (8, 0)}, "scan", "fewest bytes"),
+        ("auto", True, {"packed": True}, "scan", "one by one"),
+        ("auto", True, {"num_modes": 128}, "fft_chunks", "d_state up to 128"),
+        ("auto", False, {}, "fft_chunks", "not diagonal"),
+        ("fft_chunks", True, {}, "fft_chunks", "asked for"),
     ],
 )
-def test_the_method_follows_from_the_problem_and_says_why(method, diagonal, modes, chosen, word):
-    problem = Problem(length=4096, num_modes=modes)
-    choice = choose_method(method, diagonal, torch.device("cuda"), problem)
+def test_the_method_follows_from_the_problem_and_says_why(method, diagonal, change, chosen, word):
+    problem = Problem(**{"length": 4096} | change)
+    choice = choose_method(method, diagonal, torch.device("cuda"), problem, torch.bfloat16)
     assert choice.backend == chosen
     assert word in choice.reason
 

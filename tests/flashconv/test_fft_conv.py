@@ -86,6 +86,8 @@ def test_a_kept_filter_serves_rows_of_any_length(mode):
         ({"f_reverse": torch.zeros(3, 4).long()}, "f_reverse is torch.int64"),
         ({"backend": "triton"}, "cannot run fft_conv here: kernels need a CUDA device"),
         ({"skip": torch.zeros(4)}, r"skip is \(4,\), u needs \(3,\)"),
+        ({"skip": torch.zeros(3).cfloat()}, "skip is torch.complex64 on cpu; u, on cpu, needs"),
+        ({"skip": torch.zeros(3, device="meta")}, "skip is torch.float32 on meta; u, on cpu"),
         (
             {"f": KeptFilter(torch.zeros(3, 4)), "skip": torch.zeros(3)},
             "belong into the KeptFilter",
@@ -100,6 +102,11 @@ def test_mistakes_are_one_clear_line(changes, message):
     arguments = {"u": torch.zeros(1, 3, 10), "f": torch.zeros(3, 4)} | changes
     with pytest.raises(ValueError, match=message):
         fft_conv(**arguments)
+
+
+def test_a_kept_filter_has_channels():
+    with pytest.raises(ValueError, match=r"f is \(4,\), a KeptFilter needs \(D, length\)"):
+        KeptFilter(torch.zeros(4))
 
 
 @given(st.integers(1, 10**6))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from h3lm.flashconv import KeptFilter, dispatch, fft, fft_conv, fft_library
+from h3lm.flashconv import KeptFilter, fft, fft_conv, fft_library, measured
 from h3lm.flashconv.dispatch import Problem, choose, conv_algorithm
 from h3lm.flashconv.filters import Filter, FilterGradients
 from h3lm.flashconv.kernels import conv_plan
@@ -62,7 +62,12 @@ def _everything(run, leaves: dict[str, Tensor], mode: str, dtype: torch.dtype) -
 @pytest.fixture
 def _transforms(monkeypatch):
     """Keep short filters away from the Toeplitz blocks."""
-    monkeypatch.setattr(dispatch, "MAX_TOEPLITZ_LAGS", {})
+
+    def transforms(dtype: torch.dtype, problem: Problem, backward: bool) -> str:
+        return conv_algorithm(dtype, replace(problem, lags=1 << 30), backward)
+
+    monkeypatch.setattr(measured, "ALGORITHMS", {})
+    monkeypatch.setattr(fft_library, "conv_algorithm", transforms)
 
 
 @pytest.fixture
@@ -154,12 +159,6 @@ def test_kernels_that_fail_their_check_are_not_used(monkeypatch) -> None:
     found = _everything(fft_library.fft_conv, leaves, "causal", torch.float16)
     for name, expected in exact.items():
         torch.testing.assert_close(found[name], expected, rtol=2e-3, atol=2e-3)
-
-
-def test_backward_has_a_table_of_its_own() -> None:
-    problem = Problem(length=1024, capability=(9, 0))
-    chosen = [conv_algorithm(torch.bfloat16, problem, backward) for backward in (False, True)]
-    assert chosen == ["Toeplitz blocks", "block FFT"]
 
 
 @needs_triton
@@ -341,9 +340,10 @@ def test_nothing_overflows_in_float16_at_its_worst() -> None:
     [
         ({}, torch.bfloat16, "triton", "block FFT"),
         ({"length": 8193}, torch.bfloat16, "triton", "through memory"),
-        ({"length": 512}, torch.bfloat16, "triton", "Toeplitz"),
-        ({"lags": 64}, torch.bfloat16, "triton", "Toeplitz"),
-        ({"lags": 64, "gated": True}, torch.float16, "triton", "block FFT"),
+        ({"length": 128}, torch.bfloat16, "triton", "Toeplitz"),
+        ({"length": 128, "gated": True}, torch.float16, "triton", "block FFT"),
+        ({"capability": (8, 6), "lags": 256}, torch.bfloat16, "triton", "Toeplitz"),
+        ({"capability": (8, 6), "length": 257}, torch.bfloat16, "triton", "block FFT"),
         ({"length": 256}, torch.float32, "triton", "block FFT"),
         ({"capability": (8, 6), "length": 2**19 + 1}, torch.float16, "torch", "up to 524288"),
         ({"length": 2**22}, torch.float16, "triton", "Triton"),
@@ -448,6 +448,43 @@ def _check_twice(case: Case, dtype: torch.dtype, allowed: dict[torch.dtype, floa
     assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
 
 
+CHOSEN: list[Case] = [
+    (1, 3, 100, 100, 0, "s"),
+    (8, 16, 256, 256, 0, ""),
+    (8, 16, 512, 512, 0, ""),
+    (8, 16, 512, 512, 100, "sab"),
+    (70, 16, 1000, 1000, 0, "ab"),
+    (64, 16, 1024, 1024, 0, ""),
+    (2, 16, 5000, 64, 0, ""),
+    (8, 16, 300, 300, 300, "c"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_what_is_chosen_here_equals_float64(case: Case) -> None:
+    _check_twice(case, torch.bfloat16, ALLOWED_TOEPLITZ)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "L"), [(64, 256), (64, 1024), (16, 8192), (4, 32768)])
+def test_at_most_half_of_the_memory_of_torch_fft(rows: int, L: int) -> None:
+    u = torch.randn(rows, 64, L, device="cuda").bfloat16().requires_grad_()
+    f = torch.randn(64, L, device="cuda").requires_grad_()
+    peaks = []
+    for backend in ("triton", "torch"):
+        for _ in range(2):  # factors are made in the first call
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            torch.autograd.grad(fft_conv(u, f, backend=backend).sum(), [u, f])
+            peak = torch.cuda.max_memory_allocated() - before
+        peaks.append(peak)
+    assert 2 * peaks[0] <= peaks[1]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT through memory"])
 def test_the_longest_rows_and_offsets_beyond_32_bits(algorithm: str, monkeypatch) -> None:
@@ -537,6 +574,28 @@ def test_runs_under_a_cuda_graph_and_autocast() -> None:
     kept = KeptFilter(f)
     with torch.no_grad():
         torch.testing.assert_close(fft_conv(u, kept), expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [(8, 3, 512, 512, 9, "sab"), (2, 3, 9000, 9000, 0, "")], ids=str)
+def test_gradients_under_a_cuda_graph(case: Case) -> None:
+    leaves = {name: x.requires_grad_() for name, x in _leaves(case, torch.bfloat16).items()}
+    dy = torch.randn_like(leaves["u"])
+
+    def run() -> list[Tensor]:
+        y = fft_conv(**leaves)
+        return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), dy)]
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        expected = run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for x in found:
+        x.zero_()
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.gpu

@@ -17,12 +17,11 @@ from h3lm.bench.registry import CORE_CHANNELS, Shape, conv_shapes, figure_shapes
 from h3lm.bench.roofline import Ceilings, Work, conv_work
 from h3lm.bench.scaling import TIME
 from h3lm.errors import UserError
-from h3lm.flashconv import fft_conv, ssm_conv
+from h3lm.flashconv import fft_conv
 from h3lm.flashconv.dispatch import Problem, capability, conv_algorithm
 from h3lm.flashconv.kernels.conv_plan import checks, fault, plan
 from h3lm.layers.long_conv import LongConv
 from h3lm.layers.s4 import S4
-from h3lm.ssm import DiagonalSSM
 
 GRAPHS = (
     "Times are of calls launched from Python; for rows of up to 2,048, which a host may not keep "
@@ -53,15 +52,9 @@ LAYER_NOTES = (
     "torch.fft and by ours. A step is replayed as a CUDA graph, for both alike; `eager ms` is the "
     "same step launched call by call from Python. Speed-up: of the former."
 )
-METHOD_NOTES = (
-    "`ssm_conv` of diagonal systems (N = 64, 768 channels, bfloat16 rows), by the scan and by "
-    "convolved chunks (the paper's Algorithm 2), operators made in each call, gradients of rows "
-    "and system; medians of CUDA events in ms. What `dispatch.choose_method` goes by."
-)
 ALLOWED = 4e-3  # relative error in bfloat16
 LAYER_LENGTHS = (1024, 4096, 16384)
 LAYER_ROWS = 8
-METHOD_SHAPES = ((64, 2048), (16, 8192), (4, 32768), (1, 131072))
 MEMORY = "extra GiB"
 LARGE = 2**28  # elements, of which a slow path takes half a second
 GRAPH, GRAPH_BOTH = "forward, graph ms", "both, graph ms"
@@ -80,8 +73,8 @@ def run(
         folder: Where the reports and the picture go.
         say: Called with a line for each result.
         minutes: What is not measured by then is left out.
-        shapes: What to measure; if None, one size in nine lengths, then layers that train, the
-            paper's Figure 2, and both algorithms of `ssm_conv`.
+        shapes: What to measure; if None, one size in nine lengths, then layers that train and the
+            paper's Figure 2.
 
     Returns:
         Path of the first report.
@@ -108,16 +101,13 @@ def run(
     rows = conv_rows(False)
     path = report.write(name, folder, environment, NOTES, rows)
     plot(folder / f"{name}.png", wanted, rows)
-    if shapes is None:
-        more = _collect(_figure_rows(figure), clock, say)
-        report.write(f"{name}_figure2", folder, environment, FIGURE_NOTES, more)
-        layers = _collect(_layer_rows(), clock, say)
-        report.write(f"{name}_layers", folder, environment, LAYER_NOTES, layers)
     rows += conv_rows(True)
     report.write(name, folder, environment, NOTES, rows)
     if shapes is None:
-        methods = _collect(_method_rows(), clock, say)
-        report.write(f"{name}_methods", folder, environment, METHOD_NOTES, methods)
+        layers = _collect(_layer_rows(), clock, say)
+        report.write(f"{name}_layers", folder, environment, LAYER_NOTES, layers)
+        more = _collect(_figure_rows(figure), clock, say)
+        report.write(f"{name}_figure2", folder, environment, FIGURE_NOTES, more)
     return path
 
 
@@ -290,8 +280,9 @@ def _times(
 def _floors(shape: Shape, gated: bool, ceilings: Ceilings) -> report.Row:
     device = torch.device("cuda")
     problem = Problem(
-        length=shape.length, capability=capability(device), lags=shape.length, gated=gated
-    )
+        length=shape.length, capability=capability(device), lags=shape.length, gated=gated,
+        rows=shape.rows,
+    )  # fmt: skip
     algorithms = [conv_algorithm(torch.bfloat16, problem, backward) for backward in (False, True)]
     sizes = [plan(name, device, shape.length, shape.length, None).size for name in algorithms]
     forward, backward = (conv_work(size, 2 * gated)[i] for i, size in enumerate(sizes))
@@ -347,36 +338,6 @@ def _figure_rows(shapes: list[Shape]) -> Iterator[report.Row]:
             if path in backends or path.startswith("sdpa"):
                 name = f"H3 core, {path}" if path in backends else path
                 yield {k: v for k, v in row.items() if k in kept} | {"path": name}
-
-
-def _method_rows() -> Iterator[report.Row]:
-    """Both algorithms of `ssm_conv`."""
-    for rows, length in METHOD_SHAPES:
-        shape = Shape(rows, CORE_CHANNELS, length)
-        for method in ("scan", "fft_chunks"):
-            row: report.Row = {"shape": str(shape), "method": method}
-            yield row | time_method(shape, method, "cuda")
-
-
-def time_method(shape: Shape, method: str, device: str) -> report.Row:
-    """Time of `ssm_conv` by one of its algorithms."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        ssm = DiagonalSSM(shape.channels)
-        u, dy = torch.randn(2, shape.rows, shape.channels, shape.length, dtype=torch.bfloat16)
-    leaves = [u.requires_grad_(), *ssm.parameters()]
-
-    def run() -> Tensor:
-        return ssm_conv(u, ssm.system(), method=method)[0]
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return run()
-
-    return {
-        "forward ms": measure.median_ms(forward, 9),
-        TIME: measure.median_ms(lambda: torch.autograd.grad(run(), leaves, dy), 9),
-    }
 
 
 def _layer_rows() -> Iterator[report.Row]:

@@ -26,6 +26,7 @@ PACKAGES = ("h3lm", "torch", "triton", "transformers", "accelerate", "safetensor
 MAX_RATIO = 2.0
 HEADS = {"h3_core, head_dim 2": 2, "h3_core, head_dim 8": 8}
 PACKED = "h3_core, packed"
+CHUNKS = "ssm_conv, fft_chunks"
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
@@ -128,7 +129,7 @@ def _excess(error: float, allowed: float) -> float:
 
 
 def _paths() -> Iterator[tuple[str, torch.dtype, str]]:
-    for op in ("h3_core", *HEADS, PACKED, "ssm_conv", "fft_conv"):
+    for op in ("h3_core", *HEADS, PACKED, "ssm_conv", CHUNKS, "fft_conv"):
         for backend in BACKENDS:
             if backend not in ("auto", "reference"):
                 for dtype in FLOOR:
@@ -153,7 +154,7 @@ def _run(op: str, dtype: torch.dtype, backend: str, device: torch.device) -> lis
 
     taps, f, a, b, c, skip = map(leaf, (taps, f, made.a, made.b, made.c, made.skip))
     system = DiagonalSystem(a, b, c, skip)
-    used = {"ssm_conv": [a, b, c, skip], "fft_conv": [f, skip]}
+    used = {op: [a, b, c, skip] for op in ("ssm_conv", CHUNKS)} | {"fft_conv": [f, skip]}
     inputs = [q, k, v, *used.get(op, [taps, a, b, c, skip])]
     for x in inputs:
         x.requires_grad_()
@@ -162,8 +163,10 @@ def _run(op: str, dtype: torch.dtype, backend: str, device: torch.device) -> lis
         y, _ = flashconv.h3_core(
             q, k, v, taps, system, head_dim=head_dim, cu_seqlens=bounds, backend=backend
         )
-    elif op == "ssm_conv":
-        y, _ = flashconv.ssm_conv(k, system, pre_gate=v, post_gate=q, backend=backend)
+    elif op != "fft_conv":
+        # chunks that are joined by a state, the last one unfinished
+        given = flashconv.fft_operators(system, L, 128) if op == CHUNKS else system
+        y, _ = flashconv.ssm_conv(k, given, pre_gate=v, post_gate=q, backend=backend)
     else:
         y = flashconv.fft_conv(k, f, skip=skip, pre_gate=v, post_gate=q, backend=backend)
     results = [y, *torch.autograd.grad(y, inputs, grad)]

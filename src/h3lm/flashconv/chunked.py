@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from h3lm.flashconv.chunks import Cut, DenseCut, PackedCut
 from h3lm.flashconv.state import H3State, diagonal_shape
 from h3lm.ssm.operators import ChunkOperators
+from h3lm.ssm.state_blocks import per_head
 
 _SCAN_GROUP = 16
 Pair = tuple[Tensor, Tensor]
@@ -59,7 +60,7 @@ def h3_end_state(
         cut = _cut(k, operators, cu_seqlens)
         w = _gated_input(k, v, operators, cut, head_dim, initial_state)
         start = _to_pair(initial_state.diagonal, operators, cut) if initial_state else None
-        into = _per_head(w, operators.K)
+        into = per_head(w, operators.K)
         before = _scan_chunks(into.chunk(2, -1), operators, cut, start)
         end = _final_state(w, before, operators, cut)
         shift = cut.last_inputs(k, operators.n_taps - 1, initial_state and initial_state.shift)
@@ -147,16 +148,11 @@ def _diagonal(
 ) -> tuple[Tensor, Pair]:
     """y_c = M w_c + P x_c for (H, pairs, rows, chunks, T), and the final state."""
     N = operators.K.shape[1]
-    product = _per_head(w, torch.cat([operators.K, operators.M], 1))
+    product = per_head(w, torch.cat([operators.K, operators.M], 1))
     into, local = product[..., :N], product[..., N:]
     before = _scan_chunks(into.chunk(2, -1), operators, cut, start)
-    y = local + _per_head(torch.cat(before, -1), operators.P)
+    y = local + per_head(torch.cat(before, -1), operators.P)
     return y, _final_state(w, before, operators, cut)
-
-
-def _per_head(x: Tensor, matrix: Tensor) -> Tensor:
-    """Apply (H, out, in) to the last axis of (H, ..., in)."""
-    return (x.flatten(1, -2) @ matrix.mT).unflatten(1, x.shape[1:-1])
 
 
 def _scan_chunks(
@@ -251,7 +247,7 @@ def _final_state(w: Tensor, before: Pair, operators: ChunkOperators, cut: Cut) -
     aligned = torch.where(
         source >= 0, last.gather(-1, source.clamp(min=0).expand_as(last)), last.new_zeros(())
     )
-    into_re, into_im = _per_head(aligned, operators.K).chunk(2, -1)
+    into_re, into_im = per_head(aligned, operators.K).chunk(2, -1)
     left = operators.powers(lengths).movedim(-1, 1)[:, None]  # [H, 1, sequences, N/2]
     re, im = (cut.last(x) for x in before)
     return (

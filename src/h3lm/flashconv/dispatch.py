@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from h3lm.flashconv import measured
+
 Backend = Literal["auto", "reference", "torch", "triton", "gluon"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "torch", "triton", "gluon")
 ConvAlgorithm = Literal["Toeplitz blocks", "block FFT", "block FFT through memory"]
@@ -29,9 +31,8 @@ HOPPER_SHARED = ((9, 0), (10, 0), (10, 3))
 # with Hopper's shared memory, and with the 99 KB that every GPU from 8.0 on has
 MAX_FFT_LENGTH, MAX_FFT_LENGTH_SMALL = 8192, 2048
 MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL = 1 << 22, 1 << 19
-# lags up to which blocks of a Toeplitz matrix are faster than transforms, forward and backward, by
-# GPU generation; measured on an H200 (9), see docs/log.md
-MAX_TOEPLITZ_LAGS = {8: (256, 256), 9: (1024, 768), 10: (1024, 768)}
+# lags up to which blocks of a Toeplitz matrix are taken where nothing was measured
+MAX_TOEPLITZ_LAGS = 256
 # a segment of a row is whole tiles of half inputs (two of float32), and at least 8 of them
 SEGMENT_UNIT, MIN_SEGMENT = 4096, 8 * 4096
 MAX_SHARED_ROW = 2048  # up to this length several rows share a tile of 64 chunks
@@ -73,6 +74,9 @@ class Problem:
         has_triton: Whether Triton is installed.
         lags: Lags that a long filter reaches, both ways; 0 stands for as many as L.
         gated: Whether a long convolution has a gate.
+        rows: B.
+        states: Whether an SSM's state comes in or goes out.
+        backward: Whether there are gradients.
     """
 
     length: int
@@ -87,6 +91,9 @@ class Problem:
     has_triton: bool = _HAS_TRITON
     lags: int = 0
     gated: bool = False
+    rows: int = 64
+    states: bool = False
+    backward: bool = False
 
 
 def choose(
@@ -119,7 +126,10 @@ def choose(
         if triton:
             return Choice("torch", f"plain PyTorch: {triton}")
         if op == "fft_conv":
-            return Choice("triton", f"Triton kernel: {conv_algorithm(dtype, problem)}")
+            # which algorithm is a question of the sizes, each answer a case for a compiler
+            compiling = torch.compiler.is_compiling()
+            what = "fft_conv" if compiling else conv_algorithm(dtype, problem)
+            return Choice("triton", f"Triton kernel: {what}")
         if gluon:
             return Choice("triton", f"Triton kernel: {gluon}")
         return Choice("gluon", "Hopper kernel")
@@ -193,32 +203,43 @@ def _fft_lacks(dtype: torch.dtype, problem: Problem) -> str:
 def conv_algorithm(dtype: torch.dtype, problem: Problem, backward: bool = False) -> ConvAlgorithm:
     """Which kernels of `fft_conv` are the fastest, forward or backward.
 
-    Toeplitz blocks round what is under a gate to its dtype: only bfloat16 has the range for that.
+    By the nearest measurement. Toeplitz blocks round what is under a gate to its dtype: only
+    bfloat16 has the range for that.
     """
-    large = problem.capability in HOPPER_SHARED
-    most, most_backward = MAX_TOEPLITZ_LAGS.get((problem.capability or (0, 0))[0], (0, 0))
-    if backward:
-        most = most_backward
     ranged = dtype == torch.bfloat16 or (dtype == torch.float16 and not problem.gated)
-    if ranged and (problem.lags or problem.length) <= most:
+    if ranged and _blocks_are_faster(problem, "backward" if backward else "forward"):
         return "Toeplitz blocks"
+    large = problem.capability in HOPPER_SHARED
     if problem.length <= (MAX_FFT_LENGTH if large else MAX_FFT_LENGTH_SMALL):
         return "block FFT"
     return "block FFT through memory"
 
 
-def choose_method(method: str, diagonal: bool, device: torch.device, problem: Problem) -> Choice:
+def _blocks_are_faster(problem: Problem, way: str) -> bool:
+    """Whether Toeplitz blocks are faster than transforms, one way."""
+    lags = problem.lags or problem.length
+    table = measured.ALGORITHMS.get(_generation(problem))
+    if table is None:
+        return lags <= MAX_TOEPLITZ_LAGS
+    kinds = ("yes" if problem.gated else "no",)
+    return table.faster(kinds, (lags, problem.length, problem.rows), way) == "blocks"
+
+
+def choose_method(
+    method: str, diagonal: bool, device: torch.device, problem: Problem, dtype: torch.dtype
+) -> Choice:
     """Choose the algorithm of `ssm_conv`, a pure function of its arguments.
 
-    By their bytes: in a half dtype the scan's kernels read and write an element once, in 4 bytes;
-    convolved chunks do that too, and make states and what states add in float32 besides. So a
-    diagonal system is scanned wherever the scan has a kernel.
+    By the nearest measurement. Where there is none, by bytes: in a half dtype the scan's kernels
+    read and write an element once, in 4 bytes; convolved chunks do that too, and make states and
+    what states add in float32 besides.
 
     Args:
         method: "scan", "fft_chunks" or "auto".
         diagonal: Whether the system is diagonal.
         device: Where the tensors are.
         problem: As in `choose`.
+        dtype: Of the tensors.
 
     Returns:
         The method in the place of the backend.
@@ -234,9 +255,35 @@ def choose_method(method: str, diagonal: bool, device: torch.device, problem: Pr
         return Choice(method, "asked for by method=")
     if not diagonal:
         return Choice("fft_chunks", "the system is not diagonal")
-    if device.type == "cuda" and problem.num_modes > MAX_MODES and not problem.packed:
+    if problem.packed:
+        return Choice("scan", "packed sequences are scanned at once, and convolved one by one")
+    if device.type == "cuda" and problem.num_modes > MAX_MODES:
         return Choice("fft_chunks", f"the scan's kernels take d_state up to {2 * MAX_MODES}")
-    return Choice("scan", "diagonal systems are scanned with the fewest bytes")
+    return _measured_method(dtype, problem) if device.type == "cuda" else _SCAN_BY_BYTES
+
+
+def _measured_method(dtype: torch.dtype, problem: Problem) -> Choice:
+    """The faster of both methods for a diagonal system on a GPU."""
+    table = measured.METHODS.get(_generation(problem))
+    kinds = (
+        "float32" if dtype == torch.float32 else "bfloat16",
+        "64" if problem.num_modes <= 32 else "128",
+        "yes" if problem.states else "no",
+    )
+    asked = kinds, (problem.length, problem.rows), "both" if problem.backward else "forward"
+    way = None if table is None else table.faster(*asked)
+    if table is None or way is None:
+        return _SCAN_BY_BYTES
+    compiling = torch.compiler.is_compiling()  # which cannot put unknown sizes into words
+    return Choice(way, "measured" if compiling else table.said(*asked))
+
+
+_SCAN_BY_BYTES = Choice("scan", "diagonal systems are scanned with the fewest bytes")
+
+
+def _generation(problem: Problem) -> int:
+    """Major number of the compute capability, 0 without one."""
+    return 0 if problem.capability is None else problem.capability[0]
 
 
 def _gluon_lacks(op: str, dtype: torch.dtype, problem: Problem) -> str:

@@ -7,9 +7,10 @@ The operators are defined by hand, not by `torch.library.custom_op`: on short ro
 each call, 0.1 ms forward and backward, took longer than the kernels.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from h3lm.flashconv import fft
-from h3lm.flashconv.dispatch import Problem, capability, conv_algorithm
+from h3lm.flashconv.dispatch import ConvAlgorithm, Problem, capability, conv_algorithm
 from h3lm.flashconv.filters import Filter
 
-KEPT_SHARE = 4  # of the rows' memory, one part in so many, for a filter's spectrum until backward
+KEPT_SHARE = 3  # of the rows' memory, one part in so many, for a filter's spectrum until backward
 MAX_KEPT = 8  # lengths of rows for which a kept filter keeps its spectrum
 
 
@@ -50,6 +51,9 @@ class KeptFilter:
     Attributes:
         f, skip, f_reverse, mode: As in `fft_conv`; cut to the length of the row.
         prepared: What was made of it, by what it was made for.
+
+    Raises:
+        ValueError: if a filter is not (D, length).
     """
 
     f: Tensor
@@ -57,6 +61,11 @@ class KeptFilter:
     f_reverse: Tensor | None = None
     mode: str = "causal"
     prepared: dict[tuple[object, ...], _Prepared] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, taps in (("f", self.f), ("f_reverse", self.f_reverse)):
+            if taps is not None and taps.dim() != 2:
+                raise ValueError(f"{name} is {tuple(taps.shape)}, a KeptFilter needs (D, length)")
 
     def cut(self, length: int) -> tuple[Tensor, Tensor | None]:
         """Both filters for rows of a length, which at 0 still have a tap."""
@@ -76,7 +85,9 @@ def fft_conv(
     mode: str = "causal",
 ) -> Tensor:
     """`flashconv.fft_conv` by the kernels."""
-    run = torch.ops.h3lm.fft_conv_fwd
+    run: Any = torch.ops.h3lm.fft_conv_fwd
+    if not torch.compiler.is_compiling() and _nobody_looks(u):
+        run = _with_autograd
     y: Tensor = run(u, f, f_reverse, skip, pre_gate, post_gate, mode == "circular")
     return y
 
@@ -133,16 +144,30 @@ def _algorithms(u: Tensor, filter: Filter, gated: bool) -> tuple[str, str]:
     """Those for rows like u, forward and backward; torch.fft in the place of one that is faulty."""
     from h3lm.flashconv.kernels.conv_plan import works
 
-    problem = Problem(
-        length=u.shape[-1],
-        capability=capability(u.device),
-        lags=filter.taps + (filter.taps_reverse or 1) - 1,
-        gated=gated,
+    lags = filter.taps + (filter.taps_reverse or 1) - 1
+    forward, backward = _fastest(
+        conv_algorithm, u.dtype, capability(u.device), u.shape[-1], lags, gated, len(u)
     )
-    found = [conv_algorithm(u.dtype, problem, backward) for backward in (False, True)]
-    fine = {name: works(name, u.device, u.shape[-1]) for name in found}
-    forward, backward = (name if fine[name] else "torch.fft" for name in found)
-    return forward, backward
+    fine = works(forward, u.device, u.shape[-1])
+    if backward == forward:
+        return (forward, forward) if fine else ("torch.fft", "torch.fft")
+    fine_backward = works(backward, u.device, u.shape[-1])
+    return forward if fine else "torch.fft", backward if fine_backward else "torch.fft"
+
+
+@lru_cache(1024)
+def _fastest(
+    algorithm: Callable[..., ConvAlgorithm],
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    length: int,
+    lags: int,
+    gated: bool,
+    rows: int,
+) -> tuple[ConvAlgorithm, ConvAlgorithm]:
+    """What `dispatch.conv_algorithm` says, forward and backward."""
+    problem = Problem(length=length, capability=capability, lags=lags, gated=gated, rows=rows)
+    return algorithm(dtype, problem, False), algorithm(dtype, problem, True)
 
 
 class _Made(NamedTuple):
@@ -194,8 +219,8 @@ def _convolve(
     circular: bool,
     *,
     keep: bool,
-) -> tuple[Tensor, _Made | None]:
-    """The result, and what `_backward` may take from it if it is to be kept."""
+) -> tuple[Tensor, str, _Made | None]:
+    """The result, the algorithm of `_backward`, and what that may take over if it is to be kept."""
     with _device_of(u):
         filter = _filter(u, f, f_reverse, skip, circular)
         algorithm, backward = _algorithms(u, filter, pre is not None or post is not None)
@@ -204,7 +229,7 @@ def _convolve(
         made = _Made.of(algorithm, u, filter, keep)
         kernels, size = made.plan
         y = kernels.forward(u, made.prepared, size, pre, post)
-        return y, made if keep and made.is_small(u) else None
+        return y, backward, made if keep and made.is_small(u) else None
 
 
 def _forward_fake(u: Tensor, *rest: Any) -> Tensor:
@@ -223,12 +248,14 @@ def _backward(
     data: bool,
     filters: bool,
     gate: bool,
+    algorithm: str = "",
     made: _Made | None = None,
 ) -> list[Tensor]:
     with _device_of(u):
         filter = _filter(u, f, f_reverse, skip, circular)
         if made is None:
-            algorithm = _algorithms(u, filter, pre is not None or post is not None)[1]
+            gated = pre is not None or post is not None
+            algorithm = algorithm or _algorithms(u, filter, gated)[1]
             made = _Made.of(algorithm, u, filter, backward=True)
         (kernels, size), prepared = made
         dy, u, pre, post = _positions_last(dy), _positions_last(u), _optional(pre), _optional(post)
@@ -275,9 +302,9 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, ctx.circular = inputs
-        made = None
+        made, ctx.algorithm = None, ""
         if _nobody_looks(tensors[0]):
-            y, made = _convolve(*inputs, keep=True)
+            y, ctx.algorithm, made = _convolve(*inputs, keep=True)
         else:
             y = _below_autograd(*inputs)
         ctx.plan = None if made is None else made.plan
@@ -296,18 +323,22 @@ class _Convolution(torch.autograd.Function):
             made = None
             if ctx.plan is not None:
                 made = _Made(ctx.plan, ctx.plan.kernels.Prepared(*prepared))
-            run = partial(_backward, made=made)
+            run = partial(_backward, algorithm=ctx.algorithm, made=made)
         grads = iter(run(dy, *tensors, ctx.circular, *wanted))
         present = _present(tensors, *wanted)
         return *(next(grads) if there else None for there in present), None
 
 
 def _nobody_looks(x: Tensor) -> bool:
-    """Whether no compiler and no mode wants to see each operator: then it is called as it is.
+    """Whether no compiler, mode or transform wants to see operators: then they are plain calls.
 
     A way through the dispatcher takes as long as a launch.
     """
-    return type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+    return (
+        type(x) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _below_autograd(*inputs: Any) -> Tensor:
@@ -367,7 +398,9 @@ def _(
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, wherever its tensors are."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def _positions_last(x: Tensor) -> Tensor:

@@ -307,14 +307,20 @@ def ssm_conv(
     if initial_state is not None and initial_state.shape != shape:
         raise ValueError(f"initial_state is {tuple(initial_state.shape)}, this call needs {shape}")
     present = [x for x in (u, pre_gate, post_gate) if x is not None]
-    problem = _problem(system, 0, 1, cu_seqlens, *present)
-    way = _method(method, system, u.device, problem)
+    leaves = [*present, whole.c, *([] if initial_state is None else [initial_state])]
+    problem = _problem(
+        system, 0, 1, cu_seqlens, *present,
+        states=initial_state is not None or return_final_state,
+        backward=torch.is_grad_enabled() and any(x.requires_grad for x in leaves),
+    )  # fmt: skip
+    way = _method(method, system, u, problem)
     announce("ssm_conv method", way)
     if way.backend == "fft_chunks":
         problem = Problem(
             length=min(u.shape[-1], fft_chunks.CHUNK_LENGTH),
             capability=problem.capability,
             gated=len(present) > 1,
+            rows=u.shape[0] * max(1, u.shape[-1] // fft_chunks.CHUNK_LENGTH),
         )
         choice = choose("fft_conv", u.device, u.dtype, backend, problem)
     else:
@@ -431,21 +437,21 @@ def _fft_choice(
 ) -> Choice:
     """Check what belongs to a filter, and choose the implementation."""
     _, D, L = u.shape
-    for name, taps in (("f", f), ("f_reverse", f_reverse)):
-        if taps is None:
+    for name, given in (("f", f), ("f_reverse", f_reverse), ("skip", skip)):
+        if given is None:
             continue
-        if taps.dim() != 2 or taps.shape[0] != D:
-            raise ValueError(f"{name} is {tuple(taps.shape)}, u needs ({D}, length)")
-        if not taps.dtype.is_floating_point or taps.device != u.device:
+        if name == "skip" and given.shape != (D,):
+            raise ValueError(f"skip is {tuple(given.shape)}, u needs ({D},)")
+        if name != "skip" and (given.dim() != 2 or given.shape[0] != D):
+            raise ValueError(f"{name} is {tuple(given.shape)}, u needs ({D}, length)")
+        if not given.dtype.is_floating_point or given.device != u.device:
             raise ValueError(
-                f"{name} is {taps.dtype} on {taps.device}; u, on {u.device}, needs float32 there"
+                f"{name} is {given.dtype} on {given.device}; u, on {u.device}, needs float32 there"
             )
-        if L and not 1 <= taps.shape[1] <= L:
+        if name != "skip" and L and not 1 <= given.shape[1] <= L:
             raise ValueError(
-                f"{name} has {taps.shape[1]} taps for rows of length {L}: cut it to 1..{L}"
+                f"{name} has {given.shape[1]} taps for rows of length {L}: cut it to 1..{L}"
             )
-    if skip is not None and skip.shape != (D,):
-        raise ValueError(f"skip is {tuple(skip.shape)}, u needs ({D},)")
     if mode not in ("causal", "circular"):
         raise ValueError(f"mode={mode!r} is not one of causal, circular")
     lags = f.shape[1] + (0 if f_reverse is None else f_reverse.shape[1] - 1)
@@ -455,6 +461,7 @@ def _fft_choice(
         capability=capability(u.device),
         lags=2 * L - 1 if circular else lags,
         gated=gated,
+        rows=u.shape[0],
     )
     return choose("fft_conv", u.device, u.dtype, backend, problem)
 
@@ -486,14 +493,14 @@ def _scannable(system: AnySystem) -> DiagonalSystem | ChunkOperators:
     return system
 
 
-def _method(method: str, system: AnySystem, device: torch.device, problem: Problem) -> Choice:
+def _method(method: str, system: AnySystem, u: Tensor, problem: Problem) -> Choice:
     """The algorithm; what was made for one of them asks for it."""
     diagonal = isinstance(_system(system), DiagonalSystem)
     if method == "auto" and isinstance(system, FFTOperators):
         return Choice("fft_chunks", "the operators are for it")
     if method == "auto" and isinstance(system, ChunkOperators):
         return Choice("scan", "the operators are for it")
-    return choose_method(method, diagonal, device, problem)
+    return choose_method(method, diagonal, u.device, problem, u.dtype)
 
 
 def _fft_chunks(
@@ -538,6 +545,8 @@ def _problem(
     head_dim: int,
     cu_seqlens: Tensor | None,
     *tensors: Tensor,
+    states: bool = False,
+    backward: bool = False,
 ) -> Problem:
     """What `choose` needs to know of a call."""
     diagonal = _system(system)
@@ -552,6 +561,9 @@ def _problem(
         packed=cu_seqlens is not None,
         aligned=all(is_aligned(x) for x in tensors),
         complex64=diagonal.c.dtype == torch.complex64,
+        rows=tensors[0].shape[0],
+        states=states,
+        backward=backward,
     )
 
 

@@ -57,18 +57,19 @@ class StateBlocks:
         """The state after the inputs, from a state of zero."""
         levels = self._levels(u.shape[-1])
         T = self.into.shape[-1]
-        padded = F.pad(u.to(self.into.dtype), ((T << levels) - u.shape[-1], 0))
-        partial = padded.unflatten(-1, (1 << levels, T)) @ self.into.mT  # [B, H, blocks, N]
+        rows = u.transpose(0, 1).to(self.into.dtype)
+        padded = F.pad(rows, ((T << levels) - u.shape[-1], 0))
+        partial = per_head(padded.unflatten(-1, (1 << levels, T)), self.into)  # [H, B, blocks, N]
         for power in self.powers[:levels]:
-            partial = partial[..., ::2, :] @ power.mT + partial[..., 1::2, :]
-        return partial[..., 0, :]
+            partial = per_head(partial[..., ::2, :], power) + partial[..., 1::2, :]
+        return partial[..., 0, :].transpose(0, 1)
 
     def response(self, state: Float[Tensor, "B H N"], length: int) -> Float[Tensor, "B H L"]:
         """What a state before the first of `length` positions adds to their outputs."""
-        spread = state.to(self.out.dtype)[..., None, :]  # [B, H, blocks, N]
+        spread = state.transpose(0, 1).to(self.out.dtype)[..., None, :]  # [H, B, blocks, N]
         for power in reversed(self.powers[: self._levels(length)]):
-            spread = torch.stack([spread, spread @ power.mT], -2).flatten(-3, -2)
-        return (spread @ self.out.mT).flatten(-2)[..., :length]
+            spread = torch.stack([spread, per_head(spread, power)], -2).flatten(-3, -2)
+        return per_head(spread, self.out).flatten(-2)[..., :length].transpose(0, 1)
 
     def _levels(self, length: int) -> int:
         blocks = -(-length // self.into.shape[-1])
@@ -79,7 +80,18 @@ def advance(
     power: Float[Tensor, "H N N"], state: Float[Tensor, "*B H N"]
 ) -> Float[Tensor, "*B H N"]:
     """A power of A times states."""
-    return (power @ state[..., None])[..., 0]
+    return per_head(state.movedim(-2, 0), power).movedim(0, -2)
+
+
+def per_head(
+    x: Float[Tensor, "H *rows in_"], matrix: Float[Tensor, "H out in_"]
+) -> Float[Tensor, "H *rows out"]:
+    """A matrix for each system applied to the last axis of all its rows.
+
+    One product for each system: with rows outside, a batched product would copy the matrices once
+    for each row.
+    """
+    return (x.flatten(1, -2) @ matrix.mT).unflatten(1, x.shape[1:-1])
 
 
 def states_between(

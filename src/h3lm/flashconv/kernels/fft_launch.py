@@ -1,5 +1,6 @@
 """Launches of the block FFT for rows that one program holds."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -108,12 +109,17 @@ class _Run:
         half = u.dtype != torch.float32
         self.rows_per_program, self.groups = rows_per_program(u.device, size, B, D)
         self.tables = factors(size, torch.float16 if half else torch.float32, u.device, True)
-        self.constants: dict[str, Any] = {
-            "N1": size.N1, "N2": size.N2, "REAL": True, "HALF": half, "SCALED": half,
-            "EVEN": size.points == L, "FAST": half and u.is_cuda,
-            "KEEP": half and size.keep, "PRECISION": "tf32" if half else "tf32x3",
-            "AHEAD": size.ahead, "num_warps": size.warps, "maxnreg": size.registers,
-        }  # fmt: skip
+        self.constants = _constants(size, half, size.points == L, u.is_cuda)
+
+
+@cache
+def _constants(size: Size, half: bool, even: bool, cuda: bool) -> dict[str, Any]:
+    return {
+        "N1": size.N1, "N2": size.N2, "REAL": True, "HALF": half, "SCALED": half,
+        "EVEN": even, "FAST": half and cuda,
+        "KEEP": half and size.keep, "PRECISION": "tf32" if half else "tf32x3",
+        "AHEAD": size.ahead, "num_warps": size.warps, "maxnreg": size.registers,
+    }  # fmt: skip
 
 
 def rows_per_program(device: torch.device, size: Size, rows: int, channels: int) -> tuple[int, int]:

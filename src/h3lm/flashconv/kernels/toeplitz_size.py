@@ -1,7 +1,7 @@
 """How the products with blocks of a Toeplitz matrix are cut, see `toeplitz_triton`."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class ToeplitzSize:
         return ToeplitzSize(self.ahead, self.behind, self.tile)
 
 
+@lru_cache(1024)
 def size_for(taps: int, taps_reverse: int | None, large: bool) -> ToeplitzSize:
     """The size for filters, on a GPU with as much shared memory as Hopper or with less."""
     return ToeplitzSize(taps - 1, (taps_reverse or 1) - 1, LARGE if large else SMALL)
