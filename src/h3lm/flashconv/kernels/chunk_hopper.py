@@ -632,17 +632,13 @@ def backward_kernel(
                 if (tile + begin == 0) & (tile_row < B):
                     s += load_carry(carry, source, channel, B, D, ROWS, mma)
             w_tile.permute((1, 0)).store((s * v_values.to(gl.float32)).to(dtype))
-            dv_tile.permute((1, 0)).store(s.to(dtype))  # it waits there for dw
+            s_half = s.to(dtype)
             publish()
 
             # the states before, and the gradients behind, each chunk
             z = warpgroup_mma(K_c, w_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
             p = warpgroup_mma(
                 P_c.permute((1, 0)), dy_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-            )
-            # beside the scan; y as well would need registers that there are not
-            dw = warpgroup_mma(
-                M_c.permute((1, 0)), dy_tile.permute((1, 0)), zero, use_acc=False, is_async=True
             )
             other = 1 - stage
             if ONE_TILE:
@@ -666,7 +662,7 @@ def backward_kernel(
                 if ROWS == 1:
                     saved_at = ((next_row * D + next_channel) * tiles + next_tile).to(gl.int64) * N
                     next_re, next_im = load_complex(tile_states + saved_at, modes, next_row < B)
-            z, p = warpgroup_mma_wait(1, deps=[z, p])
+            z, p = warpgroup_mma_wait(0, deps=[z, p])
             if dend is not None:
                 if tile == last_tile:
                     end_at, here = end_addresses(
@@ -708,6 +704,9 @@ def backward_kernel(
                         )
             publish()
 
+            dw = warpgroup_mma(
+                M_c.permute((1, 0)), dy_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+            )
             dw = warpgroup_mma(K_c.permute((1, 0)), g_tile.permute((1, 0)), dw, is_async=True)
             y = warpgroup_mma(M_c, w_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
             y = warpgroup_mma(P_c, x_tile.permute((1, 0)), y, is_async=True)
@@ -718,7 +717,6 @@ def backward_kernel(
             # v and do are read again: kept in registers they spill
             ds = dw * v_tile.permute((1, 0)).load(mma).to(gl.float32)
             ds_tile.permute((1, 0)).store(ds.to(dtype))
-            s_half = dv_tile.permute((1, 0)).load(mma)
             next_ds, ds_carry = shift_left(ds, ds_carry, group_of_times, C, ROWS, TIMES_8, mma)
             next_ds_tile.permute((1, 0)).store(next_ds.to(dtype))
             dv_tile.permute((1, 0)).store((dw * s_half.to(gl.float32)).to(dtype))
