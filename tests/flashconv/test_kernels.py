@@ -596,7 +596,7 @@ def test_runs_under_a_cuda_graph(packed: bool) -> None:
 @pytest.mark.gpu
 @needs_triton
 def test_float16_products_up_to_its_range() -> None:
-    # |s v| and the states must stay below 65504: the stated range, here up to 3e4
+    # |s|, |s v| and the states must stay below 65504: the stated range, here up to 3e4
     leaves = _leaves(1, 2, 256, 32, 1, torch.float16, False)
     leaves["taps"] = torch.ones_like(leaves["taps"])
     leaves["k"] = leaves["k"].clamp(-1, 1) * 170

@@ -33,6 +33,7 @@ from h3lm.flashconv.kernels.launch import (
     Gradients,
     Operators,
     empty_rows,
+    filter_blocks,
     multiprocessors,
     plan,
     saved_states_shape,
@@ -804,6 +805,7 @@ def forward(
     segments: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward pass: arguments and results as in `chunk_triton.forward`."""
+    assert filter_blocks(operators) == 2, "up to 64 taps"
     D, total = k.shape[1:]
     B, L = k.shape[0] * segments, segment_length(total, segments)
     walk = plan(B, D, L, C.value, slots=2 * multiprocessors(k.device))
@@ -838,6 +840,7 @@ def backward(
     into: tuple[Tensor, ...] | None = None,
 ) -> Gradients:
     """Launch the backward pass: arguments and results as in `chunk_triton.backward`."""
+    assert filter_blocks(operators) == 2, "up to 64 taps"
     D, total = k.shape[1:]
     B, L = k.shape[0] * segments, segment_length(total, segments)
     walk = plan(B, D, L, C.value, slots=multiprocessors(k.device))
