@@ -81,6 +81,7 @@ def _close(found: Tensor, expected: Tensor) -> None:
 NAMES: dict[str, Callable[[], None]] = {
     "gluon": lambda: _core("gluon", 1, 2, 4096 + 80),
     "gluon_short_rows": lambda: _core("gluon", 3, 2, 1040),
+    "gluon_many_channels": lambda: _core("gluon", 3, 140, 320),
     "gluon_segments": lambda: _segments("gluon", 1),
     "triton": lambda: _core("triton", 1, 2, 4096 + 81),
     "triton_short_rows": lambda: _core("triton", 3, 2, 301, n_taps=128),

@@ -268,6 +268,10 @@ COMPILED = [
     (5, 3, 512, 32, 64, torch.float16, True),
     (1, 2, 16, 32, 64, torch.bfloat16, True),
     (9, 2, 64, 32, 5, torch.bfloat16, True),
+    # more channels than multiprocessors: programs of one tile take several
+    (2, 300, 4096 + 64 * 3 + 16, 32, 64, torch.bfloat16, True),
+    (8, 300, 512, 32, 64, torch.float16, True),
+    (1, 300, 1008, 32, 64, torch.bfloat16, True),
 ]
 COMPILED_TRITON = [
     (2, 4, 4097, 32, 64, torch.bfloat16, True),
@@ -592,7 +596,7 @@ def test_runs_under_a_cuda_graph(packed: bool) -> None:
 @pytest.mark.gpu
 @needs_triton
 def test_float16_products_up_to_its_range() -> None:
-    # |s v| and the states must stay below 65504: the stated range, here up to 3e4
+    # |s|, |s v| and the states must stay below 65504: the stated range, here up to 3e4
     leaves = _leaves(1, 2, 256, 32, 1, torch.float16, False)
     leaves["taps"] = torch.ones_like(leaves["taps"])
     leaves["k"] = leaves["k"].clamp(-1, 1) * 170

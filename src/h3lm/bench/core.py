@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from h3lm.bench import measure, report, scaling
 from h3lm.bench.doctor import run_check
-from h3lm.bench.registry import Shape, core_shapes, length_shapes, width_shapes
+from h3lm.bench.registry import Shape, core_shapes, length_shapes, small_shapes, width_shapes
 from h3lm.bench.roofline import both_roof_ms, forward_roof_ms
 from h3lm.errors import UserError
 from h3lm.flashconv import h3_core, library
@@ -24,7 +24,9 @@ from h3lm.ssm.operators import ChunkOperators
 
 NOTES = (
     "bfloat16, 64 taps, 32 modes, head_dim 1 unless named, random data, medians of CUDA events in "
-    "ms. Roof: a kernel with 3 reads and 1 write of the same tensors in this process; forward and "
+    "ms, of calls that the host has queued while the GPU waits; in a graph: one of ten calls that "
+    "are captured and replayed together. "
+    "Roof: a kernel with 3 reads and 1 write of the same tensors in this process; forward and "
     "backward against 22 bytes per element. Operators were made beforehand, in bfloat16; forward "
     "saves tile states; backward makes every gradient. Memory: what forward and backward allocate "
     "over the bytes of q, k, v, o and their gradients."
@@ -37,6 +39,7 @@ EXPONENTS = (
 HEAD_WIDTH = 64  # of the attention peer
 MAX_ELEMENTS = 2**27  # of a path that makes float32 copies
 MAX_ATTENTION_LENGTH = 2**16
+CAPTURED = 10  # calls in a graph
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -62,6 +65,7 @@ def run(folder: Path, say: Callable[[str], None], shapes: list[Shape] | None = N
     if shapes is None:
         rows += _measure_all(core_shapes()[:1], partial(measure_heads, backends=backends), say)
         rows += _measure_all(core_shapes()[:1], measure_retention, say)
+        rows += _measure_all(small_shapes(), partial(measure_captured, backends=backends), say)
     path = report.write(name, folder, environment, NOTES, rows)
     if shapes is None:
         _write_growth(f"{name}_growth", folder, environment, backends[:1], say)
@@ -168,6 +172,18 @@ def measure_heads(shape: Shape, backends: list[str]) -> Iterator[report.Row]:
         yield _row(shape, f"torch, head_dim {head_dim}", path, (q, k, v, do), roof, repeats=1)
 
 
+def measure_captured(shape: Shape, backends: list[str]) -> Iterator[report.Row]:
+    """Small work in a CUDA graph, where the host does not count: kernels, attention by cuDNN."""
+    size = (shape.rows, shape.channels, shape.length)
+    tensors = tuple(torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    roof, operators = forward_roof_ms(*tensors[:3]), _operators(shape.channels)
+    for backend in backends:
+        row = _kernel_row(shape, backend, operators, tensors, roof, captured=True)
+        yield row | {"path": f"{backend}, in a graph"}
+    attend, heads = _attention(SDPBackend.CUDNN_ATTENTION), [_to_heads(x) for x in tensors]
+    yield _row(shape, "sdpa cudnn, in a graph", attend, heads, roof, captured=True)
+
+
 def _operators(channels: int, head_dim: int = 1) -> ChunkOperators:
     torch.manual_seed(0)
     with torch.no_grad():
@@ -184,6 +200,7 @@ def _kernel_row(
     operators: ChunkOperators,
     tensors: tuple[Tensor, ...],
     roof: float,
+    captured: bool = False,
 ) -> report.Row:
     q, k, v, do = tensors
     matrices = [x.detach() for x in library.kernel_operators(operators)]
@@ -192,17 +209,23 @@ def _kernel_row(
     def forward() -> list[Tensor]:
         return torch.ops.h3lm.h3_core_fwd(*inputs, True, False, True, backend)
 
-    states = forward()[2]
-
-    def backward() -> None:
-        torch.ops.h3lm.h3_core_bwd(do, None, *inputs, states, backend)
-
     def both() -> None:
         saved = forward()
         torch.ops.h3lm.h3_core_bwd(do, None, *inputs, saved[2], backend)
 
-    forward_ms, backward_ms = measure.median_ms(forward), measure.median_ms(backward)
-    return _as_row(shape, backend, roof, forward_ms, forward_ms + backward_ms, both, do)
+    forward_ms, both_ms = (_time(call, captured=captured) for call in (forward, both))
+    return _as_row(shape, backend, roof, forward_ms, both_ms, both, do)
+
+
+def _time(call: Callable[[], object], repeats: int = 25, *, captured: bool = False) -> float:
+    """Milliseconds of a call, NaN if it cannot be captured."""
+    if not captured:
+        return measure.median_ms(call, repeats, ahead=True)
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        call()
+    torch.cuda.synchronize()
+    return measure.replayed_ms(lambda: [call() for _ in range(CAPTURED)], repeats)[0] / CAPTURED
 
 
 def _as_row(
@@ -230,6 +253,7 @@ def _row(
     tensors: list[Tensor] | tuple[Tensor, ...],
     roof: float,
     repeats: int = 25,
+    captured: bool = False,
 ) -> report.Row:
     *inputs, do = tensors
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -237,8 +261,8 @@ def _row(
     def both() -> None:
         torch.autograd.grad(forward(*inputs), inputs, do)
 
-    forward_ms = measure.median_ms(lambda: forward(*inputs), repeats)
-    both_ms = measure.median_ms(both, repeats)
+    forward_ms = _time(lambda: forward(*inputs), repeats, captured=captured)
+    both_ms = _time(both, repeats, captured=captured)
     return _as_row(shape, name, roof, forward_ms, both_ms, both, do)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 CORE_CHANNELS = 768
 CORE_SHAPES = ((64, 2048), (16, 8192), (4, 32768), (1, 131072), (1, 1048576))
+SMALL_SHAPES = ((8, 512), (1, 2048))  # that take less time than the host needs for their calls
 TRAIN_LENGTHS = (2048, 8192, 32768)
 TRAIN_TOKENS = {"125m": 32768, "355m": 32768, "1.3b": 16384, "2.7b": 8192}  # a step of a GPU
 CONV_LENGTHS = (256, 1024, 2048, 4096, 8192, 16384, 32768, 131072, 1048576)
@@ -36,6 +37,11 @@ class Shape:
 def core_shapes() -> list[Shape]:
     """Shapes of `h3lm bench core`: one size, from short rows to one row of a million."""
     return [Shape(rows, CORE_CHANNELS, length) for rows, length in CORE_SHAPES]
+
+
+def small_shapes() -> list[Shape]:
+    """Shapes that `h3lm bench core` measures in a CUDA graph."""
+    return [Shape(rows, CORE_CHANNELS, length) for rows, length in SMALL_SHAPES]
 
 
 def length_shapes() -> list[Shape]:

@@ -9,7 +9,9 @@ chunk back, so that the short filter is one chain of products.
 
 The forward pass takes one warpgroup (4 warps) and two programs per multiprocessor; the backward
 pass two warpgroups (8 warps) and one, because its four sums of operator gradients live in
-registers. A pass differs from the other in `Layouts` only.
+registers: nearly all there are, so that what a thread carries through the loop decides its speed.
+As nothing else runs beside it on a multiprocessor, that program makes the short filter's product
+for the next tile while it ends one, and goes on to other channels where each has but one tile.
 
 A buffer that threads wrote and a product reads next needs a proxy fence in every writing thread,
 then a barrier. Buffers are used in place where all their readers are done: w over v, x over k,
@@ -31,6 +33,7 @@ from h3lm.flashconv.kernels.launch import (
     Gradients,
     Operators,
     empty_rows,
+    filter_blocks,
     multiprocessors,
     plan,
     saved_states_shape,
@@ -97,23 +100,42 @@ ALL_GROUPS_8 = gl.constexpr(  # [32 modes, 8 groups, (re, im)]
         [32, 8, 2],
     )
 )
-SUMS_8 = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0]))
 TOTALS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]))
 
 
 @gluon.jit
-def to_shared(pointer, index, dtype: gl.constexpr):
-    """An operator [64, 64] in shared memory, from elements at `pointer + index`.
+def lower_triangle(row, column):
+    """Where F_0 and M have values, in pieces of 32 bytes, which is what is read at once."""
+    return (column // 16 * 16)[None, :] <= row[:, None]
+
+
+@gluon.jit
+def upper_triangle(row, column):
+    """The same for F_1."""
+    return (column // 16 * 16 + 15)[None, :] > row[:, None]
+
+
+@gluon.jit
+def load_operator(buffer, pointer, index, mask):
+    """An operator [64, 64] into shared memory, from elements at `pointer + index`, 0 where masked.
 
     Of the right dtype it is copied: it is there when the first tile is waited for.
     """
-    if pointer.dtype.element_ty == dtype:
-        buffer = gl.allocate_shared_memory(dtype, [T, T], SQUARE)
-        async_copy.async_copy_global_to_shared(buffer, pointer + index)
+    if pointer.dtype.element_ty == buffer.dtype:
+        async_copy.async_copy_global_to_shared(buffer, pointer + index, mask=mask)
         async_copy.commit_group()
-        return buffer
+    elif mask is None:
+        buffer.store(gl.load(pointer + index).to(buffer.dtype))
     else:
-        return gl.allocate_shared_memory(dtype, [T, T], SQUARE, gl.load(pointer + index).to(dtype))
+        buffer.store(gl.load(pointer + index, mask, 0.0).to(buffer.dtype))
+
+
+@gluon.jit
+def to_shared(pointer, index, mask, dtype: gl.constexpr):
+    """`load_operator` into a buffer of its own."""
+    buffer = gl.allocate_shared_memory(dtype, [T, T], SQUARE)
+    load_operator(buffer, pointer, index, mask)
+    return buffer
 
 
 @gluon.jit
@@ -146,6 +168,12 @@ def tile_base(pointer, row, channel, position, row_stride, channel_stride):
     """Address of a tile's first element."""
     offset = row.to(gl.int64) * row_stride + channel.to(gl.int64) * channel_stride
     return pointer + (offset + position)
+
+
+@gluon.jit
+def whole_rows(row, channel, d_row, d_channel, total):
+    """Offset of a row's first element, with strides that count rows of `total` elements."""
+    return (row * d_row + channel * d_channel).to(gl.int64) * total
 
 
 @gluon.jit
@@ -246,12 +274,15 @@ def forward_kernel(
     square = column[:, None] * T + time[None, :]
     state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
     state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
-    F0 = to_shared(F + channel * 2 * T * T, square, dtype)
-    F1 = to_shared(F + channel * 2 * T * T + T * T, square, dtype)
-    K_c = to_shared(K + channel * N * T, state_row[:, None] * T + time[None, :], dtype)
+    lower = lower_triangle(column, time)
+    F0 = to_shared(F + channel * 2 * T * T, square, lower, dtype)
+    F1 = to_shared(F + channel * 2 * T * T + T * T, square, upper_triangle(column, time), dtype)
+    K_c = to_shared(K + channel * N * T, state_row[:, None] * T + time[None, :], None, dtype)
     if o is not None:
-        M_c = to_shared(M + channel * T * T, square, dtype)
-        P_c = to_shared(P + channel * N * T, column[:, None] * N + state_column[None, :], dtype)
+        M_c = to_shared(M + channel * T * T, square, lower, dtype)
+        P_c = to_shared(
+            P + channel * N * T, column[:, None] * N + state_column[None, :], None, dtype
+        )
     decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
@@ -396,29 +427,64 @@ def all_groups_8(buffer):
 
 
 @gluon.jit
-def backward_tile(step, first_row, tiles, ROWS: gl.constexpr):
-    """Tile and first row of a step: tiles from last to first, rows in order."""
-    return tiles - 1 - step % tiles, first_row + step // tiles * ROWS
-
-
-@gluon.jit
 def backward_copies(
     q, k, v, do, q_tile, k_tile, h_tile, v_tile, do_tile, tile, row, channel,
-    q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
+    q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel, d_row, d_channel,
     B, L, total, segments, row_in_tile, inner,
-    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr,
+    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr, ALIKE: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of a tile: do, and what `forward_copies` copies."""
     source, begin, length = segment_of(row, L, total, segments, SEGMENTED)
     position = tile * (C // ROWS * T)
-    mask, _ = tile_masks(row, position, begin, B, length, row_in_tile, inner, ROWS, EVEN)
-    do_base = tile_base(do, source, channel, begin + position, do_row, do_channel)
-    copy(do_tile, do_base + in_tile_offsets(row_in_tile, inner, do_row, ROWS), mask, EVEN)
-    forward_copies(
-        q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, channel,
-        q_row, q_channel, k_row, k_channel, v_row, v_channel,
-        B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
-    )  # fmt: skip
+    mask, mask_back = tile_masks(row, position, begin, B, length, row_in_tile, inner, ROWS, EVEN)
+    if ALIKE:
+        at = in_tile_offsets(row_in_tile, inner, d_row * total, ROWS)
+        base = whole_rows(source, channel, d_row, d_channel, total) + (begin + position)
+        copy(do_tile, do + base + at, mask, EVEN)
+        copy(k_tile, k + base + at, mask, EVEN)
+        copy(h_tile, k + base - T + at, mask_back, False)
+        copy(v_tile, v + base + at, mask, EVEN)
+        copy(q_tile, q + base + at, mask, EVEN)
+        async_copy.commit_group()
+    else:
+        do_base = tile_base(do, source, channel, begin + position, do_row, do_channel)
+        copy(do_tile, do_base + in_tile_offsets(row_in_tile, inner, do_row, ROWS), mask, EVEN)
+        forward_copies(
+            q, k, v, q_tile, k_tile, h_tile, v_tile, tile, row, channel,
+            q_row, q_channel, k_row, k_channel, v_row, v_channel,
+            B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
+        )  # fmt: skip
+
+
+@gluon.jit
+def unknown(index):
+    """The same numbers, which the compiler may not make ahead and carry in registers."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [index], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def load_operators(F0, F1, K_c, M_c, P_c, F, K, M, P, channel):
+    """Operators of a channel: of the right dtype they are copied, and there when tiles are."""
+    column = unknown(gl.arange(0, C, gl.SliceLayout(1, COPY_8)))
+    time = gl.arange(0, T, gl.SliceLayout(0, COPY_8))
+    square = column[:, None] * T + time[None, :]
+    state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
+    state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
+    lower = lower_triangle(column, time)
+    load_operator(F0, F + channel * 2 * T * T, square, lower)
+    load_operator(F1, F + channel * 2 * T * T + T * T, square, upper_triangle(column, time))
+    load_operator(K_c, K + channel * N * T, state_row[:, None] * T + time[None, :], None)
+    load_operator(M_c, M + channel * T * T, square, lower)
+    load_operator(P_c, P + channel * N * T, column[:, None] * N + state_column[None, :], None)
+
+
+@gluon.jit
+def filtered(F0, F1, k_tile, h_tile, zero):
+    """The products of the short filter, s = F_0 k_c + F_1 k_{c-1}, on their way."""
+    s = warpgroup_mma(F0, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return warpgroup_mma(F1, h_tile.permute((1, 0)), s, is_async=True)
 
 
 @gluon.jit(do_not_specialize=["B", "rows_per_program", "tiles", "segments"])
@@ -427,20 +493,23 @@ def backward_kernel(
     dF, dM, dK, dP, ddecay, dcarry, dstart,
     q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel, d_row, d_channel,
     B, D, L, rows_per_program, tiles, total, segments,
-    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr,
+    ROWS: gl.constexpr, EVEN: gl.constexpr, SEGMENTED: gl.constexpr, ALIKE: gl.constexpr,
+    ONE_TILE: gl.constexpr,
 ):  # fmt: skip
     """Every gradient in one launch, tiles from last to first; arguments as in plain Triton.
 
-    But strides of dq, dk and dv count rows of L: as wide numbers they would spill.
+    But strides of dq, dk and dv count rows of L: as wide numbers they would spill. ALIKE: all
+    tensors of positions have these strides, and a tile's offset in them is one number.
+    ONE_TILE: a program has one tile of a channel, and takes channels as far apart as there are
+    programs: while it ends one, the tile of the next is on its way.
     """
     STAGES: gl.constexpr = 2
     CHUNKS: gl.constexpr = C // ROWS
     dtype: gl.constexpr = k.dtype.element_ty
     mma: gl.constexpr = PRODUCT_8
     vector: gl.constexpr = gl.SliceLayout(1, MODES_8)
-    program = gl.program_id(0)
-    channel = program % D
-    first_row = program // D * rows_per_program
+    walk = gl.program_id(0)
+    channel = walk % D
     time = gl.arange(0, T, gl.SliceLayout(0, COPY_8))
     column = gl.arange(0, C, gl.SliceLayout(1, COPY_8))
     in_tile = chunk_of_column(column)
@@ -459,21 +528,20 @@ def backward_kernel(
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
     do_tiles = gl.allocate_shared_memory(dtype, [STAGES, C, T], SQUARE)
-    tile, tile_row = backward_tile(0, first_row, tiles, ROWS)
+    tile = tiles - 1
+    tile_row = walk // D * rows_per_program
     backward_copies(
         q, k, v, do, q_tiles.index(0), k_tiles.index(0), h_tiles.index(0), v_tiles.index(0),
         do_tiles.index(0), tile, tile_row, channel,
         q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
-        B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
+        d_row, d_channel, B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED, ALIKE,
     )  # fmt: skip
-    square = column[:, None] * T + time[None, :]
-    state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
-    state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
-    F0 = to_shared(F + channel * 2 * T * T, square, dtype)
-    F1 = to_shared(F + channel * 2 * T * T + T * T, square, dtype)
-    K_c = to_shared(K + channel * N * T, state_row[:, None] * T + time[None, :], dtype)
-    M_c = to_shared(M + channel * T * T, square, dtype)
-    P_c = to_shared(P + channel * N * T, column[:, None] * N + state_column[None, :], dtype)
+    F0 = gl.allocate_shared_memory(dtype, [T, T], SQUARE)
+    F1 = gl.allocate_shared_memory(dtype, [T, T], SQUARE)
+    K_c = gl.allocate_shared_memory(dtype, [N, T], SQUARE)
+    M_c = gl.allocate_shared_memory(dtype, [T, T], SQUARE)
+    P_c = gl.allocate_shared_memory(dtype, [T, N], SQUARE)
+    load_operators(F0, F1, K_c, M_c, P_c, F, K, M, P, channel)
     w_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
     dy_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
     x_tile = gl.allocate_shared_memory(dtype, [C, N], SQUARE)
@@ -485,188 +553,242 @@ def backward_kernel(
     dv_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
     x_totals = gl.allocate_shared_memory(gl.float32, [N // 2, 8, 2], TOTALS)
     g_totals = gl.allocate_shared_memory(gl.float32, [N // 2, 8, 2], TOTALS)
-    decay_re, decay_im = load_complex(decay + channel * N, modes, None)
-    group_re, group_im = power8(decay_re, decay_im)
-    chunk_re = decay_re[:, None]
-    chunk_im = decay_im[:, None]
-    g_re = gl.zeros([N // 2], gl.float32, vector)
-    g_im = g_re
-    ds_carry = gl.zeros([T, 8], gl.float32, TIMES_8)
-    sum_F = zero  # F_0 needs t >= u and F_1 t < u: one sum for both
-    sum_M = zero
-    sum_K = zero
-    sum_P = zero
-    sum_re = zero_modes
-    sum_im = zero_modes
     lower = (
         gl.arange(0, T, gl.SliceLayout(1, mma))[:, None]
         >= gl.arange(0, T, gl.SliceLayout(0, mma))[None, :]
     )
 
-    steps = rows_per_program // ROWS * tiles
+    steps = 1 if ONE_TILE else rows_per_program // ROWS * tiles
+    stage = 0
     if ROWS == 1:  # states are loaded one tile ahead: behind the copies a load would wait for them
-        saved_at = ((tile_row.to(gl.int64) * D + channel) * tiles + tile) * N
+        saved_at = ((tile_row * D + channel) * tiles + tile).to(gl.int64) * N
         next_re, next_im = load_complex(tile_states + saved_at, modes, tile_row < B)
-    for step in range(steps):
-        tile, tile_row = backward_tile(step, first_row, tiles, ROWS)
-        source, begin, length = segment_of(tile_row, L, total, segments, SEGMENTED)
-        full_chunks = length // T
-        last_tile = (length - 1) // (CHUNKS * T) if SEGMENTED else tiles - 1
-        k_tile = k_tiles.index(step % STAGES)
-        h_tile = h_tiles.index(step % STAGES)
-        v_tile = v_tiles.index(step % STAGES)
-        q_tile = q_tiles.index(step % STAGES)
-        do_tile = do_tiles.index(step % STAGES)
-        if ROWS == 1:
-            first_re = (next_re,)
-            first_im = (next_im,)
-            # empty tiles may lie behind the last one of a segment
-            behind_last = tile == tiles - 1
-            if SEGMENTED:
-                behind_last = behind_last | (tile == last_tile)
-            keep = gl.where(behind_last, 0.0, 1.0)
-            g_re = g_re * keep
-            g_im = g_im * keep
-            ds_carry = ds_carry * keep
-            if dend is not None:
-                if (tile == last_tile) & (full_chunks == (last_tile + 1) * CHUNKS):
-                    row_at = (tile_row.to(gl.int64) * D + channel) * N
-                    g_re, g_im = load_complex(dend + row_at, modes, tile_row < B)
-            behind_re = (g_re,)
-            behind_im = (g_im,)
-        else:
-            first_re, first_im = load_row_states(start, tile_row, channel, B, D, modes, ROWS)
-            behind = gl.where(full_chunks == CHUNKS, B, 0)  # rows that end with the tile
-            behind_re, behind_im = load_row_states(dend, tile_row, channel, behind, D, modes, ROWS)
-        async_copy.wait_group(0)
-        publish()
-
-        s = warpgroup_mma(F0, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma(F1, h_tile.permute((1, 0)), s, is_async=True)
-        d_out = do_tile.permute((1, 0)).load(mma).to(gl.float32)
-        gate = q_tile.permute((1, 0)).load(mma).to(gl.float32)
-        dy_tile.permute((1, 0)).store((gate * d_out).to(dtype))
-        v_values = v_tile.permute((1, 0)).load(mma)
-        s = warpgroup_mma_wait(0, deps=[s])
-        if carry is not None:
-            if (tile + begin == 0) & (tile_row < B):
-                s += load_carry(carry, source, channel, B, D, ROWS, mma)
-        w_tile.permute((1, 0)).store((s * v_values.to(gl.float32)).to(dtype))
-        s = s.to(dtype)
-        publish()
-
-        # the states before, and the gradients behind, each chunk
-        z = warpgroup_mma(K_c, w_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-        p = warpgroup_mma(
-            P_c.permute((1, 0)), dy_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-        )
-        if step + 1 < steps:  # after the last reader of the other stage
-            other = (step + 1) % STAGES
-            next_tile, next_row = backward_tile(step + 1, first_row, tiles, ROWS)
-            backward_copies(
-                q, k, v, do, q_tiles.index(other), k_tiles.index(other), h_tiles.index(other),
-                v_tiles.index(other), do_tiles.index(other), next_tile, next_row, channel,
-                q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
-                B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
-            )  # fmt: skip
+    # only programs of one tile go on to other channels: longer loops have no registers left for it
+    channels = (D - channel + gl.num_programs(0) - 1) // gl.num_programs(0) if ONE_TILE else 1
+    for turn in range(channels):  # noqa: B007
+        decay_re, decay_im = load_complex(decay + channel * N, modes, None)
+        group_re, group_im = power8(decay_re, decay_im)
+        chunk_re = decay_re[:, None]
+        chunk_im = decay_im[:, None]
+        g_re = gl.zeros([N // 2], gl.float32, vector)
+        g_im = g_re
+        ds_carry = gl.zeros([T, 8], gl.float32, TIMES_8)
+        sum_F = zero  # F_0 needs t >= u and F_1 t < u: one sum for both
+        sum_M = zero
+        sum_K = zero
+        sum_P = zero
+        sum_re = zero_modes
+        sum_im = zero_modes
+        if not ONE_TILE:
+            async_copy.wait_group(0)
+            publish()
+            s = zero
+            # in a branch, or the loop's addresses would be made here and carried in registers
+            if steps > 0:
+                s = filtered(F0, F1, k_tiles.index(stage), h_tiles.index(stage), zero)
+                s = warpgroup_mma_wait(0, deps=[s])
+        for step in range(steps):
+            source, begin, length = segment_of(tile_row, L, total, segments, SEGMENTED)
+            full_chunks = length // T
+            last_tile = (length - 1) // (CHUNKS * T) if SEGMENTED else tiles - 1
+            k_tile = k_tiles.index(stage)
+            h_tile = h_tiles.index(stage)
+            v_tile = v_tiles.index(stage)
+            q_tile = q_tiles.index(stage)
+            do_tile = do_tiles.index(stage)
             if ROWS == 1:
-                saved_at = ((next_row.to(gl.int64) * D + channel) * tiles + next_tile) * N
-                next_re, next_im = load_complex(tile_states + saved_at, modes, next_row < B)
-        z, p = warpgroup_mma_wait(0, deps=[z, p])
-        if dend is not None:
-            if tile == last_tile:
-                end_at, here = end_addresses(tile, tile_row, full_chunks, channel, B, D, ROWS, mma)
-                p += gl.load(dend + end_at, here, 0.0)
-        z_re, z_im = split_states(z, N, C, MODES_8)
-        total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
-        x_totals.store(gl.join(total_re, total_im))
-        p_re, p_im = split_states(p, N, C, MODES_8)
-        total_re, total_im = group_totals(p_re, p_im, chunk_re, -chunk_im, True)
-        g_totals.store(gl.join(total_re, total_im))
-        gl.thread_barrier()
-        totals_re, totals_im = all_groups_8(x_totals)
-        start_re, start_im, _, _ = group_starts(
-            totals_re, totals_im, first_re, first_im,
-            group_re, group_im, group, zero_modes, 8, ROWS, False,
-        )  # fmt: skip
-        x_re, x_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
-        x_tile.permute((1, 0)).store(join_states(x_re, x_im, N, C, mma).to(dtype))
-        totals_re, totals_im = all_groups_8(g_totals)
-        start_re, start_im, last_re, last_im = group_starts(
-            totals_re, totals_im, behind_re, behind_im,
-            group_re, -group_im, group, zero_modes, 8, ROWS, True,
-        )  # fmt: skip
-        g_re = last_re[0]
-        g_im = last_im[0]
-        grads_re, grads_im = group_states_reversed(
-            start_re, start_im, p_re, p_im, chunk_re, -chunk_im
-        )
-        g_tile.permute((1, 0)).store(join_states(grads_re, grads_im, N, C, mma).to(dtype))
-        sum_re, sum_im = add_conjugate_products(sum_re, sum_im, x_re, x_im, grads_re, grads_im)
-        if dstart is not None:
-            if tile == 0:
-                for r in gl.static_range(ROWS):
-                    row_at = ((tile_row + r).to(gl.int64) * D + channel) * N
-                    store_complex(dstart + row_at, modes, last_re[r], last_im[r], tile_row + r < B)
-        publish()
+                first_re = (next_re,)
+                first_im = (next_im,)
+                # empty tiles may lie behind the last one of a segment
+                behind_last = tile == tiles - 1
+                if SEGMENTED:
+                    behind_last = behind_last | (tile == last_tile)
+                keep = gl.where(behind_last, 0.0, 1.0)
+                g_re = g_re * keep
+                g_im = g_im * keep
+                ds_carry = ds_carry * keep
+                if dend is not None:
+                    if (tile == last_tile) & (full_chunks == (last_tile + 1) * CHUNKS):
+                        row_at = (tile_row.to(gl.int64) * D + channel) * N
+                        g_re, g_im = load_complex(dend + row_at, modes, tile_row < B)
+                behind_re = (g_re,)
+                behind_im = (g_im,)
+            else:
+                first_re, first_im = load_row_states(start, tile_row, channel, B, D, modes, ROWS)
+                behind = gl.where(full_chunks == CHUNKS, B, 0)  # rows that end with the tile
+                behind_re, behind_im = load_row_states(
+                    dend, tile_row, channel, behind, D, modes, ROWS
+                )
+            if ONE_TILE:
+                async_copy.wait_group(0)
+                publish()
+                s = filtered(F0, F1, k_tile, h_tile, zero)
+            d_out = do_tile.permute((1, 0)).load(mma).to(gl.float32)
+            gate = q_tile.permute((1, 0)).load(mma).to(gl.float32)
+            dy_tile.permute((1, 0)).store((gate * d_out).to(dtype))
+            v_values = v_tile.permute((1, 0)).load(mma)
+            if ONE_TILE:
+                s = warpgroup_mma_wait(0, deps=[s])
+            if carry is not None:
+                if (tile + begin == 0) & (tile_row < B):
+                    s += load_carry(carry, source, channel, B, D, ROWS, mma)
+            w_tile.permute((1, 0)).store((s * v_values.to(gl.float32)).to(dtype))
+            s_half = s.to(dtype)
+            publish()
 
-        dw = warpgroup_mma(
-            M_c.permute((1, 0)), dy_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-        )
-        dw = warpgroup_mma(K_c.permute((1, 0)), g_tile.permute((1, 0)), dw, is_async=True)
-        y = warpgroup_mma(M_c, w_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-        y = warpgroup_mma(P_c, x_tile.permute((1, 0)), y, is_async=True)
-        sum_M = warpgroup_mma(dy_tile.permute((1, 0)), w_tile, sum_M, is_async=True)
-        sum_P = warpgroup_mma(dy_tile.permute((1, 0)), x_tile, sum_P, is_async=True)
-        sum_K = warpgroup_mma(g_tile.permute((1, 0)), w_tile, sum_K, is_async=True)
-        y, dw = warpgroup_mma_wait(3, deps=[y, dw])
-        # v and do are read again: kept in registers they spill
-        ds = dw * v_tile.permute((1, 0)).load(mma).to(gl.float32)
-        ds_tile.permute((1, 0)).store(ds.to(dtype))
-        next_ds, ds_carry = shift_left(ds, ds_carry, group_of_times, C, ROWS, TIMES_8, mma)
-        next_ds_tile.permute((1, 0)).store(next_ds.to(dtype))
-        dv_tile.permute((1, 0)).store((dw * s.to(gl.float32)).to(dtype))
-        d_out = do_tile.permute((1, 0)).load(mma).to(gl.float32)
-        dq_tile.permute((1, 0)).store((y * d_out).to(dtype))
-        if dcarry is not None:
-            if tile == 0:
-                store_dcarry(dcarry, ds, tile_row, channel, B, D, ROWS, mma)
-        publish()
+            # the states before, and the gradients behind, each chunk
+            z = warpgroup_mma(K_c, w_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            p = warpgroup_mma(
+                P_c.permute((1, 0)), dy_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+            )
+            other = 1 - stage
+            if ONE_TILE:
+                next_channel = channel + gl.num_programs(0)
+                following = next_channel < D
+                next_row = tile_row
+                next_tile = tile
+            else:
+                following = step + 1 < steps
+                next_channel = channel
+                next_row = gl.where(tile > 0, tile_row, tile_row + ROWS)
+                next_tile = gl.where(tile > 0, tile, tiles) - 1
+            if following:  # behind the last reader of that stage
+                backward_copies(
+                    q, k, v, do, q_tiles.index(other), k_tiles.index(other), h_tiles.index(other),
+                    v_tiles.index(other), do_tiles.index(other), next_tile, next_row, next_channel,
+                    q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel,
+                    d_row, d_channel, B, L, total, segments, row_in_tile, inner,
+                    ROWS, EVEN, SEGMENTED, ALIKE,
+                )  # fmt: skip
+                if ROWS == 1:
+                    saved_at = ((next_row * D + next_channel) * tiles + next_tile).to(gl.int64) * N
+                    next_re, next_im = load_complex(tile_states + saved_at, modes, next_row < B)
+            z, p = warpgroup_mma_wait(0, deps=[z, p])
+            if dend is not None:
+                if tile == last_tile:
+                    end_at, here = end_addresses(
+                        tile, tile_row, full_chunks, channel, B, D, ROWS, mma
+                    )
+                    p += gl.load(dend + end_at, here, 0.0)
+            z_re, z_im = split_states(z, N, C, MODES_8)
+            total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
+            x_totals.store(gl.join(total_re, total_im))
+            p_re, p_im = split_states(p, N, C, MODES_8)
+            total_re, total_im = group_totals(p_re, p_im, chunk_re, -chunk_im, True)
+            g_totals.store(gl.join(total_re, total_im))
+            gl.thread_barrier()
+            totals_re, totals_im = all_groups_8(x_totals)
+            start_re, start_im, _, _ = group_starts(
+                totals_re, totals_im, first_re, first_im,
+                group_re, group_im, group, zero_modes, 8, ROWS, False,
+            )  # fmt: skip
+            x_re, x_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
+            x_tile.permute((1, 0)).store(join_states(x_re, x_im, N, C, mma).to(dtype))
+            totals_re, totals_im = all_groups_8(g_totals)
+            start_re, start_im, last_re, last_im = group_starts(
+                totals_re, totals_im, behind_re, behind_im,
+                group_re, -group_im, group, zero_modes, 8, ROWS, True,
+            )  # fmt: skip
+            g_re = last_re[0]
+            g_im = last_im[0]
+            grads_re, grads_im = group_states_reversed(
+                start_re, start_im, p_re, p_im, chunk_re, -chunk_im
+            )
+            g_tile.permute((1, 0)).store(join_states(grads_re, grads_im, N, C, mma).to(dtype))
+            sum_re, sum_im = add_conjugate_products(sum_re, sum_im, x_re, x_im, grads_re, grads_im)
+            if dstart is not None:
+                if tile == 0:
+                    for r in gl.static_range(ROWS):
+                        row_at = ((tile_row + r).to(gl.int64) * D + channel) * N
+                        store_complex(
+                            dstart + row_at, modes, last_re[r], last_im[r], tile_row + r < B
+                        )
+            publish()
 
-        d_k = warpgroup_mma(
-            F0.permute((1, 0)), ds_tile.permute((1, 0)), zero, use_acc=False, is_async=True
-        )
-        d_k = warpgroup_mma(F1.permute((1, 0)), next_ds_tile.permute((1, 0)), d_k, is_async=True)
-        at_zero = warpgroup_mma(ds_tile.permute((1, 0)), k_tile, zero, use_acc=False, is_async=True)
-        at_last = warpgroup_mma(ds_tile.permute((1, 0)), h_tile, zero, use_acc=False, is_async=True)
-        position = tile * (CHUNKS * T)
-        mask, _ = tile_masks(tile_row, position, begin, B, length, row_in_tile, inner, ROWS, EVEN)
-        out_at = in_tile_offsets(row_in_tile, inner, d_row * total, ROWS)
-        out_base = (source * d_row + channel * d_channel).to(gl.int64) * total + begin + position
-        store_tile(dq_tile, dq + out_base + out_at, mask, COPY_8, EVEN)
-        store_tile(dv_tile, dv + out_base + out_at, mask, COPY_8, EVEN)
-        d_k = warpgroup_mma_wait(2, deps=[d_k])
-        dk_tile.permute((1, 0)).store(d_k.to(dtype))
-        gl.thread_barrier()
-        store_tile(dk_tile, dk + out_base + out_at, mask, COPY_8, EVEN)
-        at_zero, at_last, sum_M, sum_P, sum_K = warpgroup_mma_wait(
-            0, deps=[at_zero, at_last, sum_M, sum_P, sum_K]
-        )
-        sum_F += gl.where(lower, at_zero, at_last)
+            dw = warpgroup_mma(
+                M_c.permute((1, 0)), dy_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+            )
+            dw = warpgroup_mma(K_c.permute((1, 0)), g_tile.permute((1, 0)), dw, is_async=True)
+            y = warpgroup_mma(M_c, w_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+            y = warpgroup_mma(P_c, x_tile.permute((1, 0)), y, is_async=True)
+            sum_M = warpgroup_mma(dy_tile.permute((1, 0)), w_tile, sum_M, is_async=True)
+            sum_P = warpgroup_mma(dy_tile.permute((1, 0)), x_tile, sum_P, is_async=True)
+            sum_K = warpgroup_mma(g_tile.permute((1, 0)), w_tile, sum_K, is_async=True)
+            y, dw = warpgroup_mma_wait(3, deps=[y, dw])
+            # v and do are read again: kept in registers they spill
+            ds = dw * v_tile.permute((1, 0)).load(mma).to(gl.float32)
+            ds_tile.permute((1, 0)).store(ds.to(dtype))
+            next_ds, ds_carry = shift_left(ds, ds_carry, group_of_times, C, ROWS, TIMES_8, mma)
+            next_ds_tile.permute((1, 0)).store(next_ds.to(dtype))
+            dv_tile.permute((1, 0)).store((dw * s_half.to(gl.float32)).to(dtype))
+            d_out = do_tile.permute((1, 0)).load(mma).to(gl.float32)
+            dq_tile.permute((1, 0)).store((y * d_out).to(dtype))
+            if dcarry is not None:
+                if tile == 0:
+                    store_dcarry(dcarry, ds, tile_row, channel, B, D, ROWS, mma)
+            if not ONE_TILE:
+                async_copy.wait_group(0)
+            publish()
 
-    # in a layout of its own: indices of the products' layout would be kept in registers all along
-    i = gl.arange(0, T, gl.SliceLayout(1, SUMS_8))[:, None]
-    j = gl.arange(0, T, gl.SliceLayout(0, SUMS_8))[None, :]
-    state_i = part_of_row(i) * (N // 2) + mode_of_row(i)
-    state_j = part_of_row(j) * (N // 2) + mode_of_row(j)
-    wide = program.to(gl.int64) * (T * T)
-    sum_F = gl.convert_layout(sum_F, SUMS_8)
-    gl.store(dF + 2 * wide + i * T + j, gl.where(i >= j, sum_F, 0.0))
-    gl.store(dF + 2 * wide + T * T + i * T + j, gl.where(i >= j, 0.0, sum_F))
-    gl.store(dM + wide + i * T + j, gl.convert_layout(sum_M, SUMS_8))
-    gl.store(dK + wide + state_i * T + j, gl.convert_layout(sum_K, SUMS_8))
-    gl.store(dP + wide + i * N + state_j, gl.convert_layout(sum_P, SUMS_8))
-    store_complex(ddecay + program * N, modes, gl.sum(sum_re, 1), gl.sum(sum_im, 1), None)
+            d_k = warpgroup_mma(
+                F0.permute((1, 0)), ds_tile.permute((1, 0)), zero, use_acc=False, is_async=True
+            )
+            d_k = warpgroup_mma(
+                F1.permute((1, 0)), next_ds_tile.permute((1, 0)), d_k, is_async=True
+            )
+            at_zero = warpgroup_mma(
+                ds_tile.permute((1, 0)), k_tile, zero, use_acc=False, is_async=True
+            )
+            at_last = warpgroup_mma(
+                ds_tile.permute((1, 0)), h_tile, zero, use_acc=False, is_async=True
+            )
+            if not ONE_TILE:  # the next tile's short filter; behind a walk it is made anew
+                s = filtered(F0, F1, k_tiles.index(other), h_tiles.index(other), zero)
+            position = tile * (CHUNKS * T)
+            mask, _ = tile_masks(
+                tile_row, position, begin, B, length, row_in_tile, inner, ROWS, EVEN
+            )
+            out_at = in_tile_offsets(row_in_tile, inner, d_row * total, ROWS)
+            out_base = whole_rows(source, channel, d_row, d_channel, total) + (begin + position)
+            store_tile(dq_tile, dq + out_base + out_at, mask, COPY_8, EVEN)
+            store_tile(dv_tile, dv + out_base + out_at, mask, COPY_8, EVEN)
+            d_k = warpgroup_mma_wait(2 if ONE_TILE else 4, deps=[d_k])
+            dk_tile.permute((1, 0)).store(d_k.to(dtype))
+            gl.thread_barrier()
+            store_tile(dk_tile, dk + out_base + out_at, mask, COPY_8, EVEN)
+            if ONE_TILE:
+                at_zero, at_last, sum_M, sum_P, sum_K = warpgroup_mma_wait(
+                    0, deps=[at_zero, at_last, sum_M, sum_P, sum_K]
+                )
+            else:
+                s, at_zero, at_last, sum_M, sum_P, sum_K = warpgroup_mma_wait(
+                    0, deps=[s, at_zero, at_last, sum_M, sum_P, sum_K]
+                )
+            sum_F += gl.where(lower, at_zero, at_last)
+            tile = next_tile
+            tile_row = next_row
+            stage = other
+
+        next_channel = channel + gl.num_programs(0)
+        if ONE_TILE:
+            if next_channel < D:
+                gl.thread_barrier()  # all have read the operators
+                load_operators(F0, F1, K_c, M_c, P_c, F, K, M, P, next_channel)
+
+        i = unknown(gl.arange(0, T, gl.SliceLayout(1, mma)))[:, None]
+        j = gl.arange(0, T, gl.SliceLayout(0, mma))[None, :]
+        state_i = part_of_row(i) * (N // 2) + mode_of_row(i)
+        state_j = part_of_row(j) * (N // 2) + mode_of_row(j)
+        wide = walk.to(gl.int64) * (T * T)
+        gl.store(dF + 2 * wide + i * T + j, gl.where(i >= j, sum_F, 0.0))
+        gl.store(dF + 2 * wide + T * T + i * T + j, gl.where(i >= j, 0.0, sum_F))
+        gl.store(dM + wide + i * T + j, sum_M)
+        gl.store(dK + wide + state_i * T + j, sum_K)
+        gl.store(dP + wide + i * N + state_j, sum_P)
+        store_complex(ddecay + walk * N, modes, gl.sum(sum_re, 1), gl.sum(sum_im, 1), None)
+        if ONE_TILE:
+            channel = next_channel
+            walk += gl.num_programs(0)
 
 
 def forward(
@@ -683,6 +805,7 @@ def forward(
     segments: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward pass: arguments and results as in `chunk_triton.forward`."""
+    assert filter_blocks(operators) == 2, "up to 64 taps"
     D, total = k.shape[1:]
     B, L = k.shape[0] * segments, segment_length(total, segments)
     walk = plan(B, D, L, C.value, slots=2 * multiprocessors(k.device))
@@ -717,11 +840,16 @@ def backward(
     into: tuple[Tensor, ...] | None = None,
 ) -> Gradients:
     """Launch the backward pass: arguments and results as in `chunk_triton.backward`."""
+    assert filter_blocks(operators) == 2, "up to 64 taps"
     D, total = k.shape[1:]
     B, L = k.shape[0] * segments, segment_length(total, segments)
     walk = plan(B, D, L, C.value, slots=multiprocessors(k.device))
     grads = Gradients.empty(q, k, v, operators, carry, start, walk, segments, into)
-    backward_kernel[(D * walk.programs_per_channel,)](
+    one_tile = walk.rows_per_program == walk.rows_per_tile and walk.tiles == 1
+    programs = D * walk.programs_per_channel
+    if one_tile and walk.programs_per_channel == 1:
+        programs = min(D, multiprocessors(k.device))
+    backward_kernel[(programs,)](
         q, k, v, do, grads.q, grads.k, grads.v, *operators, carry, start,
         states if states.numel() else None, dend,
         grads.F, grads.M, grads.K, grads.P, grads.decay, grads.carry, grads.start,
@@ -730,6 +858,7 @@ def backward(
         B, D, L, walk.rows_per_program, walk.tiles,
         total, segments, ROWS=walk.rows_per_tile,
         EVEN=walk.is_even(B, L, C.value) and total == segments * L, SEGMENTED=segments > 1,
-        num_warps=8,
+        ALIKE=len({strides(x) for x in (q, k, v, do, grads.k)}) == 1,
+        ONE_TILE=one_tile, num_warps=8,
     )  # fmt: skip
     return grads.summed()

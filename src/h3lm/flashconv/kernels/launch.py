@@ -18,8 +18,10 @@ class Operators(NamedTuple):
     They are rounded to the dtype of the inputs inside the kernels; their gradients are float32.
 
     Attributes:
-        F: (D, 2 or 3, T, T), or None without a short filter.
-        M: (H, T, T); H is D, or D / 2, D / 4, D / 8 for heads of several channels.
+        F: (D, 2 or 3, T, T), or None without a short filter. F_0 is lower triangular, of two
+            blocks F_1 is zero on and below the diagonal.
+        M: (H, T, T), lower triangular; H is D, or D / 2, D / 4, D / 8 for heads of several
+            channels.
         K: (H, N, T), N a power of two from 16 to 128.
         P: (H, T, N).
         decay: (H, N/2, 2), float32.

@@ -105,8 +105,9 @@ def _problem(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     tensors = tuple(normal(rows, head_dim, L).to(dtype) for _ in range(4))
     decay = torch.stack([torch.full((32,), 0.6), torch.linspace(-0.6, 0.6, 32)], -1)
+    early, late = normal(2, head_dim, T, T, scale=0.1)
     operators = Operators(
-        F=normal(head_dim, 2, T, T, scale=0.1), M=normal(1, T, T, scale=0.1),
+        F=torch.stack([early.tril(), late.triu(1)], 1), M=normal(1, T, T, scale=0.1).tril(),
         K=normal(1, N, T, scale=0.1), P=normal(1, T, N, scale=0.1),
         decay=decay[None].to(device),
     )  # fmt: skip
