@@ -277,7 +277,7 @@ def ssm_conv(
         reverse: Run from right to left.
         method: "scan" passes states along chunks of 64 (diagonal systems), "fft_chunks" convolves
             chunks of up to 8192 by FFT and joins them by the state, the paper's Algorithm 2;
-            "auto" takes the faster one, see `dispatch.choose_method`.
+            "auto" takes the faster one of the nearest measurement, see `dispatch.choose_method`.
         backend: "auto", "reference", "torch" or "triton".
         process_group: As in `h3_core`; for diagonal systems.
 
