@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from h3lm.flashconv import measured
+from h3lm.flashconv import measured, op
 from h3lm.flashconv.dispatch import Problem, choose_method, conv_algorithm
 from h3lm.flashconv.measured import Table
+from h3lm.ssm import DiagonalSSM
+from h3lm.ssm.state_blocks import advance
 
 METHODS = {
     "kinds": ("dtype", "d_state", "states"),
@@ -156,3 +158,20 @@ def test_a_compiler_is_asked_nothing_about_unknown_sizes():
         x = torch.zeros(B, 7, L)
         assert torch.equal(compiled(x), x + 1)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("part", ["a", "b", "c", "skip"])
+def test_gradients_of_any_part_of_a_system_count(part):
+    u, system = torch.randn(1, 3, 9), DiagonalSSM(3, 4).requires_grad_(False).system()
+    assert not op._needs_gradients(u, None, system)
+    getattr(system, part).requires_grad_()
+    assert op._needs_gradients(u, None, system)
+    with torch.no_grad():
+        assert not op._needs_gradients(u, None, system)
+
+
+@pytest.mark.parametrize("rows", [(), (2,), (2, 5)])
+def test_a_power_takes_states_of_any_batch(rows):
+    power, state = torch.randn(3, 4, 4), torch.randn(*rows, 3, 4)
+    expected = torch.einsum("hij,...hj->...hi", power, state)
+    torch.testing.assert_close(advance(power, state), expected)
