@@ -77,11 +77,16 @@ def test_what_was_timed_is_written_whatever_comes(minutes, timed, tmp_path, monk
     monkeypatch.setattr(ways.measure, "gpu_name", lambda: "g")
     for name in ("method_rows", "algorithm_rows"):
         monkeypatch.setattr(ways, name, lambda cases: iter([{"rows": "1"}, {"rows": "2"}]))
+    for name in ("method_cases", "algorithm_cases"):
+        monkeypatch.setattr(ways, name, lambda: [1, 2])
     said = []
     ways.run(tmp_path, said.append, minutes)
     for name in ("methods", "algorithms"):
         content = json.loads((tmp_path / f"conv_g_{name}.json").read_text())
         assert len(content["rows"]) == timed
+        assert content["notes"].endswith("1 of 2 cases: the clock left out the rest.") == (
+            timed < 2
+        )
         assert content["environment"]["ran"].startswith("python -m h3lm.bench.ways --time")
     assert any("out of time" in line for line in said) == (timed == 1)
 

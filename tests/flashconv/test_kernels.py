@@ -611,9 +611,10 @@ def test_float16_products_up_to_its_range() -> None:
 
 @pytest.mark.gpu
 @needs_triton
-def test_ssm_conv_chooses_a_kernel() -> None:
+@pytest.mark.parametrize("method", ["auto", "scan", "fft_chunks"])
+def test_ssm_conv_chooses_a_kernel(method: str) -> None:
     (q, k, v), _, system = _public_call(500)
-    found, _ = ssm_conv(k, system, pre_gate=v, post_gate=q)
+    found, _ = ssm_conv(k, system, pre_gate=v, post_gate=q, method=method)
     expected, _ = ssm_conv(k, system, pre_gate=v, post_gate=q, backend="torch")
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
 

@@ -165,8 +165,11 @@ def _run(op: str, dtype: torch.dtype, backend: str, device: torch.device) -> lis
         )
     elif op != "fft_conv":
         # chunks that are joined by a state, the last one unfinished
-        given = flashconv.fft_operators(system, L, 128) if op == CHUNKS else system
-        y, _ = flashconv.ssm_conv(k, given, pre_gate=v, post_gate=q, backend=backend)
+        chunked = op == CHUNKS
+        y, _ = flashconv.ssm_conv(
+            k, flashconv.fft_operators(system, L, 128) if chunked else system,
+            pre_gate=v, post_gate=q, method="fft_chunks" if chunked else "scan", backend=backend,
+        )  # fmt: skip
     else:
         y = flashconv.fft_conv(k, f, skip=skip, pre_gate=v, post_gate=q, backend=backend)
     results = [y, *torch.autograd.grad(y, inputs, grad)]

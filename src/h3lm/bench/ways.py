@@ -144,9 +144,10 @@ def run(folder: Path, say: Say, minutes: float, only: str = "") -> None:
     command = f"python -m h3lm.bench.ways --time --minutes {minutes:g}{chosen}"
     environment = measure.environment(command)
     name = f"conv_{measure.gpu_name()}"
-    for what, notes, rows in (
-        (ALGORITHMS, ALGORITHM_NOTES, algorithm_rows(algorithm_cases())),
-        (METHODS, METHOD_NOTES, method_rows(method_cases())),
+    methods, algorithms = method_cases(), algorithm_cases()
+    for what, notes, rows, count in (
+        (ALGORITHMS, ALGORITHM_NOTES, algorithm_rows(algorithms), len(algorithms)),
+        (METHODS, METHOD_NOTES, method_rows(methods), len(methods)),
     ):
         if only not in ("", what):
             continue
@@ -154,7 +155,9 @@ def run(folder: Path, say: Say, minutes: float, only: str = "") -> None:
         for row in rows:
             done.append(row)
             say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.3g}'}" for k, v in row.items()))
-            report.write(f"{name}_{what}", folder, environment, notes, done)
+            left = f" {len(done)} of {count} cases: the clock left out the rest."
+            noted = notes + left * (len(done) < count)
+            report.write(f"{name}_{what}", folder, environment, noted, done)
             if time.monotonic() > end:
                 say("out of time: the rest is left out")
                 break

@@ -230,9 +230,10 @@ def choose_method(
 ) -> Choice:
     """Choose the algorithm of `ssm_conv`, a pure function of its arguments.
 
-    By the nearest measurement. Where there is none, by bytes: in a half dtype the scan's kernels
-    read and write an element once, in 4 bytes; convolved chunks do that too, and make states and
-    what states add in float32 besides.
+    By the nearest measurement. Where there is none near, and under a compiler, for which each
+    answer would be a case of its own, by bytes: in a half dtype the scan's kernels read and write
+    an element once, in 4 bytes; convolved chunks do that too, and make states and what states add
+    in float32 besides.
 
     Args:
         method: "scan", "fft_chunks" or "auto".
@@ -259,7 +260,9 @@ def choose_method(
         return Choice("scan", "packed sequences are scanned at once, and convolved one by one")
     if device.type == "cuda" and problem.num_modes > MAX_MODES:
         return Choice("fft_chunks", f"the scan's kernels take d_state up to {2 * MAX_MODES}")
-    return _measured_method(dtype, problem) if device.type == "cuda" else _SCAN_BY_BYTES
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return _SCAN_BY_BYTES
+    return _measured_method(dtype, problem)
 
 
 def _measured_method(dtype: torch.dtype, problem: Problem) -> Choice:
@@ -272,10 +275,7 @@ def _measured_method(dtype: torch.dtype, problem: Problem) -> Choice:
     )
     asked = kinds, (problem.length, problem.rows), "both" if problem.backward else "forward"
     way = None if table is None else table.faster(*asked)
-    if table is None or way is None:
-        return _SCAN_BY_BYTES
-    compiling = torch.compiler.is_compiling()  # which cannot put unknown sizes into words
-    return Choice(way, "measured" if compiling else table.said(*asked))
+    return _SCAN_BY_BYTES if table is None or way is None else Choice(way, table.said(*asked))
 
 
 _SCAN_BY_BYTES = Choice("scan", "diagonal systems are scanned with the fewest bytes")

@@ -277,7 +277,7 @@ def ssm_conv(
         reverse: Run from right to left.
         method: "scan" passes states along chunks of 64 (diagonal systems), "fft_chunks" convolves
             chunks of up to 8192 by FFT and joins them by the state, the paper's Algorithm 2;
-            "auto" takes the faster one, see `dispatch.choose_method`.
+            "auto" takes the faster one of the nearest measurement, see `dispatch.choose_method`.
         backend: "auto", "reference", "torch" or "triton".
         process_group: As in `h3_core`; for diagonal systems.
 
@@ -307,11 +307,10 @@ def ssm_conv(
     if initial_state is not None and initial_state.shape != shape:
         raise ValueError(f"initial_state is {tuple(initial_state.shape)}, this call needs {shape}")
     present = [x for x in (u, pre_gate, post_gate) if x is not None]
-    leaves = [*present, whole.c, *([] if initial_state is None else [initial_state])]
     problem = _problem(
         system, 0, 1, cu_seqlens, *present,
         states=initial_state is not None or return_final_state,
-        backward=torch.is_grad_enabled() and any(x.requires_grad for x in leaves),
+        backward=_needs_gradients(*present, initial_state, whole),
     )  # fmt: skip
     way = _method(method, system, u, problem)
     announce("ssm_conv method", way)
@@ -565,6 +564,16 @@ def _problem(
         states=states,
         backward=backward,
     )
+
+
+def _needs_gradients(*given: Tensor | DiagonalSystem | DPLRSystem | None) -> bool:
+    """Whether a backward pass may follow; not asked under a compiler, which needs no answer."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    inside = (
+        vars(x).values() if isinstance(x, DiagonalSystem | DPLRSystem) else [x] for x in given
+    )
+    return any(isinstance(x, Tensor) and x.requires_grad for xs in inside for x in xs)
 
 
 def _operators(system: DiagonalSystem | ChunkOperators, taps: Tensor | None) -> ChunkOperators:

@@ -80,7 +80,7 @@ def advance(
     power: Float[Tensor, "H N N"], state: Float[Tensor, "*B H N"]
 ) -> Float[Tensor, "*B H N"]:
     """A power of A times states."""
-    return per_head(state.movedim(-2, 0), power).movedim(0, -2)
+    return per_head(state.movedim(-2, 0)[:, None], power)[:, 0].movedim(0, -2)
 
 
 def per_head(
