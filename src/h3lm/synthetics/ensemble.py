@@ -29,12 +29,14 @@ from h3lm.layers import Block, CausalAttention
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.ssm import SSMModule
+from h3lm.synthetics.fused_step import fuse
 from h3lm.synthetics.short_rows import attend, shorten
 from h3lm.synthetics.tasks import IGNORED, Dataset, Split
 
 Schedule = Literal["cosine", "linear"]
 _SMALL_VOCABULARY = 64
 _AHEAD = 8
+_FEW = 8  # models: fewer would take hardly less time on a GPU
 
 # Of threads that train ensembles side by side, one at a time makes models, operates eagerly or
 # writes files: the generator of new models and much of what they are made with is common to all
@@ -160,7 +162,7 @@ class Ensemble:
         self._names = list(named)
         self._shapes = [parameter.shape for parameter in named.values()]
         self._sizes = [parameter.numel() for parameter in named.values()]
-        self.flat = torch.stack([rows[m.seed] for m in members]).to(device).requires_grad_()
+        self.flat = torch.stack([rows[m.seed] for m in members]).to(device)
         self.max_rate, self.decayed = (x.to(device) for x in _hints(self._template))
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -395,7 +397,7 @@ class _Trainer:
         self.total_steps, self.step = max(self.lengths), 0
         self.stops: list[int] = list(self.lengths)
         self.live = list(range(len(members)))
-        self.flat = ensemble.flat.detach().clone().requires_grad_()
+        self.flat = ensemble.flat.detach().clone()
         self.data = _Rows.of([m.data.train for m in members], "targets", device)
         self.falls = torch.full((len(members), 1), math.inf, device=device)  # from a stop on
         self.fall_length = torch.tensor(
@@ -426,9 +428,12 @@ class _Trainer:
         tests = [self.ensemble.members[i].data.test for i in self.live]
         self.scorer = _Scorer(self.ensemble, self.flat, tests)
         self.generator = torch.Generator(self.ensemble.device)
-        self.generator.manual_seed(self.ensemble.members[0].seed + self.step)
         self.advance, self.score = self._advance, self.scorer.run
+        dropout = self._dropout()
+        self.generator.manual_seed(self.ensemble.members[0].seed + self.step)
+        self.kept_names, self.update = list(dropout), self._update
         if (stream := self.ensemble.stream) is not None:
+            self.update = fuse(self._update, (*self._tensors(), *dropout.values()))
             self.advance = self._captured(stream)
             self.score = capture(self.scorer.run, stream)
 
@@ -440,9 +445,14 @@ class _Trainer:
     def idle(self) -> bool:
         """Whether it is worth it to go on without the models that have stopped."""
         left = sum(self.step < self.stops[i] for i in self.live)
-        # to capture anew takes seconds, in which no other ensemble trains
-        most = len(self.live) - 1 if self.ensemble.stream is None else 2 * len(self.live) // 3
-        return 0 < left <= most
+        return 0 < left <= self._smaller() < len(self.live)
+
+    def _smaller(self) -> int:
+        """How many places are the next fewer: on a GPU each number is a program of its own."""
+        places = len(self.live)
+        if self.ensemble.stream is None:
+            return places - 1
+        return -(-places // 2) if places > _FEW else places
 
     def run(self, count: int) -> int:
         """Take up to `count` steps; how many."""
@@ -493,15 +503,19 @@ class _Trainer:
     @torch.no_grad()
     def put_back(self) -> None:
         """Give the ensemble the parameters of those that train here."""
-        self.ensemble.flat[self.live] = self.flat.detach()
+        self.ensemble.flat[self.live] = self.flat
 
     def shrink(self) -> None:
         """Go on without the models that have stopped."""
         self.put_back()
-        places = [p for p, i in enumerate(self.live) if self.step < self.stops[i]]
+        goes_on = [self.step < self.stops[i] for i in self.live]
+        places = sorted(range(len(goes_on)), key=lambda p: not goes_on[p])  # stable
+        # those that have stopped and fill the places left have a rate of zero
+        count = sum(goes_on) if self.ensemble.stream is None else self._smaller()
+        places = sorted(places[:count])
         self.live = [self.live[p] for p in places]
         kept = torch.tensor(places, device=self.ensemble.device)
-        self.flat = self.flat.detach()[kept].requires_grad_()
+        self.flat = self.flat[kept]
         self.data = _Rows(*(x[kept] for x in self.data))
         for name in ("falls", "fall_length", "owner", "mean", "square", "decay", "loss"):
             setattr(self, name, getattr(self, name)[kept])
@@ -524,35 +538,60 @@ class _Trainer:
             table[:length, i, 1] = member.recipe.rates(length, min(peak, cap))
         return torch.from_numpy(table)
 
+    @torch.no_grad()
     def _advance(self) -> None:
         """One step of every model; reads and writes tensors of fixed place only."""
-        ensemble, flat = self.ensemble, self.flat
-        order, present = (
-            _at(x, self.counter % self.steps_per_epoch) for x in (self.order, self.present)
-        )
-        model = torch.arange(len(flat), device=ensemble.device)[:, None]
-        inputs, positions, targets = (x[model, order] for x in self.data)
-        keep = ensemble.dropout(len(flat), self.batch, inputs.shape[2], self.generator)
-        logits = ensemble.logits(flat, inputs, positions, keep)
-        nll = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
-        loss = nll.view_as(targets).mean(2) @ present / present.sum()
-        (gradient,) = torch.autograd.grad(loss.sum(), flat)
-        with torch.no_grad():
-            self.loss += loss
-            self._adamw(flat, gradient)
-            self.counter += 1
+        self.update(*self._tensors(), *self._dropout().values())
 
-    def _adamw(self, flat: Tensor, gradient: Tensor) -> None:
-        """AdamW with betas 0.9 and 0.999, epsilon 1e-8, a rate for each element."""
-        fall = ((self.falls - self.counter) / self.fall_length).clamp(0, 1)
-        rates = _at(self.rates, self.counter.clamp(max=self.total_steps - 1)) * fall
-        rate = torch.where(self.ensemble.max_rate.isfinite(), rates[:, 1:], rates[:, :1])
-        count = (self.counter + 1).to(torch.float32)
-        self.mean.lerp_(gradient, 0.1)
-        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        size = (self.square / (1 - 0.999**count)).sqrt_().add_(1e-8)
-        update = self.mean / (1 - 0.9**count) / size + self.decay * flat
-        flat.sub_(rate * update)
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """What a step reads; it changes the first five."""
+        return (
+            self.flat, self.mean, self.square, self.loss, self.counter,
+            *self.data, self.order, self.present,
+            self.rates, self.falls, self.fall_length, self.decay, self.ensemble.max_rate,
+        )  # fmt: skip
+
+    def _dropout(self) -> dict[str, Tensor]:
+        length = self.data.inputs.shape[2]
+        return self.ensemble.dropout(len(self.flat), self.batch, length, self.generator)
+
+    def _update(
+        self,
+        flat: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        total_loss: Tensor,
+        counter: Tensor,
+        inputs: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        order: Tensor,
+        present: Tensor,
+        rates: Tensor,
+        falls: Tensor,
+        fall_length: Tensor,
+        decay: Tensor,
+        max_rate: Tensor,
+        *keep: Tensor,
+    ) -> None:
+        """One step as a function of tensors, of which it changes the first five."""
+        order, present = (_at(x, counter % self.steps_per_epoch) for x in (order, present))
+        model = torch.arange(len(flat), device=flat.device)[:, None]
+        inputs, positions, targets = (x[model, order] for x in (inputs, positions, targets))
+        kept = dict(zip(self.kept_names, keep, strict=True))
+        with torch.enable_grad():
+            parameters = flat.detach().requires_grad_()
+            logits = self.ensemble.logits(parameters, inputs, positions, kept)
+            nll = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
+            loss = nll.view_as(targets).mean(2) @ present / present.sum()
+            (gradient,) = torch.autograd.grad(loss.sum(), parameters)
+        with torch.no_grad():
+            total_loss += loss
+            fall = ((falls - counter) / fall_length).clamp(0, 1)
+            now = _at(rates, counter.clamp(max=self.total_steps - 1)) * fall
+            rate = torch.where(max_rate.isfinite(), now[:, 1:], now[:, :1])
+            counter += 1
+            _adamw(flat, mean, square, gradient, counter, rate, decay)
 
     def _captured(self, stream: torch.cuda.Stream) -> Callable[[], None]:
         """The step as a CUDA graph; what it changed on the way is taken back."""
@@ -564,6 +603,24 @@ class _Trainer:
             for x, old in zip(changed, before, strict=True):
                 x.copy_(old)
         return replay
+
+
+def _adamw(
+    flat: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    gradient: Tensor,
+    count: Tensor,
+    rate: Tensor,
+    decay: Tensor,
+) -> None:
+    """Step `count` of AdamW, betas 0.9 and 0.999, epsilon 1e-8, a rate for each element."""
+    mean.lerp_(gradient, 0.1)
+    square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+    count = count.to(torch.float32)
+    size = (square / (1 - 0.999**count)).sqrt_().add_(1e-8)
+    update = mean / (1 - 0.9**count) / size + decay * flat
+    flat.sub_(rate * update)
 
 
 def capture(

@@ -9,7 +9,6 @@ the same.
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -38,13 +37,14 @@ def shorten(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, H3):
             module.backend = "torch"
+            module.diagonal_ssm.system()  # its kernel is tried at its first use
             module.forward = _for_short(module.forward, module, _h3, 1, MAX_LENGTH)  # type: ignore[method-assign]
         elif isinstance(module, Recurrence):
             module.backend = "torch"
             longest = None if isinstance(module, S4) else MAX_LENGTH
             if isinstance(module, S4):
-                # kernels are tried at their first use, which cannot be under vmap; short and long
-                # filters have kernels of their own
+                # kernels are tried at their first use, which cannot be while a step is traced;
+                # short and long filters have kernels of their own
                 for length in (2, MAX_LENGTH):
                     module.system().quick_filter(length)
             module.mix = _for_short(module.mix, module, _mix, 2, longest)  # type: ignore[method-assign]
@@ -72,12 +72,28 @@ def response(system: DiagonalSystem | DPLRSystem, length: int) -> Float[Tensor, 
         return _with_skip(system.quick_filter(length), system.skip)
     if length > _BY_PRODUCT:
         return _with_skip(system.filter(length), system.skip)
-    powers = system.powers(torch.arange(length, device=system.a.device)).mT  # [H, L, N/2]
-    weights = (2 * (system.b * system.c)).to(powers.dtype)
-    # Re(w a^l) as a product of real rows and columns
-    row = torch.stack([weights.real, -weights.imag], -1).flatten(1)
-    taps = (torch.view_as_real(powers).flatten(2) @ row[..., None])[..., 0]
+    a, b, c = (torch.view_as_real(x) for x in (system.a, system.b, system.c))
+    taps = _sum_of_modes(a, b, c, length)
     return _with_skip(taps.to(system.skip.dtype), system.skip)
+
+
+def _sum_of_modes(a: Tensor, b: Tensor, c: Tensor, length: int) -> Float[Tensor, "H L"]:
+    """`DiagonalSystem.filter` of real pairs, one power for each lag, in float64.
+
+    In real numbers throughout: a compiler of kernels knows no complex ones.
+    """
+    wide = torch.float32 if a.device.type == "mps" else torch.float64
+    (a_re, a_im), (b_re, b_im), (c_re, c_im) = (x.to(wide).unbind(-1) for x in (a, b, c))
+    size = a_re.square() + a_im.square()
+    gone = size == 0  # a mode that is exactly 0 answers at lag 0, with gradient 0 from others
+    log_size = torch.where(gone, torch.ones_like(size), size).log() / 2
+    phase = torch.atan2(a_im, torch.where(gone, torch.ones_like(a_re), a_re))
+    lags = torch.arange(length, device=a.device, dtype=wide)
+    angle = phase[:, None] * lags[:, None]  # [H, L, N/2]
+    grown = torch.exp(log_size[:, None] * lags[:, None])
+    grown = torch.where(gone[:, None] & (lags[:, None] > 0), torch.zeros_like(grown), grown)
+    w_re, w_im = b_re * c_re - b_im * c_im, b_re * c_im + b_im * c_re
+    return 2 * (grown * (w_re[:, None] * angle.cos() - w_im[:, None] * angle.sin())).sum(-1)
 
 
 def convolve(taps: Float[Tensor, "H L"], x: Float[Tensor, "H rows L"]) -> Float[Tensor, "H rows L"]:
@@ -86,16 +102,20 @@ def convolve(taps: Float[Tensor, "H L"], x: Float[Tensor, "H rows L"]) -> Float[
 
 
 def _toeplitz(taps: Float[Tensor, "H L"]) -> Float[Tensor, "H L L"]:
-    """[u, t] = taps[t - u], zero below the diagonal.
-
-    By a product, or by laying a row of 2 L out again and again at a distance of 2 L - 1: the
-    gradient of an index would be a sum of scattered elements.
-    """
+    """[u, t] = taps[t - u], zero below the diagonal."""
     L = taps.shape[-1]
-    if L <= _BY_PRODUCT:
-        return (taps @ _shifts(L, taps.dtype, taps.device)).unflatten(-1, (L, L))
-    rows = F.pad(taps, (0, L))[:, None].expand(-1, L, -1).flatten(1)
-    return rows[:, : L * (2 * L - 1)].unflatten(1, (L, 2 * L - 1))[..., :L]
+    return _shifted(F.pad(taps, (0, L)), L, -1)[..., :L]
+
+
+def _shifted(row: Float[Tensor, "H W"], count: int, by: int) -> Float[Tensor, "H count W_by"]:
+    """Copies of a row, each `by` = 1 or -1 places further on; what runs over is its neighbour's.
+
+    Laid out one behind another and read at a distance of W + by: the gradient of an index would
+    be a sum of scattered elements.
+    """
+    width = row.shape[-1] + by
+    rows = row[:, None].expand(-1, count + (by > 0), -1).flatten(1)
+    return rows[:, : count * width].unflatten(1, (count, width))
 
 
 def _for_short(
@@ -139,26 +159,11 @@ def _h3(mixer: H3, u: Tensor) -> Tensor:
 def _shift_response(ssm: ShiftSSM, length: int) -> Tensor:
     """`ShiftSSM.taps` by its definition, f_j = sum_n B_n C_{n+j}, without a transform."""
     known = min(length, ssm.d_state)
-    windows = F.pad(ssm.C, (0, known)).unfold(1, ssm.d_state, 1)[:, :known]
-    taps = (windows @ ssm.B[..., None])[..., 0]
+    # [j, n] = C[n + j], zero beyond its end
+    windows = _shifted(F.pad(ssm.C, (0, known)), known, 1)[..., : ssm.d_state]
+    taps = (windows * ssm.B[:, None]).sum(-1)
     return _with_skip(F.pad(taps, (0, length - known)), ssm.D)
 
 
 def _with_skip(taps: Tensor, skip: Tensor) -> Tensor:
-    return taps + skip[..., None] * _first(taps.shape[-1], taps.dtype, taps.device)
-
-
-# Made once: as part of every step they were one operation in fifteen. On a GPU that is while a
-# first pass warms up, before anything is captured.
-@cache
-def _shifts(length: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "L L_squared"]:
-    """1 where column (u, t) is t - u = row; negative lags match no row."""
-    at = torch.arange(length, device=device)
-    lag = (at - at[:, None]).flatten()
-    return (lag == at[:, None]).to(dtype)
-
-
-@cache
-def _first(length: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " L"]:
-    """(1, 0, 0, ...)."""
-    return (torch.arange(length, device=device) == 0).to(dtype)
+    return taps + F.pad(skip[..., None], (0, taps.shape[-1] - 1))
