@@ -231,18 +231,14 @@ def test_a_step_that_does_not_compile_runs_as_it_is(monkeypatch, caplog):
 
 
 def test_places_of_a_gpu_are_filled_by_models_that_have_stopped_and_stay():
-    # six of twelve stop after two epochs, which half of the places is enough for
+    # six of twelve stop after two epochs
     members = [member(i % 2, epochs=2 + i % 4 // 2) for i in range(12)]
     trainer = _Trainer(Ensemble(maker(), members, CPU))
-    trainer._smaller = lambda: 7  # as if there were a place more than is needed
+    trainer._places = lambda: 7  # a place more than is needed
     for _ in range(2):
         trainer.record(trainer.run(3))
     assert trainer.idle
-    trainer.ensemble.stream = SimpleNamespace()
-    monkey, trainer._make_ready = trainer._make_ready, lambda: None
     trainer.shrink()
-    trainer.ensemble.stream, trainer._make_ready = None, monkey
-    trainer._make_ready()
     assert trainer.live == [0, 2, 3, 6, 7, 10, 11]
     before = trainer.flat.clone()
     trainer.record(trainer.run(3))
@@ -621,7 +617,7 @@ def test_compiled_steps_are_the_plain_ones_on_a_gpu():
     ensemble = Ensemble(maker(dropout=0.1), [member(0), member(1)], torch.device("cuda"))
     with ensemble.on_stream(), torch.no_grad():
         trainer = _Trainer(ensemble)
-        assert trainer.update is not trainer._update
+        assert trainer.update != trainer._update
         given = (*trainer._tensors(), *trainer._dropout().values())
         fused, plain = ([x.clone() for x in given] for _ in range(2))
         for _ in range(3):

@@ -444,15 +444,20 @@ class _Trainer:
     @property
     def idle(self) -> bool:
         """Whether it is worth it to go on without the models that have stopped."""
-        left = sum(self.step < self.stops[i] for i in self.live)
-        return 0 < left <= self._smaller() < len(self.live)
+        return any(self._going_on()) and self._places() < len(self.live)
 
-    def _smaller(self) -> int:
-        """How many places are the next fewer: on a GPU each number is a program of its own."""
-        places = len(self.live)
+    def _going_on(self) -> list[bool]:
+        """Of each place, whether its model still trains."""
+        return [self.step < self.stops[i] for i in self.live]
+
+    def _places(self) -> int:
+        """How many places the models that still train are best given."""
+        places, left = len(self.live), sum(self._going_on())
         if self.ensemble.stream is None:
-            return places - 1
-        return -(-places // 2) if places > _FEW else places
+            return left
+        # on a GPU each number of places is a program of its own
+        half = -(-places // 2)
+        return half if places > _FEW and left <= half else places
 
     def run(self, count: int) -> int:
         """Take up to `count` steps; how many."""
@@ -508,11 +513,10 @@ class _Trainer:
     def shrink(self) -> None:
         """Go on without the models that have stopped."""
         self.put_back()
-        goes_on = [self.step < self.stops[i] for i in self.live]
-        places = sorted(range(len(goes_on)), key=lambda p: not goes_on[p])  # stable
-        # those that have stopped and fill the places left have a rate of zero
-        count = sum(goes_on) if self.ensemble.stream is None else self._smaller()
-        places = sorted(places[:count])
+        going_on = self._going_on()
+        # places left over are filled by models that have stopped, whose rate is zero
+        first = sorted(range(len(going_on)), key=lambda place: not going_on[place])
+        places = sorted(first[: self._places()])
         self.live = [self.live[p] for p in places]
         kept = torch.tensor(places, device=self.ensemble.device)
         self.flat = self.flat[kept]
