@@ -35,7 +35,7 @@ from h3lm.synthetics.tasks import IGNORED, Dataset, Split
 
 Schedule = Literal["cosine", "linear"]
 _SMALL_VOCABULARY = 64
-_AHEAD = 8
+_AT_ONCE = 12  # steps of a CUDA graph: 13 graphs and a single step are one of the paper's epochs
 _FEW = 8  # models: fewer would take hardly less time on a GPU
 
 # Of threads that train ensembles side by side, one at a time makes models, operates eagerly or
@@ -419,7 +419,8 @@ class _Trainer:
             [[m.recipe.weight_decay] for m in members], device=device
         )
         self.loss = torch.zeros(len(members), device=device)
-        self.reached: deque[torch.cuda.Event] = deque()  # on the stream, every `_AHEAD` steps
+        self.advance_many: Callable[[], None] | None = None
+        self.reached: deque[torch.cuda.Event] = deque()  # on the stream, behind each replay
         self.known = [(math.nan, math.nan)] * len(members)  # loss and accuracy, of all models
         self._make_ready()
 
@@ -428,13 +429,15 @@ class _Trainer:
         tests = [self.ensemble.members[i].data.test for i in self.live]
         self.scorer = _Scorer(self.ensemble, self.flat, tests)
         self.generator = torch.Generator(self.ensemble.device)
-        self.advance, self.score = self._advance, self.scorer.run
+        self.advance, self.advance_many = self._advance, None
+        self.score = self.scorer.run
         dropout = self._dropout()
         self.generator.manual_seed(self.ensemble.members[0].seed + self.step)
         self.kept_names, self.update = list(dropout), self._update
         if (stream := self.ensemble.stream) is not None:
             self.update = fuse(self._update, (*self._tensors(), *dropout.values()))
-            self.advance = self._captured(stream)
+            self.advance = self._captured(stream, 1)
+            self.advance_many = self._captured(stream, _AT_ONCE)
             self.score = capture(self.scorer.run, stream)
 
     @property
@@ -463,21 +466,27 @@ class _Trainer:
         """Take up to `count` steps; how many."""
         self.loss.zero_()
         count = min(count, max(self.stops) - self.step)
-        for _ in range(count):
+        end = self.step + count
+        while self.step < end:
             if self.step % self.steps_per_epoch == 0:
                 self._reorder()
-            self.advance()
-            self.step += 1
+            left = min(end - self.step, -self.step % self.steps_per_epoch or self.steps_per_epoch)
+            if self.advance_many is not None and left >= _AT_ONCE:
+                self.advance_many()
+                self.step += _AT_ONCE
+            else:
+                self.advance()
+                self.step += 1
             self._keep_pace()
         return count
 
     def _keep_pace(self) -> None:
-        """Stay at most two times `_AHEAD` steps ahead of the GPU, so that no launch has to wait."""
+        """Stay at most two replays ahead of the GPU, so that no launch has to wait."""
         stream = self.ensemble.stream
-        if stream is None or self.step % _AHEAD:
+        if stream is None:
             return
         self.reached.append(stream.record_event())
-        if len(self.reached) > 1:
+        if len(self.reached) > 2:
             self.reached.popleft().synchronize()
 
     def record(self, count: int) -> tuple[list[float], list[float]]:
@@ -597,11 +606,16 @@ class _Trainer:
             counter += 1
             _adamw(flat, mean, square, gradient, counter, rate, decay)
 
-    def _captured(self, stream: torch.cuda.Stream) -> Callable[[], None]:
-        """The step as a CUDA graph; what it changed on the way is taken back."""
+    def _captured(self, stream: torch.cuda.Stream, steps: int) -> Callable[[], None]:
+        """Steps as a CUDA graph; what they changed on the way is taken back."""
+
+        def advance() -> None:
+            for _ in range(steps):
+                self._advance()
+
         changed = (self.flat, self.mean, self.square, self.counter, self.loss)
         before = [x.detach().clone() for x in changed]
-        replay = capture(self._advance, stream, self.generator)
+        replay = capture(advance, stream, self.generator)
         self.generator.manual_seed(self.ensemble.members[0].seed + self.step)
         with torch.no_grad():
             for x, old in zip(changed, before, strict=True):

@@ -11,8 +11,26 @@ from torch.fx.experimental.proxy_tensor import make_fx
 logger = logging.getLogger("h3lm.synthetics")
 Work = Callable[..., None]
 
+_PART = 64  # rows
 # No tuning: an ensemble is compiled for every size that it has, while others wait
 _OPTIONS: dict[str, Any] = {"split_reductions": False, "combo_kernels": True}
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A batched product, in parts where it sums over many rows for few elements.
+
+    So a library's kernel has few programs, each of which goes through all rows: a gradient of a
+    weight takes twice as long as everything else of its layer.
+    """
+    rows = a.shape[2]
+    parts = 1
+    while rows % (2 * parts) == 0 and rows // (2 * parts) >= _PART:
+        parts *= 2
+    if parts == 1 or max(a.shape[1], b.shape[2]) > rows:
+        return NotImplemented
+    a = a.unflatten(2, (parts, -1)).movedim(2, 1).flatten(0, 1)
+    b = b.unflatten(1, (parts, -1)).flatten(0, 1)
+    return torch.bmm(a, b).unflatten(0, (-1, parts)).sum(1)
 
 
 def trace(work: Work, tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
@@ -21,7 +39,8 @@ def trace(work: Work, tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
     Nothing is computed. What the compiler would not look into, `vmap` and gradients within, is
     gone: what is left is a list of plain operations.
     """
-    return make_fx(work, tracing_mode="fake")(*tensors)
+    products = {torch.ops.aten.bmm.default: _product}
+    return make_fx(work, products, tracing_mode="fake")(*tensors)
 
 
 def fuse(work: Work, tensors: Sequence[Tensor]) -> Work:

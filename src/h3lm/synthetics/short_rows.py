@@ -25,7 +25,7 @@ from h3lm.ssm import DiagonalSystem, ShiftSSM
 from h3lm.ssm.dplr import DPLRSystem
 
 MAX_LENGTH = 256
-_BY_PRODUCT = 64  # longest filter whose matrix is cheaper as a product than as a shifted copy
+Pair = tuple[Tensor, Tensor]  # real and imaginary parts
 
 
 def shorten(model: nn.Module) -> None:
@@ -70,30 +70,41 @@ def response(system: DiagonalSystem | DPLRSystem, length: int) -> Float[Tensor, 
     """The impulse response, skip term included."""
     if isinstance(system, DPLRSystem):
         return _with_skip(system.quick_filter(length), system.skip)
-    if length > _BY_PRODUCT:
-        return _with_skip(system.filter(length), system.skip)
     a, b, c = (torch.view_as_real(x) for x in (system.a, system.b, system.c))
-    taps = _sum_of_modes(a, b, c, length)
-    return _with_skip(taps.to(system.skip.dtype), system.skip)
+    return _with_skip(_sum_of_modes(a, b, c, length).to(system.skip.dtype), system.skip)
 
 
 def _sum_of_modes(a: Tensor, b: Tensor, c: Tensor, length: int) -> Float[Tensor, "H L"]:
-    """`DiagonalSystem.filter` of real pairs, one power for each lag, in float64.
+    """`DiagonalSystem.filter` of real pairs (H, N/2, 2), in float64.
 
-    In real numbers throughout: a compiler of kernels knows no complex ones.
+    In real numbers throughout, since a compiler of kernels knows no complex ones, and without
+    logarithms and angles: in float64 squares lose nothing that float32 would see.
     """
     wide = torch.float32 if a.device.type == "mps" else torch.float64
-    (a_re, a_im), (b_re, b_im), (c_re, c_im) = (x.to(wide).unbind(-1) for x in (a, b, c))
-    size = a_re.square() + a_im.square()
-    gone = size == 0  # a mode that is exactly 0 answers at lag 0, with gradient 0 from others
-    log_size = torch.where(gone, torch.ones_like(size), size).log() / 2
-    phase = torch.atan2(a_im, torch.where(gone, torch.ones_like(a_re), a_re))
-    lags = torch.arange(length, device=a.device, dtype=wide)
-    angle = phase[:, None] * lags[:, None]  # [H, L, N/2]
-    grown = torch.exp(log_size[:, None] * lags[:, None])
-    grown = torch.where(gone[:, None] & (lags[:, None] > 0), torch.zeros_like(grown), grown)
-    w_re, w_im = b_re * c_re - b_im * c_im, b_re * c_im + b_im * c_re
-    return 2 * (grown * (w_re[:, None] * angle.cos() - w_im[:, None] * angle.sin())).sum(-1)
+    pole, into, out = ((x[..., 0].to(wide), x[..., 1].to(wide)) for x in (a, b, c))
+    inner = 1 << ((length - 1).bit_length() + 1) // 2
+    fine, pole = _powers(pole, inner)
+    coarse, _ = _powers(pole, -(-length // inner))
+    w_re, w_im = (x[:, None] for x in _times(into, out))
+    re, im = _times(coarse, (2 * w_re, 2 * w_im))
+    # the real part of a product, summed over modes
+    taps = re[:, :, None] * fine[0][:, None] - im[:, :, None] * fine[1][:, None]
+    return taps.sum(-1).flatten(1)[:, :length]
+
+
+def _powers(a: Pair, count: int) -> tuple[Pair, Pair]:
+    """(H, count, N/2): a^0 to a^(count - 1); and a to the least power of two not below count."""
+    lags = torch.arange(count, device=a[0].device)
+    power: Pair = torch.ones_like(a[0])[:, None], torch.zeros_like(a[0])[:, None]
+    for bit in range((count - 1).bit_length()):
+        on = ((lags >> bit) & 1).to(a[0].dtype)[:, None]
+        power = _times(power, (1 + on * (a[0][:, None] - 1), on * a[1][:, None]))
+        a = _times(a, a)
+    return power, a
+
+
+def _times(x: Pair, y: Pair) -> Pair:
+    return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
 
 
 def convolve(taps: Float[Tensor, "H L"], x: Float[Tensor, "H rows L"]) -> Float[Tensor, "H rows L"]:
