@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._inductor
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -43,6 +44,14 @@ def trace(work: Work, tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
     return make_fx(work, products, tracing_mode="fake")(*tensors)
 
 
+def _compile(step: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> Work:
+    # there is no Python for `torch.compile` to look into, which would take most of the time where
+    # the compiler's cache has the rest
+    return torch._inductor.standalone_compile(
+        step, list(tensors), dynamic_shapes="from_example_inputs", options=_OPTIONS
+    )
+
+
 def fuse(work: Work, tensors: Sequence[Tensor]) -> Work:
     """Work on tensors of these shapes, compiled; as it is where the compiler fails.
 
@@ -51,7 +60,7 @@ def fuse(work: Work, tensors: Sequence[Tensor]) -> Work:
         tensors: Tensors such as it will be given.
     """
     try:
-        compiled = torch.compile(trace(work, tensors), fullgraph=True, options=_OPTIONS)
+        compiled = _compile(trace(work, tensors), tensors)
         with torch.no_grad():
             compiled(*(x.detach().clone() for x in tensors))
     except Exception as error:  # whatever a compiler may raise
