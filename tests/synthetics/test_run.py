@@ -230,6 +230,24 @@ def test_a_step_that_does_not_compile_runs_as_it_is(monkeypatch, caplog):
     assert x.tolist() == [1, 1]
 
 
+def test_several_steps_at_once_are_the_same_training(monkeypatch):
+    monkeypatch.setattr("h3lm.synthetics.ensemble._AT_ONCE", 2)
+    one, other = (_Trainer(Ensemble(maker(dropout=0.1), [member(0)], CPU)) for _ in range(2))
+    taken = []
+
+    def advance_many():
+        taken.append(one.step)
+        one._advance()
+        one._advance()
+
+    one.advance_many = advance_many
+    for count in (3, 1, 4):  # three steps are an epoch
+        assert one.run(count) == other.run(count)
+    assert taken == [0, 4]
+    assert one.run(5) == 0
+    assert torch.equal(one.flat, other.flat)
+
+
 def test_places_of_a_gpu_are_filled_by_models_that_have_stopped_and_stay():
     # six of twelve stop after two epochs
     members = [member(i % 2, epochs=2 + i % 4 // 2) for i in range(12)]

@@ -14,7 +14,11 @@ Work = Callable[..., None]
 
 _PART = 64  # rows
 # No tuning: an ensemble is compiled for every size that it has, while others wait
-_OPTIONS: dict[str, Any] = {"split_reductions": False, "combo_kernels": True}
+_OPTIONS: dict[str, Any] = {
+    "split_reductions": False,
+    "combo_kernels": True,
+    "triton.autotune_at_compile_time": False,
+}
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -48,7 +52,10 @@ def _compile(step: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> Work:
     # there is no Python for `torch.compile` to look into, which would take most of the time where
     # the compiler's cache has the rest
     return torch._inductor.standalone_compile(
-        step, list(tensors), dynamic_shapes="from_example_inputs", options=_OPTIONS
+        step,
+        list(tensors),
+        dynamic_shapes="from_example_inputs",
+        options={"config_patches": _OPTIONS},
     )
 
 
