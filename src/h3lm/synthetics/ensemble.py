@@ -420,7 +420,8 @@ class _Trainer:
         )
         self.loss = torch.zeros(len(members), device=device)
         self.advance_many: Callable[[], None] | None = None
-        self.reached: deque[torch.cuda.Event] = deque()  # on the stream, behind each replay
+        self.reached: deque[torch.cuda.Event] = deque()  # on the stream, every `_AT_ONCE` steps
+        self.unmarked = 0  # steps behind the last of these
         self.known = [(math.nan, math.nan)] * len(members)  # loss and accuracy, of all models
         self._make_ready()
 
@@ -459,8 +460,9 @@ class _Trainer:
         if self.ensemble.stream is None:
             return left
         # on a GPU each number of places is a program of its own
-        half = -(-places // 2)
-        return half if places > _FEW and left <= half else places
+        while places > _FEW and left <= (half := -(-places // 2)):
+            places = half
+        return places
 
     def run(self, count: int) -> int:
         """Take up to `count` steps; how many."""
@@ -473,18 +475,21 @@ class _Trainer:
             left = min(end - self.step, -self.step % self.steps_per_epoch or self.steps_per_epoch)
             if self.advance_many is not None and left >= _AT_ONCE:
                 self.advance_many()
-                self.step += _AT_ONCE
+                taken = _AT_ONCE
             else:
                 self.advance()
-                self.step += 1
-            self._keep_pace()
+                taken = 1
+            self.step += taken
+            self._keep_pace(taken)
         return count
 
-    def _keep_pace(self) -> None:
-        """Stay at most two replays ahead of the GPU, so that no launch has to wait."""
+    def _keep_pace(self, taken: int) -> None:
+        """Stay at most three times `_AT_ONCE` steps ahead of the GPU: no launch has to wait."""
         stream = self.ensemble.stream
-        if stream is None:
+        self.unmarked += taken
+        if stream is None or self.unmarked < _AT_ONCE:
             return
+        self.unmarked = 0
         self.reached.append(stream.record_event())
         if len(self.reached) > 2:
             self.reached.popleft().synchronize()

@@ -1,6 +1,7 @@
 """A training step as few kernels, by PyTorch's compiler."""
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,12 +52,15 @@ def trace(work: Work, tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
 def _compile(step: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> Work:
     # there is no Python for `torch.compile` to look into, which would take most of the time where
     # the compiler's cache has the rest
-    return torch._inductor.standalone_compile(
-        step,
-        list(tensors),
-        dynamic_shapes="from_example_inputs",
-        options={"config_patches": _OPTIONS},
-    )
+    with warnings.catch_warnings():
+        # of products in TF32, which rounds too much, and of complex numbers, which stay PyTorch's
+        warnings.simplefilter("ignore")
+        return torch._inductor.standalone_compile(
+            step,
+            list(tensors),
+            dynamic_shapes="from_example_inputs",
+            options={"config_patches": _OPTIONS},
+        )
 
 
 def fuse(work: Work, tensors: Sequence[Tensor]) -> Work:

@@ -11,7 +11,6 @@ from h3lm.errors import UserError
 from h3lm.synthetics.settings import (
     MIXERS_BY_DEFAULT,
     PAPER_LONGER,
-    SETTINGS,
     TO_THE_END,
     known_setting,
 )
@@ -197,7 +196,7 @@ class Report:
             loss, finished = fmean(r.test_loss for r in same), fmean(r.finished for r in same)
             return finished, -math.inf if math.isnan(loss) else -loss
 
-        means = [fmean(r.accuracy for r in same) for same in groups.values()]
+        means = [fmean(_or_least(r.accuracy) for r in same) for same in groups.values()]
         equal = [
             g for g, m in zip(groups.values(), means, strict=True) if m >= max(means) - TIED - 1e-9
         ]
@@ -221,7 +220,9 @@ class Report:
 
     def _beside_the_paper(self) -> list[str]:
         """One table of the settings of which the paper has figures; none for fewer than two."""
-        settings = [s for s in self.settings() if s in SETTINGS and SETTINGS[s].paper]
+        found = [(s, known_setting(s)) for s in self.settings()]
+        papers = {s: known.paper for s, known in found if known and known.paper}
+        settings = list(papers)
         if len(settings) < 2:
             return []
         kinds = ("paper", "one recipe", "best of the search")
@@ -235,7 +236,7 @@ class Report:
         for mixer in dict.fromkeys(m for s in settings for m in self.mixers(s)):
             cells = [mixer]
             for setting in settings:
-                paper = SETTINGS[setting].paper
+                paper = papers[setting]
                 seeds = len({run.seed for run in self.runs if run.setting == setting})
                 cells.append(f"{paper[mixer]:.1f}" if mixer in paper else "-")
                 for kind in ("recipe", "search"):
@@ -337,6 +338,10 @@ def _cells(runs: list[Run], seeds: int) -> tuple[str, str]:
 def _loss(runs: list[Run]) -> str:
     loss = fmean(r.test_loss for r in runs)
     return "some diverged" if math.isnan(loss) else f"{loss:.3f}"
+
+
+def _or_least(x: float) -> float:
+    return -math.inf if math.isnan(x) else x
 
 
 def _or_null(x: float) -> float | None:
