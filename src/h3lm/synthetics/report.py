@@ -11,6 +11,7 @@ from h3lm.errors import UserError
 from h3lm.synthetics.settings import (
     MIXERS_BY_DEFAULT,
     PAPER_LONGER,
+    SETTINGS,
     TO_THE_END,
     known_setting,
 )
@@ -220,7 +221,12 @@ class Report:
 
     def _beside_the_paper(self) -> list[str]:
         """One table of the settings of which the paper has figures; none for fewer than two."""
-        found = [(s, known_setting(s)) for s in self.settings()]
+        names = self.settings()  # of those to the end only where they stand alone
+        found = [
+            (s, known_setting(s))
+            for s in names
+            if s.removesuffix(TO_THE_END) not in names or s in SETTINGS
+        ]
         papers = {s: known.paper for s, known in found if known and known.paper}
         settings = list(papers)
         if len(settings) < 2:
