@@ -13,7 +13,9 @@ from h3lm.errors import UserError
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.synthetics import plots
-from h3lm.synthetics.ensemble import Ensemble, Member, Recipe
+from h3lm.synthetics.ensemble import Ensemble, Member, Recipe, _Trainer
+from h3lm.synthetics.fused_step import fuse
+from h3lm.synthetics.fused_step import trace as trace_step
 from h3lm.synthetics.report import CURVE_POINTS, Report, Run
 from h3lm.synthetics.run import Plan, live_line, model_config, plan, run, state_floats
 from h3lm.synthetics.settings import MIXERS_BY_DEFAULT, SETTINGS, Setting
@@ -197,6 +199,82 @@ def test_multi_query_loss_and_score_count_the_queries_only():
     assert accuracies[0] == pytest.approx(right.float().mean().item())
 
 
+@pytest.mark.parametrize("mixer", MIXERS_BY_DEFAULT)
+def test_the_step_that_is_compiled_is_the_step(mixer):
+    ensemble = Ensemble(maker(mixer, dropout=0.1), [member(0), member(1, rate=1e-3)], CPU)
+    trainer = _Trainer(ensemble)
+    trainer.run(1)
+    given = (*trainer._tensors(), *trainer._dropout().values())
+    traced, plain = ([x.clone() for x in given] for _ in range(2))
+    step = trace_step(trainer._update, given)
+    with torch.no_grad():
+        for _ in range(3):
+            step(*traced)
+            trainer._update(*plain)
+    assert not torch.equal(plain[0], given[0])
+    for a, b in zip(traced[1:], plain[1:], strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+    # attention's key bias has no gradient but rounding, and Adam makes a step of it
+    told = plain[1].abs() > 1e-7
+    assert told.float().mean() > 0.5
+    assert torch.allclose(traced[0][told], plain[0][told], rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_does_not_compile_runs_as_it_is(monkeypatch, caplog):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", broken)
+    x = torch.zeros(2)
+    work = fuse(lambda x: x.add_(1), [x])
+    assert "steps are not compiled: RuntimeError: no compiler" in caplog.text
+    assert x.tolist() == [0, 0]
+    work(x)
+    assert x.tolist() == [1, 1]
+
+
+def test_several_steps_at_once_are_the_same_training(monkeypatch):
+    monkeypatch.setattr("h3lm.synthetics.ensemble._AT_ONCE", 2)
+    one, other = (_Trainer(Ensemble(maker(dropout=0.1), [member(0)], CPU)) for _ in range(2))
+    taken = []
+
+    def advance_many():
+        taken.append(one.step)
+        one._advance()
+        one._advance()
+
+    one.advance_many = advance_many
+    for count in (3, 1, 4):  # three steps are an epoch
+        assert one.run(count) == other.run(count)
+    assert taken == [0, 4]
+    assert one.run(5) == 0
+    assert torch.equal(one.flat, other.flat)
+
+
+def test_places_of_a_gpu_are_filled_by_models_that_have_stopped_and_stay(monkeypatch):
+    # six of twelve stop after two epochs
+    members = [member(i % 2, epochs=2 + i % 4 // 2) for i in range(12)]
+    trainer = _Trainer(Ensemble(maker(), members, CPU))
+    trainer.ensemble.stream = object()  # as on a GPU
+    assert trainer._places() == 12
+    monkeypatch.setattr(trainer, "_going_on", lambda: [True] * 6 + [False] * 6)
+    assert trainer._places() == 6
+    monkeypatch.undo()
+    trainer.ensemble.stream = None
+    trainer._places = lambda: 7  # a place more than is needed
+    for _ in range(2):
+        trainer.record(trainer.run(3))
+    assert trainer.idle
+    trainer.shrink()
+    assert trainer.live == [0, 2, 3, 6, 7, 10, 11]
+    before = trainer.flat.clone()
+    trainer.record(trainer.run(3))
+    assert trainer.done
+    assert torch.equal(trainer.flat[0], before[0])
+    assert all((m.steps, m.finished) == (3 * m.recipe.epochs, True) for m in members)
+    assert not (trainer.flat[1:] == before[1:]).all(1).any()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
@@ -346,6 +424,16 @@ def test_tables_say_where_seeds_are_fewer_and_stand_beside_the_papers(finished, 
     assert cells[4:] == ["100.0", "-", "-"]
 
 
+def test_a_rate_whose_accuracy_is_no_number_is_never_the_best(finished):
+    report = Report.open(finished[0])
+    for one in report.runs:
+        one.accuracy = math.nan if one.learning_rate == 4e-3 else 0.5
+    assert report.select("recall", "h3", "search")[0].learning_rate != 4e-3
+    for one in report.runs:
+        one.accuracy = math.nan
+    assert len(report.select("recall", "h3", "search")) == 2
+
+
 def test_a_model_that_diverged_is_said_and_never_the_best(finished, tmp_path):
     report = Report.open(finished[0])
     report.path = tmp_path / "report.json"
@@ -383,6 +471,17 @@ def test_processes_side_by_side_train_the_same(finished, tmp_path):
     assert sorted(map(repr, one)) == sorted(map(repr, other))
 
 
+def test_rates_a_row_apart_are_told_apart_by_their_loss(finished):
+    report = Report.open(finished[0])
+    found = {5e-4: (0.990, 0.01), 1e-3: (0.998, 0.05), 2e-3: (0.9965, 0.03), 4e-3: (0.997, 0.02)}
+    for one in report.runs:
+        one.accuracy, one.test_loss = found[one.learning_rate]
+    assert report.select("recall", "h3", "search")[0].learning_rate == 4e-3
+    for one in report.runs:
+        one.finished = one.learning_rate != 4e-3
+    assert report.select("recall", "h3", "search")[0].learning_rate == 2e-3
+
+
 def test_best_of_the_search_is_one_rate_for_all_seeds(finished):
     report = Report.open(finished[0])
     runs = report.select("recall", "h3", "search")
@@ -393,7 +492,7 @@ def test_best_of_the_search_is_one_rate_for_all_seeds(finished):
                        if (r.mixer, r.kind, r.learning_rate) == ("h3", "search", rate)])
         for rate in (5e-4, 1e-3, 2e-3, 4e-3)
     }  # fmt: skip
-    assert np.mean([r.accuracy for r in runs]) == pytest.approx(max(means.values()))
+    assert np.mean([r.accuracy for r in runs]) >= max(means.values()) - 0.0021
 
 
 def test_trace_is_what_the_layers_compute():
@@ -503,6 +602,17 @@ def test_task_options_make_a_setting_of_their_own():
     assert plan(["recall"], ["h3"], length=30).settings["recall-l30"].test_lengths == (30, 60, 120)
 
 
+def test_models_that_do_not_stop_early_have_a_setting_of_their_own(tmp_path):
+    chosen = plan(["recall"], ["h3"], early_stop=False)
+    ((name, setting),) = chosen.settings.items()
+    assert name == "recall-to-the-end"
+    assert setting.recipe.stop_at is None
+    assert replace(setting, recipe=replace(setting.recipe, stop_at=1.0)) == SETTINGS["recall"]
+    small = replace(SMALL, recipe=Recipe(epochs=1, stop_at=None))
+    run(Plan({name: small}, ("h3",), seeds=(0,)), tmp_path, lambda line: None)
+    assert "| h3 | 99.8 |" in (tmp_path / "report.md").read_text()  # the paper's figure
+
+
 def test_folder_and_device_are_checked(tmp_path):
     chosen = Plan({"recall": SMALL}, ("h3",))
     (tmp_path / "file").write_text("")
@@ -523,9 +633,15 @@ def test_live_line_prints_seldom_where_there_is_no_terminal(capsys):
     assert capsys.readouterr().out == "one\nthree\n"
 
 
+@pytest.fixture
+def not_compiled(monkeypatch):
+    """Steps are captured as they are: to compile takes half a minute."""
+    monkeypatch.setattr("h3lm.synthetics.ensemble.fuse", lambda work, tensors: work)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mixer", ["h3", "s4d", "gss", "s4", "linear_attention", "attention"])
-def test_captured_steps_on_a_gpu_train_as_steps_on_the_cpu(mixer):
+def test_captured_steps_on_a_gpu_train_as_steps_on_the_cpu(mixer, not_compiled):
     def members():
         # the first leaves, and what is left is captured anew
         return [member(seed, epochs=2 + seed, rate=r) for seed, r in ((0, 4e-3), (1, 1e-3))]
@@ -540,7 +656,23 @@ def test_captured_steps_on_a_gpu_train_as_steps_on_the_cpu(mixer):
 
 
 @pytest.mark.gpu
-def test_dropout_differs_between_captured_steps_and_between_models():
+@pytest.mark.parametrize("mixer", ["h3", "s4"])
+def test_compiled_steps_are_the_plain_ones_on_a_gpu(mixer):
+    ensemble = Ensemble(maker(mixer, dropout=0.1), [member(0), member(1)], torch.device("cuda"))
+    with ensemble.on_stream(), torch.no_grad():
+        trainer = _Trainer(ensemble)
+        assert trainer.update != trainer._update
+        given = (*trainer._tensors(), *trainer._dropout().values())
+        fused, plain = ([x.clone() for x in given] for _ in range(2))
+        for _ in range(3):
+            trainer.update(*fused)
+            trainer._update(*plain)
+        for a, b in zip(fused[1:], plain[1:], strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_dropout_differs_between_captured_steps_and_between_models(not_compiled):
     # the same rows and start for both models: only their dropout can part them
     same = [member(0, epochs=2), member(0, epochs=2)]
     Ensemble(maker(dropout=0.5), same, torch.device("cuda")).train()
@@ -549,7 +681,7 @@ def test_dropout_differs_between_captured_steps_and_between_models():
 
 
 @pytest.mark.gpu
-def test_jobs_side_by_side_on_gpus_train_as_each_alone(tmp_path):
+def test_jobs_side_by_side_on_gpus_train_as_each_alone(tmp_path, not_compiled):
     setting = replace(SMALL, recipe=Recipe(epochs=6))
     mixers = ("h3", "s4d", "attention", "gss")
     together = Plan({"recall": setting}, mixers, seeds=(0, 1), search=True, device="cuda")

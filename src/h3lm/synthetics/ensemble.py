@@ -29,12 +29,14 @@ from h3lm.layers import Block, CausalAttention
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.ssm import SSMModule
+from h3lm.synthetics.fused_step import fuse
 from h3lm.synthetics.short_rows import attend, shorten
 from h3lm.synthetics.tasks import IGNORED, Dataset, Split
 
 Schedule = Literal["cosine", "linear"]
 _SMALL_VOCABULARY = 64
-_AHEAD = 8
+_AT_ONCE = 12  # steps of a CUDA graph: 13 graphs and a single step are one of the paper's epochs
+_FEW = 8  # models: fewer would take hardly less time on a GPU
 
 # Of threads that train ensembles side by side, one at a time makes models, operates eagerly or
 # writes files: the generator of new models and much of what they are made with is common to all
@@ -160,7 +162,7 @@ class Ensemble:
         self._names = list(named)
         self._shapes = [parameter.shape for parameter in named.values()]
         self._sizes = [parameter.numel() for parameter in named.values()]
-        self.flat = torch.stack([rows[m.seed] for m in members]).to(device).requires_grad_()
+        self.flat = torch.stack([rows[m.seed] for m in members]).to(device)
         self.max_rate, self.decayed = (x.to(device) for x in _hints(self._template))
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -395,7 +397,7 @@ class _Trainer:
         self.total_steps, self.step = max(self.lengths), 0
         self.stops: list[int] = list(self.lengths)
         self.live = list(range(len(members)))
-        self.flat = ensemble.flat.detach().clone().requires_grad_()
+        self.flat = ensemble.flat.detach().clone()
         self.data = _Rows.of([m.data.train for m in members], "targets", device)
         self.falls = torch.full((len(members), 1), math.inf, device=device)  # from a stop on
         self.fall_length = torch.tensor(
@@ -417,7 +419,9 @@ class _Trainer:
             [[m.recipe.weight_decay] for m in members], device=device
         )
         self.loss = torch.zeros(len(members), device=device)
-        self.reached: deque[torch.cuda.Event] = deque()  # on the stream, every `_AHEAD` steps
+        self.advance_many: Callable[[], None] | None = None
+        self.reached: deque[torch.cuda.Event] = deque()  # on the stream, every `_AT_ONCE` steps
+        self.unmarked = 0  # steps behind the last of these
         self.known = [(math.nan, math.nan)] * len(members)  # loss and accuracy, of all models
         self._make_ready()
 
@@ -426,10 +430,15 @@ class _Trainer:
         tests = [self.ensemble.members[i].data.test for i in self.live]
         self.scorer = _Scorer(self.ensemble, self.flat, tests)
         self.generator = torch.Generator(self.ensemble.device)
+        self.advance, self.advance_many = self._advance, None
+        self.score = self.scorer.run
+        dropout = self._dropout()
         self.generator.manual_seed(self.ensemble.members[0].seed + self.step)
-        self.advance, self.score = self._advance, self.scorer.run
+        self.kept_names, self.update = list(dropout), self._update
         if (stream := self.ensemble.stream) is not None:
-            self.advance = self._captured(stream)
+            self.update = fuse(self._update, (*self._tensors(), *dropout.values()))
+            self.advance = self._captured(stream, 1)
+            self.advance_many = self._captured(stream, _AT_ONCE)
             self.score = capture(self.scorer.run, stream)
 
     @property
@@ -439,30 +448,50 @@ class _Trainer:
     @property
     def idle(self) -> bool:
         """Whether it is worth it to go on without the models that have stopped."""
-        left = sum(self.step < self.stops[i] for i in self.live)
-        # to capture anew takes seconds, in which no other ensemble trains
-        most = len(self.live) - 1 if self.ensemble.stream is None else 2 * len(self.live) // 3
-        return 0 < left <= most
+        return any(self._going_on()) and self._places() < len(self.live)
+
+    def _going_on(self) -> list[bool]:
+        """Of each place, whether its model still trains."""
+        return [self.step < self.stops[i] for i in self.live]
+
+    def _places(self) -> int:
+        """How many places the models that still train are best given."""
+        places, left = len(self.live), sum(self._going_on())
+        if self.ensemble.stream is None:
+            return left
+        # on a GPU each number of places is a program of its own
+        while places > _FEW and left <= (half := -(-places // 2)):
+            places = half
+        return places
 
     def run(self, count: int) -> int:
         """Take up to `count` steps; how many."""
         self.loss.zero_()
         count = min(count, max(self.stops) - self.step)
-        for _ in range(count):
+        end = self.step + count
+        while self.step < end:
             if self.step % self.steps_per_epoch == 0:
                 self._reorder()
-            self.advance()
-            self.step += 1
-            self._keep_pace()
+            left = min(end - self.step, -self.step % self.steps_per_epoch or self.steps_per_epoch)
+            if self.advance_many is not None and left >= _AT_ONCE:
+                self.advance_many()
+                taken = _AT_ONCE
+            else:
+                self.advance()
+                taken = 1
+            self.step += taken
+            self._keep_pace(taken)
         return count
 
-    def _keep_pace(self) -> None:
-        """Stay at most two times `_AHEAD` steps ahead of the GPU, so that no launch has to wait."""
+    def _keep_pace(self, taken: int) -> None:
+        """Stay at most three times `_AT_ONCE` steps ahead of the GPU: no launch has to wait."""
         stream = self.ensemble.stream
-        if stream is None or self.step % _AHEAD:
+        self.unmarked += taken
+        if stream is None or self.unmarked < _AT_ONCE:
             return
+        self.unmarked = 0
         self.reached.append(stream.record_event())
-        if len(self.reached) > 1:
+        if len(self.reached) > 2:
             self.reached.popleft().synchronize()
 
     def record(self, count: int) -> tuple[list[float], list[float]]:
@@ -493,15 +522,18 @@ class _Trainer:
     @torch.no_grad()
     def put_back(self) -> None:
         """Give the ensemble the parameters of those that train here."""
-        self.ensemble.flat[self.live] = self.flat.detach()
+        self.ensemble.flat[self.live] = self.flat
 
     def shrink(self) -> None:
         """Go on without the models that have stopped."""
         self.put_back()
-        places = [p for p, i in enumerate(self.live) if self.step < self.stops[i]]
+        going_on = self._going_on()
+        # places left over are filled by models that have stopped, whose rate is zero
+        first = sorted(range(len(going_on)), key=lambda place: not going_on[place])
+        places = sorted(first[: self._places()])
         self.live = [self.live[p] for p in places]
         kept = torch.tensor(places, device=self.ensemble.device)
-        self.flat = self.flat.detach()[kept].requires_grad_()
+        self.flat = self.flat[kept]
         self.data = _Rows(*(x[kept] for x in self.data))
         for name in ("falls", "fall_length", "owner", "mean", "square", "decay", "loss"):
             setattr(self, name, getattr(self, name)[kept])
@@ -524,46 +556,94 @@ class _Trainer:
             table[:length, i, 1] = member.recipe.rates(length, min(peak, cap))
         return torch.from_numpy(table)
 
+    @torch.no_grad()
     def _advance(self) -> None:
         """One step of every model; reads and writes tensors of fixed place only."""
-        ensemble, flat = self.ensemble, self.flat
-        order, present = (
-            _at(x, self.counter % self.steps_per_epoch) for x in (self.order, self.present)
-        )
-        model = torch.arange(len(flat), device=ensemble.device)[:, None]
-        inputs, positions, targets = (x[model, order] for x in self.data)
-        keep = ensemble.dropout(len(flat), self.batch, inputs.shape[2], self.generator)
-        logits = ensemble.logits(flat, inputs, positions, keep)
-        nll = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
-        loss = nll.view_as(targets).mean(2) @ present / present.sum()
-        (gradient,) = torch.autograd.grad(loss.sum(), flat)
+        self.update(*self._tensors(), *self._dropout().values())
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """What a step reads; it changes the first five."""
+        return (
+            self.flat, self.mean, self.square, self.loss, self.counter,
+            *self.data, self.order, self.present,
+            self.rates, self.falls, self.fall_length, self.decay, self.ensemble.max_rate,
+        )  # fmt: skip
+
+    def _dropout(self) -> dict[str, Tensor]:
+        length = self.data.inputs.shape[2]
+        return self.ensemble.dropout(len(self.flat), self.batch, length, self.generator)
+
+    def _update(
+        self,
+        flat: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        total_loss: Tensor,
+        counter: Tensor,
+        inputs: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        order: Tensor,
+        present: Tensor,
+        rates: Tensor,
+        falls: Tensor,
+        fall_length: Tensor,
+        decay: Tensor,
+        max_rate: Tensor,
+        *keep: Tensor,
+    ) -> None:
+        """One step as a function of tensors, of which it changes the first five."""
+        order, present = (_at(x, counter % self.steps_per_epoch) for x in (order, present))
+        model = torch.arange(len(flat), device=flat.device)[:, None]
+        inputs, positions, targets = (x[model, order] for x in (inputs, positions, targets))
+        kept = dict(zip(self.kept_names, keep, strict=True))
+        with torch.enable_grad():
+            parameters = flat.detach().requires_grad_()
+            logits = self.ensemble.logits(parameters, inputs, positions, kept)
+            nll = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
+            loss = nll.view_as(targets).mean(2) @ present / present.sum()
+            (gradient,) = torch.autograd.grad(loss.sum(), parameters)
         with torch.no_grad():
-            self.loss += loss
-            self._adamw(flat, gradient)
-            self.counter += 1
+            total_loss += loss
+            fall = ((falls - counter) / fall_length).clamp(0, 1)
+            now = _at(rates, counter.clamp(max=self.total_steps - 1)) * fall
+            rate = torch.where(max_rate.isfinite(), now[:, 1:], now[:, :1])
+            counter += 1
+            _adamw(flat, mean, square, gradient, counter, rate, decay)
 
-    def _adamw(self, flat: Tensor, gradient: Tensor) -> None:
-        """AdamW with betas 0.9 and 0.999, epsilon 1e-8, a rate for each element."""
-        fall = ((self.falls - self.counter) / self.fall_length).clamp(0, 1)
-        rates = _at(self.rates, self.counter.clamp(max=self.total_steps - 1)) * fall
-        rate = torch.where(self.ensemble.max_rate.isfinite(), rates[:, 1:], rates[:, :1])
-        count = (self.counter + 1).to(torch.float32)
-        self.mean.lerp_(gradient, 0.1)
-        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        size = (self.square / (1 - 0.999**count)).sqrt_().add_(1e-8)
-        update = self.mean / (1 - 0.9**count) / size + self.decay * flat
-        flat.sub_(rate * update)
+    def _captured(self, stream: torch.cuda.Stream, steps: int) -> Callable[[], None]:
+        """Steps as a CUDA graph; what they changed on the way is taken back."""
 
-    def _captured(self, stream: torch.cuda.Stream) -> Callable[[], None]:
-        """The step as a CUDA graph; what it changed on the way is taken back."""
+        def advance() -> None:
+            for _ in range(steps):
+                self._advance()
+
         changed = (self.flat, self.mean, self.square, self.counter, self.loss)
         before = [x.detach().clone() for x in changed]
-        replay = capture(self._advance, stream, self.generator)
+        replay = capture(advance, stream, self.generator)
         self.generator.manual_seed(self.ensemble.members[0].seed + self.step)
         with torch.no_grad():
             for x, old in zip(changed, before, strict=True):
                 x.copy_(old)
         return replay
+
+
+def _adamw(
+    flat: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    gradient: Tensor,
+    count: Tensor,
+    rate: Tensor,
+    decay: Tensor,
+) -> None:
+    """Step `count` of AdamW, betas 0.9 and 0.999, epsilon 1e-8, a rate for each element."""
+    mean.lerp_(gradient, 0.1)
+    square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+    count = count.to(torch.float32)
+    size = (square / (1 - 0.999**count)).sqrt_().add_(1e-8)
+    update = mean / (1 - 0.9**count) / size + decay * flat
+    flat.sub_(rate * update)
 
 
 def capture(

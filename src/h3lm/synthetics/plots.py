@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from h3lm.synthetics.report import CUT
-from h3lm.synthetics.settings import SETTINGS
+from h3lm.synthetics.settings import known_setting
 
 if TYPE_CHECKING:
     from h3lm.synthetics.report import Report, Run
@@ -125,7 +125,8 @@ def _accuracy(report: "Report") -> Figure:
 
 
 def _paper_marks(axis: Axes, setting: str, mixers: list[str]) -> None:
-    paper = SETTINGS[setting].paper if setting in SETTINGS else {}
+    known = known_setting(setting)
+    paper = known.paper if known else {}
     marks = [(i, paper[mixer]) for i, mixer in enumerate(mixers) if mixer in paper]
     if marks:
         axis.plot(*zip(*marks, strict=True), "D", color="crimson", markersize=5, label="paper")

@@ -8,9 +8,16 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from h3lm.errors import UserError
-from h3lm.synthetics.settings import MIXERS_BY_DEFAULT, PAPER_LONGER, SETTINGS
+from h3lm.synthetics.settings import (
+    MIXERS_BY_DEFAULT,
+    PAPER_LONGER,
+    SETTINGS,
+    TO_THE_END,
+    known_setting,
+)
 
 CUT = "†"  # marks what the time allowed cut short
+TIED = 0.002  # of accuracies: one of a task's 500 test rows
 CURVE_POINTS = 40  # the whole grid of seven tasks stays below a megabyte
 _COLUMNS = (
     "mixer", "paper", "one recipe", "lr", "best of the search", "lr", "best look", "steps", "loss",
@@ -173,8 +180,10 @@ class Report:
     def select(self, setting: str, mixer: str, kind: str) -> list[Run]:
         """Runs of one kind: those of the recipe, or those of the search's best rate.
 
-        The rate (and the schedule, where a folder holds several) is chosen by the mean test
-        accuracy at the end; where that is equal, by how many are finished and then by the loss.
+        The rate (and the schedule, where a folder holds several) is chosen by what came out at
+        the task's own length only: by the mean test accuracy at the end, where rates that are not
+        more than `TIED` behind the best are equal to it; of these by how many are finished, and
+        then by the mean test loss.
         """
         runs = [r for r in self.runs if (r.setting, r.mixer, r.kind) == (setting, mixer, kind)]
         if not runs:
@@ -184,12 +193,15 @@ class Report:
         for run in runs:
             groups.setdefault((run.learning_rate, run.planned_steps), []).append(run)
 
-        def merit(same: list[Run]) -> tuple[float, float, float]:
+        def merit(same: list[Run]) -> tuple[float, float]:
             loss, finished = fmean(r.test_loss for r in same), fmean(r.finished for r in same)
-            worth = -math.inf if math.isnan(loss) else -loss
-            return fmean(r.accuracy for r in same), finished, worth
+            return finished, -math.inf if math.isnan(loss) else -loss
 
-        best = max(groups.values(), key=merit)
+        means = [fmean(_or_least(r.accuracy) for r in same) for same in groups.values()]
+        equal = [
+            g for g, m in zip(groups.values(), means, strict=True) if m >= max(means) - TIED - 1e-9
+        ]
+        best = max(equal, key=merit)
         return sorted(best, key=lambda run: run.seed)
 
     def summary(self, setting: str, mixer: str) -> str:
@@ -209,7 +221,14 @@ class Report:
 
     def _beside_the_paper(self) -> list[str]:
         """One table of the settings of which the paper has figures; none for fewer than two."""
-        settings = [s for s in self.settings() if s in SETTINGS and SETTINGS[s].paper]
+        names = self.settings()  # of those to the end only where they stand alone
+        found = [
+            (s, known_setting(s))
+            for s in names
+            if s.removesuffix(TO_THE_END) not in names or s in SETTINGS
+        ]
+        papers = {s: known.paper for s, known in found if known and known.paper}
+        settings = list(papers)
         if len(settings) < 2:
             return []
         kinds = ("paper", "one recipe", "best of the search")
@@ -223,7 +242,7 @@ class Report:
         for mixer in dict.fromkeys(m for s in settings for m in self.mixers(s)):
             cells = [mixer]
             for setting in settings:
-                paper = SETTINGS[setting].paper
+                paper = papers[setting]
                 seeds = len({run.seed for run in self.runs if run.setting == setting})
                 cells.append(f"{paper[mixer]:.1f}" if mixer in paper else "-")
                 for kind in ("recipe", "search"):
@@ -232,7 +251,8 @@ class Report:
         return [*lines, ""]
 
     def _table(self, setting: str) -> str:
-        paper = SETTINGS[setting].paper if setting in SETTINGS else {}
+        known = known_setting(setting)
+        paper = known.paper if known else {}
         lines = [
             f"## {setting}",
             "",
@@ -295,7 +315,7 @@ class Report:
             cells = []
             for length in lengths:
                 found = [r.longer[str(length)] for r in runs if str(length) in r.longer]
-                paper = PAPER_LONGER.get((setting, mixer, length))
+                paper = PAPER_LONGER.get((setting.removesuffix(TO_THE_END), mixer, length))
                 note = f" (paper {paper})" if paper else ""
                 cells.append(f"{_spread(found)}{note}" if found else "no positions there")
             lines.append(f"| {mixer} | {' | '.join(cells)} |")
@@ -324,6 +344,10 @@ def _cells(runs: list[Run], seeds: int) -> tuple[str, str]:
 def _loss(runs: list[Run]) -> str:
     loss = fmean(r.test_loss for r in runs)
     return "some diverged" if math.isnan(loss) else f"{loss:.3f}"
+
+
+def _or_least(x: float) -> float:
+    return -math.inf if math.isnan(x) else x
 
 
 def _or_null(x: float) -> float | None:

@@ -29,7 +29,7 @@ from h3lm.models.configuration_h3 import HYBRID, H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.synthetics.ensemble import TURN, Ensemble, Look, Member, Recipe
 from h3lm.synthetics.report import Report, Run
-from h3lm.synthetics.settings import SETTINGS, Setting
+from h3lm.synthetics.settings import SETTINGS, TO_THE_END, Setting
 from h3lm.synthetics.tasks import Baseline, Dataset, Task, check_known, make_task
 
 NUM_LAYERS = 2
@@ -55,7 +55,6 @@ class Plan:
         learning_rate: Rate in place of the recipe's.
         max_steps: Steps in place of the recipe's, its schedule squeezed.
         device: Where to train.
-        early_stop: Whether a model that has solved its task stops, see `Recipe.stop_at`.
     """
 
     settings: dict[str, Setting]
@@ -65,7 +64,6 @@ class Plan:
     learning_rate: float | None = None
     max_steps: int | None = None
     device: str = "cpu"
-    early_stop: bool = True
 
 
 def plan(
@@ -90,7 +88,8 @@ def plan(
         learning_rate: See `Plan`.
         max_steps: See `Plan`.
         device: "cpu", "cuda" or another of torch's.
-        early_stop: See `Plan`.
+        early_stop: Whether a model that has solved its task stops, see `Recipe.stop_at`. Without,
+            the setting has a name of its own, and so its table in the report.
         options: In place of the setting's: vocab_size, length, num_pairs, num_train, num_test.
 
     Raises:
@@ -111,9 +110,11 @@ def plan(
         check_known("task", name, SETTINGS)
         setting = SETTINGS[name]
         if given:
-            settings[_label(name, given)] = _altered(setting, given)
-        else:
-            settings[name] = setting
+            name, setting = _label(name, given), _altered(setting, given)
+        if not early_stop:
+            name += TO_THE_END
+            setting = replace(setting, recipe=replace(setting.recipe, stop_at=None))
+        settings[name] = setting
     chosen = tuple(mixers)
     for mixer in chosen:
         for setting in settings.values():
@@ -126,7 +127,6 @@ def plan(
         learning_rate=learning_rate,
         max_steps=max_steps,
         device=device,
-        early_stop=early_stop,
     )
 
 
@@ -483,8 +483,6 @@ def _wanted(
     recipe, steps = setting.recipe, -(-setting.num_train // setting.recipe.batch_size)
     if plan.max_steps is not None:
         recipe = replace(recipe, epochs=max(1, plan.max_steps // steps))
-    if not plan.early_stop:
-        recipe = replace(recipe, stop_at=None)
     if plan.learning_rate is not None:
         recipe = replace(recipe, learning_rate=plan.learning_rate)
     kinds = [("recipe", recipe)]

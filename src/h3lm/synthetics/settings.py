@@ -61,4 +61,10 @@ SETTINGS: dict[str, Setting] = {
     "mqar-16": _mqar(16, 64),
     "mqar-64": _mqar(64, 256),
 }
+TO_THE_END = "-to-the-end"  # behind the name of a setting whose models do not stop early
 PAPER_LONGER = {("recall", "h3", 40): 98.4}
+
+
+def known_setting(name: str) -> Setting | None:
+    """The setting of a name, also where its models were trained to the end; None if unknown."""
+    return SETTINGS.get(name.removesuffix(TO_THE_END))

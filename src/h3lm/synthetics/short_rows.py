@@ -9,7 +9,6 @@ the same.
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from h3lm.ssm import DiagonalSystem, ShiftSSM
 from h3lm.ssm.dplr import DPLRSystem
 
 MAX_LENGTH = 256
-_BY_PRODUCT = 64  # longest filter whose matrix is cheaper as a product than as a shifted copy
+Pair = tuple[Tensor, Tensor]  # real and imaginary parts
 
 
 def shorten(model: nn.Module) -> None:
@@ -38,13 +37,14 @@ def shorten(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, H3):
             module.backend = "torch"
+            module.diagonal_ssm.system()  # its kernel is tried at its first use
             module.forward = _for_short(module.forward, module, _h3, 1, MAX_LENGTH)  # type: ignore[method-assign]
         elif isinstance(module, Recurrence):
             module.backend = "torch"
             longest = None if isinstance(module, S4) else MAX_LENGTH
             if isinstance(module, S4):
-                # kernels are tried at their first use, which cannot be under vmap; short and long
-                # filters have kernels of their own
+                # kernels are tried at their first use, which cannot be while a step is traced;
+                # short and long filters have kernels of their own
                 for length in (2, MAX_LENGTH):
                     module.system().quick_filter(length)
             module.mix = _for_short(module.mix, module, _mix, 2, longest)  # type: ignore[method-assign]
@@ -70,14 +70,41 @@ def response(system: DiagonalSystem | DPLRSystem, length: int) -> Float[Tensor, 
     """The impulse response, skip term included."""
     if isinstance(system, DPLRSystem):
         return _with_skip(system.quick_filter(length), system.skip)
-    if length > _BY_PRODUCT:
-        return _with_skip(system.filter(length), system.skip)
-    powers = system.powers(torch.arange(length, device=system.a.device)).mT  # [H, L, N/2]
-    weights = (2 * (system.b * system.c)).to(powers.dtype)
-    # Re(w a^l) as a product of real rows and columns
-    row = torch.stack([weights.real, -weights.imag], -1).flatten(1)
-    taps = (torch.view_as_real(powers).flatten(2) @ row[..., None])[..., 0]
-    return _with_skip(taps.to(system.skip.dtype), system.skip)
+    a, b, c = (torch.view_as_real(x) for x in (system.a, system.b, system.c))
+    return _with_skip(_sum_of_modes(a, b, c, length).to(system.skip.dtype), system.skip)
+
+
+def _sum_of_modes(a: Tensor, b: Tensor, c: Tensor, length: int) -> Float[Tensor, "H L"]:
+    """`DiagonalSystem.filter` of real pairs (H, N/2, 2), in float64.
+
+    In real numbers throughout, since a compiler of kernels knows no complex ones, and without
+    logarithms and angles: in float64 squares lose nothing that float32 would see.
+    """
+    wide = torch.float32 if a.device.type == "mps" else torch.float64
+    pole, into, out = ((x[..., 0].to(wide), x[..., 1].to(wide)) for x in (a, b, c))
+    inner = 1 << ((length - 1).bit_length() + 1) // 2
+    fine, pole = _powers(pole, inner)
+    coarse, _ = _powers(pole, -(-length // inner))
+    w_re, w_im = (x[:, None] for x in _times(into, out))
+    re, im = _times(coarse, (2 * w_re, 2 * w_im))
+    # the real part of a product, summed over modes
+    taps = re[:, :, None] * fine[0][:, None] - im[:, :, None] * fine[1][:, None]
+    return taps.sum(-1).flatten(1)[:, :length]
+
+
+def _powers(a: Pair, count: int) -> tuple[Pair, Pair]:
+    """(H, count, N/2): a^0 to a^(count - 1); and a to the least power of two not below count."""
+    lags = torch.arange(count, device=a[0].device)
+    power: Pair = torch.ones_like(a[0])[:, None], torch.zeros_like(a[0])[:, None]
+    for bit in range((count - 1).bit_length()):
+        on = ((lags >> bit) & 1).to(a[0].dtype)[:, None]
+        power = _times(power, (1 + on * (a[0][:, None] - 1), on * a[1][:, None]))
+        a = _times(a, a)
+    return power, a
+
+
+def _times(x: Pair, y: Pair) -> Pair:
+    return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
 
 
 def convolve(taps: Float[Tensor, "H L"], x: Float[Tensor, "H rows L"]) -> Float[Tensor, "H rows L"]:
@@ -86,16 +113,20 @@ def convolve(taps: Float[Tensor, "H L"], x: Float[Tensor, "H rows L"]) -> Float[
 
 
 def _toeplitz(taps: Float[Tensor, "H L"]) -> Float[Tensor, "H L L"]:
-    """[u, t] = taps[t - u], zero below the diagonal.
-
-    By a product, or by laying a row of 2 L out again and again at a distance of 2 L - 1: the
-    gradient of an index would be a sum of scattered elements.
-    """
+    """[u, t] = taps[t - u], zero below the diagonal."""
     L = taps.shape[-1]
-    if L <= _BY_PRODUCT:
-        return (taps @ _shifts(L, taps.dtype, taps.device)).unflatten(-1, (L, L))
-    rows = F.pad(taps, (0, L))[:, None].expand(-1, L, -1).flatten(1)
-    return rows[:, : L * (2 * L - 1)].unflatten(1, (L, 2 * L - 1))[..., :L]
+    return _shifted(F.pad(taps, (0, L)), L, -1)[..., :L]
+
+
+def _shifted(row: Float[Tensor, "H W"], count: int, by: int) -> Float[Tensor, "H count W_by"]:
+    """Copies of a row, each `by` = 1 or -1 places further on; what runs over is its neighbour's.
+
+    Laid out one behind another and read at a distance of W + by: the gradient of an index would
+    be a sum of scattered elements.
+    """
+    width = row.shape[-1] + by
+    rows = row[:, None].expand(-1, count + (by > 0), -1).flatten(1)
+    return rows[:, : count * width].unflatten(1, (count, width))
 
 
 def _for_short(
@@ -139,26 +170,11 @@ def _h3(mixer: H3, u: Tensor) -> Tensor:
 def _shift_response(ssm: ShiftSSM, length: int) -> Tensor:
     """`ShiftSSM.taps` by its definition, f_j = sum_n B_n C_{n+j}, without a transform."""
     known = min(length, ssm.d_state)
-    windows = F.pad(ssm.C, (0, known)).unfold(1, ssm.d_state, 1)[:, :known]
-    taps = (windows @ ssm.B[..., None])[..., 0]
+    # [j, n] = C[n + j], zero beyond its end
+    windows = _shifted(F.pad(ssm.C, (0, known)), known, 1)[..., : ssm.d_state]
+    taps = (windows * ssm.B[:, None]).sum(-1)
     return _with_skip(F.pad(taps, (0, length - known)), ssm.D)
 
 
 def _with_skip(taps: Tensor, skip: Tensor) -> Tensor:
-    return taps + skip[..., None] * _first(taps.shape[-1], taps.dtype, taps.device)
-
-
-# Made once: as part of every step they were one operation in fifteen. On a GPU that is while a
-# first pass warms up, before anything is captured.
-@cache
-def _shifts(length: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "L L_squared"]:
-    """1 where column (u, t) is t - u = row; negative lags match no row."""
-    at = torch.arange(length, device=device)
-    lag = (at - at[:, None]).flatten()
-    return (lag == at[:, None]).to(dtype)
-
-
-@cache
-def _first(length: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " L"]:
-    """(1, 0, 0, ...)."""
-    return (torch.arange(length, device=device) == 0).to(dtype)
+    return taps + F.pad(skip[..., None], (0, taps.shape[-1] - 1))
