@@ -28,13 +28,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from h3lm.bench.generate import filled_decoder, graph_ms, make_model
 from h3lm.bench.measure import median_ms
 from h3lm.bench.roofline import Ceilings
-from h3lm.flashconv import RingState, StepOperators, h3_step_in_place
-from h3lm.flashconv.kernels import step_triton as core
+from h3lm.flashconv import RingState, StepOperators, h3_step_in_place, lagging
+from h3lm.flashconv.kernels import step_lagging as core
 from h3lm.flashconv.kernels.launch import multiprocessors
 from h3lm.flashconv.kernels.overlap import can_overlap
-from h3lm.flashconv.kernels.step_triton import StepSize
+from h3lm.flashconv.kernels.step_lagging import LaggingSize
+from h3lm.flashconv.lagging import BLOCK
 from h3lm.layers import step_triton as step
 from h3lm.layers.step_triton import AttendSize, ProductSize, attend_step, product
+from h3lm.ssm.operators import DiagonalSystem
 
 D, HEADS, HEAD_DIM, MODES, TAPS = 2048, 16, 128, 32, 64  # of the 1.3B preset
 TOLERANCE = 1e-2
@@ -82,7 +84,9 @@ def cases(only: frozenset[str] | set[str]) -> Iterator[Case]:
     """Everything that is tried, the most telling first."""
     if "core" in only:
         for rows in (64, 16, 1):
-            moved = rows * D * (2 * MODES * 8 + TAPS * 2 + 8) + D * (3 * MODES * 8 + TAPS * 4)
+            # of a channel: what a block costs, and what each step does
+            block = 2 * MODES * 8 + TAPS * 2 + 3 * BLOCK * 4
+            moved = rows * D * (block // BLOCK + 3 * BLOCK + 20)
             yield Case(f"core {rows}", partial(_core, rows), 8, moved, list(core_sizes(rows)))
     if "product" in only:
         for rows in (64, 16, 1):
@@ -100,17 +104,18 @@ def cases(only: frozenset[str] | set[str]) -> Iterator[Case]:
             )  # fmt: skip
 
 
-def core_sizes(rows: int) -> Iterator[StepSize]:
+def core_sizes(rows: int) -> Iterator[LaggingSize]:
     """Sizes of the H3 core."""
-    for columns, at_once, warps in ((4, 2, 1), (8, 4, 4), (4, 1, 1), (8, 2, 2)):
-        if at_once <= rows:
-            yield StepSize(columns, at_once, warps)
-    for at_once, stages, warps in (
-        (1, 1, 1), (2, 2, 1), (2, 2, 4), (4, 2, 1), (4, 2, 4), (8, 2, 1), (8, 2, 4), (16, 2, 1),
-        (16, 2, 4), (32, 2, 1), (32, 2, 4), (16, 3, 4),
+    for size in (
+        (4, 4, 1, 4, 8), (4, 4, 1, 2, 8), (4, 4, 1, 4, 8, 64), (4, 4, 1, 2, 8, 64),
+        (4, 4, 1, 2, 8, 80), (4, 4, 1, 4, 16, 96), (4, 4, 1, 8, 16), (2, 2, 1, 2, 8),
+        (2, 2, 1, 4, 8), (2, 4, 2, 4, 8), (2, 4, 2, 2, 8, 64), (4, 8, 2, 4, 8),
+        (4, 8, 2, 2, 8, 64), (8, 8, 1, 2, 8, 64), (8, 8, 1, 4, 8), (8, 4, 1, 2, 8),
+        (8, 8, 2, 2, 8, 64), (16, 8, 1, 2, 8), (1, 1, 1, 4, 8), (1, 2, 2, 4, 8), (1, 4, 4, 4, 8),
+        (1, 4, 4, 2, 8, 64), (1, 8, 8, 4, 16), (1, 8, 8, 2, 16),
     ):  # fmt: skip
-        if at_once <= rows:
-            yield StepSize(4 * warps, at_once, warps, lean=True, stages=stages)
+        if size[0] <= rows <= 16 * size[0] ** 2:
+            yield LaggingSize(*size)
 
 
 ONE_ROW = {  # parts, columns, depth, warps
@@ -173,28 +178,34 @@ def _core(
     """With positions of the rings: everything that a call changes, not its output alone."""
     q, k, v = _draw(rows, 3 * D).chunk(3, -1)
     angle = torch.rand(D, MODES, device="cuda")
-    a, b, c = (0.9 * torch.stack([x.cos(), x.sin()], -1) for x in (angle, angle, 2 * angle))
-    operators = StepOperators(_draw(D, TAPS).float() / 8, a, b, c, _draw(D).float())
+    a, b, c = (torch.polar(torch.full_like(x, 0.9), x) for x in (angle, angle, 2 * angle))
+    system = DiagonalSystem(a, b, c, _draw(D).float())
+    operators = StepOperators.of(_draw(D, TAPS).float() / 8, system, lags=True)
     states = [
         RingState(
-            _draw(rows, D, TAPS),
+            lagging.innermost(_draw(rows, D, TAPS), 1),
             torch.full((rows,), 200, device="cuda") if position is None else position,
-            _draw(rows, D, MODES, 2, dtype=torch.float32),
+            lagging.innermost(_draw(rows, D, MODES, 2, dtype=torch.float32), 1),
+            _draw(rows, 2, BLOCK, D, dtype=torch.float32),
         )
         for _ in range(layers)
-    ]  # fmt: skip
+    ]
     early = can_overlap(q.device)
 
     def call(i: int) -> Tensor:
-        if isinstance(size, StepSize):
+        if isinstance(size, LaggingSize):
+            of, state = operators, states[i]
+            assert of.response is not None
+            assert state.recent is not None
             return core.step(
-                q, k, v, *operators, *states[i], head_dim=1, early=early, size=size
+                q, k, v, of.taps, of.a, of.b, of.c, of.response, state.ring, state.position,
+                state.diagonal, state.recent, early=early, size=size,
             )  # fmt: skip
         return h3_step_in_place(q, k, v, operators, states[i], backend="torch")
 
     if position is None:
         return call
-    return lambda i: (call(i), states[i].ring, states[i].diagonal)
+    return lambda i: (call(i), *(x for x in states[i] if x is not position))
 
 
 def _core_results(rows: int, size: object) -> list[Tensor]:
@@ -441,7 +452,7 @@ def _sizes(rows: int, name: str, bad: set[tuple[str, object]]) -> list[Any]:
 
 def table_lines() -> Iterator[str]:
     """The tables of sizes as they stand, in Python."""
-    yield "flashconv/kernels/step_triton.py: SIZES = {"
+    yield "flashconv/kernels/step_lagging.py: SIZES = {"
     yield from (f"    {key}: {_short(size)}," for key, size in core.SIZES.items())
     yield "}"
     yield f"layers/step_triton.py: NORM_FIRST = {step.NORM_FIRST}"
