@@ -14,7 +14,7 @@ from .conftest import small_model
 @pytest.fixture(autouse=True)
 def lagging_everywhere(monkeypatch):
     for module in ("cache", "decoding"):
-        monkeypatch.setattr(f"h3lm.models.{module}.lags", lambda config, device: True)
+        monkeypatch.setattr(f"h3lm.models.{module}.lags", lambda config, device, rows: True)
 
 
 @pytest.fixture(params=["h3", "hybrid"])
@@ -100,4 +100,4 @@ def test_bytes_of_a_row_are_those_of_the_tensors(model):
 
 
 def test_on_a_cpu_nothing_lags():
-    assert not lags(small_model().config, torch.device("cpu"))
+    assert not lags(small_model().config, torch.device("cpu"), 64)

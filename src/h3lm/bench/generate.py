@@ -266,7 +266,7 @@ def _row(
         "model": name, "batch": rows, "prompt": prompt, "tokens/s": rows / step,
         "step ms": 1e3 * step, "floor ms": 1e3 * floor, "% of floor": 100 * floor / step,
         "prefill ms": 1e3 * prefill,
-        "MiB a sequence": decoding.bytes_of_row(model, prompt + NEW_TOKENS) / 2**20,
+        "MiB a sequence": decoding.bytes_of_row(model, prompt + NEW_TOKENS, rows) / 2**20,
         "peak GiB": peak / 2**30,
     }  # fmt: skip
 

@@ -377,7 +377,7 @@ class DecodingCache(Cache):
         self, config: H3Config, rows: int, capacity: int, device: torch.device | str = "cpu"
     ) -> None:
         self.ring = RingPosition()
-        behind = lags(config, torch.device(device))
+        behind = lags(config, torch.device(device), rows)
         super().__init__(layers=_layers(config, self.ring, lambda: SlotLayer(capacity), behind))
         self.rows, self.capacity = rows, capacity
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -462,8 +462,10 @@ class DecodingCache(Cache):
                 mine.copy_(new)
 
 
-def lags(config: H3Config, device: torch.device) -> bool:
+def lags(config: H3Config, device: torch.device, rows: int) -> bool:
     """Whether diagonal states of a decoding cache lag behind: where a kernel gains by it."""
+    if rows < lagging.FROM_ROWS:
+        return False
     modes, taps = config.d_state // 2, config.h3_num_taps or config.d_state
     problem = Problem(1, capability(device), config.h3_head_dim, modes, taps)
     takes = lagging.takes(config.h3_head_dim, config.hidden_size, taps)

@@ -140,7 +140,7 @@ def new_cache(model: Any, rows: int, positions: int) -> DecodingCache:
     kept.forget()
     capacity = capacity_for(positions)
     room = _free_bytes(model.device)
-    need = bytes_of_row(model, capacity)
+    need = bytes_of_row(model, capacity, rows)
     if room is not None and rows * need > room:
         fits = f"a batch of {room // need} fits" if room >= need else "not even one row fits"
         raise UserError(
@@ -150,14 +150,14 @@ def new_cache(model: Any, rows: int, positions: int) -> DecodingCache:
     return DecodingCache(model.config, rows, capacity, model.device)
 
 
-def bytes_of_row(model: Any, capacity: int) -> int:
-    """Memory of one row of a decoding cache."""
+def bytes_of_row(model: Any, capacity: int, rows: int = 64) -> int:
+    """Memory of one row of a decoding cache with so many; few of them may need less."""
     config = model.config
     width = model.lm_head.weight.dtype.itemsize
     attention = len(config.attention_layers) * 2 * capacity * config.hidden_size * width
     shift = (config.h3_num_taps or config.d_state) * config.hidden_size * width
     diagonal = config.hidden_size * config.h3_head_dim * config.d_state * 4
-    recent = 2 * lagging.BLOCK * config.hidden_size * 4 if lags(config, model.device) else 0
+    recent = 2 * lagging.BLOCK * config.hidden_size * 4 if lags(config, model.device, rows) else 0
     return attention + config.mixers.count("h3") * (shift + diagonal + recent)
 
 

@@ -40,6 +40,13 @@ def launch_options(early: bool, first: bool) -> dict[str, Any]:
 
 
 @triton.jit
+def let_next_start(EARLY: tl.constexpr):
+    """Let the next kernel start: of one that waits at its end alone."""
+    if EARLY:
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def wait_for_inputs(first, EARLY: tl.constexpr):
     """Wait for the kernel before this one, and let the next start: `first`, or behind the wait."""
     if EARLY:

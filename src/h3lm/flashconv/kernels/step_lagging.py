@@ -1,11 +1,9 @@
 """One token of the H3 core in Triton where diagonal states lag behind; see `flashconv.lagging`.
 
-A program owns a group of channels of some rows, whose blocks begin together, and a thread one of
-each: channels lie innermost everywhere, and nothing crosses threads. Seven times of eight it
-touches no state: it adds a few numbers for each channel. Else it moves the states over the last
-block and makes what they will answer in the next one. Nearly all of it needs nothing of this step,
-and is done in front of the wait for q, k and v, while the product that makes them runs. The
-programs that move states come first.
+Two kernels. The first moves the states whose blocks begin, and makes what they and the shift SSM
+will answer in the block; it needs nothing of this step and runs while the product makes q, k and v.
+The second adds a few numbers for each channel. Channels lie innermost everywhere, and nothing
+crosses threads but sums over modes and taps, in the first kernel alone.
 """
 
 import math
@@ -16,9 +14,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h3lm.flashconv.kernels.overlap import launch_options, wait_for_inputs
+from h3lm.flashconv.kernels.overlap import launch_options, let_next_start, wait_for_inputs
 from h3lm.flashconv.lagging import BLOCK, GROUP
 from h3lm.flashconv.step import rows_class
+
+
+@dataclass(frozen=True)
+class LaggingSize:
+    """Sizes of the kernels; `h3lm.bench.generate_tune` times them.
+
+    Attributes:
+        split: Warps of the first kernel, which share modes and taps of a group of channels.
+        modes: Modes that each takes at once.
+        rows: Rows of a program of the second.
+        wide: Channels of it.
+        warps: Warps of it.
+        first: Whether the next kernel may start before this one waits.
+    """
+
+    split: int = 4
+    modes: int = 4
+    rows: int = 4
+    wide: int = 32
+    warps: int = 4
+    first: bool = False
+
+
+SIZES = {  # by `rows_class`, the last for more; the first for one row, too
+    16: LaggingSize(),
+    64: LaggingSize(),
+}
 
 
 @triton.jit
@@ -37,44 +62,35 @@ def zeros(COUNT: tl.constexpr, shape: tl.constexpr):
 
 
 @triton.jit
-def load_pair(pointer, at, D, mask):
+def load_pair(pointer, at, D):
     """A complex number of each channel: real parts of all, then imaginary ones."""
-    return tl.load(pointer + at, mask=mask), tl.load(pointer + at + D, mask=mask)
+    return tl.load(pointer + at), tl.load(pointer + at + D)
 
 
 @triton.jit
 def move_states(
-    diagonal, here, a, b, c, far, D, channel, count, slot, renew,
-    MODES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr, AT_ONCE: tl.constexpr,
+    diagonal, a, b, c, inputs, D, channel, count,
+    MODES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Take the last `count` inputs into states; leave their answers to the next block at `here`."""
-    inputs, uses = none_yet(), none_yet()
-    for j in tl.static_range(BLOCK):
-        use = (renew & (j >= BLOCK - count))[:, None]
-        inputs += (tl.load(here + j * D, mask=use, other=0.0)[None],)
-        uses += (use[None],)
-    sums = zeros(BLOCK, [SPLIT, ROWS, GROUP])
+    """Take the last `count` inputs into the states of a row; what they answer in the next block."""
+    sums = zeros(BLOCK, [SPLIT, GROUP])
     part = tl.arange(0, SPLIT) * (MODES // SPLIT)
-    wanted = renew[None, :, None]
-    moved = wanted & (count > 0)[None, :, None]
     for begin in range(0, MODES // SPLIT, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
-            mode = part + begin + i
-            at = (far[None, :] * MODES + mode[:, None]) * (2 * D)
-            at = at[:, :, None] + channel[None, None, :]
-            of_mode = mode[:, None, None] * (2 * D) + channel[None, None, :]
-            re, im = load_pair(diagonal, at, D, wanted)
-            a_re, a_im = load_pair(a, of_mode, D, None)
-            b_re, b_im = load_pair(b, of_mode, D, None)
-            c_re, c_im = load_pair(c, of_mode, D, None)
+            at = (part + begin + i)[:, None] * (2 * D) + channel[None, :]
+            re, im = load_pair(diagonal, at, D)
+            a_re, a_im = load_pair(a, at, D)
+            b_re, b_im = load_pair(b, at, D)
+            c_re, c_im = load_pair(c, at, D)
             for j in tl.static_range(BLOCK):
+                use = j >= BLOCK - count
                 new_re = a_re * re - a_im * im + b_re * inputs[j]
                 new_im = a_re * im + a_im * re + b_im * inputs[j]
-                re = tl.where(uses[j], new_re, re)
-                im = tl.where(uses[j], new_im, im)
-            tl.store(diagonal + at, re, mask=moved)
-            tl.store(diagonal + at + D, im, mask=moved)
+                re = tl.where(use, new_re, re)
+                im = tl.where(use, new_im, im)
+            tl.store(diagonal + at, re)
+            tl.store(diagonal + at + D, im)
             # from here on c x, whose real parts are half of the answers
             x_re = c_re * re - c_im * im
             x_im = c_re * im + c_im * re
@@ -85,95 +101,132 @@ def move_states(
                 x_re = re
                 more += (sums[m] + x_re,)
             sums = more
-    tl.debug_barrier()  # all have read the inputs that are written over
-    for m in tl.static_range(BLOCK):
-        inside = (renew & (slot + m < BLOCK))[:, None]
-        tl.store(here + (slot[:, None] + m) * D, 2 * tl.sum(sums[m], 0), mask=inside)
+    return sums
 
 
 @triton.jit
 def shift_ahead(
-    values, here, taps, D, channel, newest, slot, renew,
-    N_TAPS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    values, taps, D, channel, write,
+    N_TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """What values of k before this step add to the shift SSM in this step and the next ones."""
-    sums = zeros(BLOCK, [ROWS, GROUP])
+    """What a row's values of k before this step add to the shift SSM in the steps of a block."""
+    OF_PART: tl.constexpr = (N_TAPS + SPLIT - 1) // SPLIT
+    sums = zeros(BLOCK, [SPLIT, GROUP])
+    age = tl.arange(0, SPLIT)[:, None] * OF_PART + 1
     window = none_yet()
     for m in tl.static_range(BLOCK):
-        window += (tl.load(taps + m * D + channel)[None, :],)
-    for begin in range(1, N_TAPS, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            age = begin + i
-            place = newest - (age - 1)
-            place = tl.where(place < 0, place + N_TAPS, place)
-            known = (renew & (age < N_TAPS))[:, None]
-            value = tl.load(values + place[:, None] * D, mask=known, other=0.0).to(tl.float32)
-            last = age + BLOCK - 1
-            there = channel < (N_TAPS - last) * D  # all of them, or none behind the last tap
-            window = window[1:]
-            window += (tl.load(taps + last * D + channel, mask=there, other=0.0)[None, :],)
-            more = none_yet()
-            for m in tl.static_range(BLOCK):
-                more += (sums[m] + window[m] * value,)
-            sums = more
-    for m in tl.static_range(BLOCK):
-        inside = (renew & (slot + m < BLOCK))[:, None]
-        tl.store(here + (slot[:, None] + m) * D, sums[m], mask=inside)
+        window += (load_tap(taps, age + m - 1, D, channel, N_TAPS),)
+    for _ in tl.static_range(OF_PART):
+        place = write - age
+        place = tl.where(place < 0, place + N_TAPS, place)
+        value = tl.load(values + place * D + channel[None, :], mask=age < N_TAPS, other=0.0)
+        value = value.to(tl.float32)
+        window = window[1:]
+        window += (load_tap(taps, age + BLOCK - 1, D, channel, N_TAPS),)
+        more = none_yet()
+        for m in tl.static_range(BLOCK):
+            more += (sums[m] + window[m] * value,)
+        sums = more
+        age += 1
+    return sums
+
+
+@triton.jit
+def eight_of(x):
+    """Eight tensors as one with an axis more, the last."""
+    even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
+    odd = tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7]))
+    both = tl.join(even, odd)
+    return tl.reshape(both, (both.shape[0], both.shape[1], 8))
+
+
+@triton.jit
+def load_tap(taps, number, D, channel, N_TAPS: tl.constexpr):
+    """A tap of each channel, zero behind the last."""
+    return tl.load(taps + number * D + channel[None, :], mask=number < N_TAPS, other=0.0)
+
+
+@triton.jit(do_not_specialize=["first"])
+def renew_kernel(
+    ring, position, diagonal, recent, taps, a, b, c, D, groups, first,
+    N_TAPS: tl.constexpr, MODES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Begin the blocks of a group of channels of a row that begin with this step."""
+    let_next_start(EARLY)
+    row = tl.program_id(1).to(tl.int64)  # states pass 2^31 elements
+    steps = tl.load(position + row)
+    write = (steps % N_TAPS).to(tl.int32)
+    count = tl.minimum(steps, BLOCK).to(tl.int32)
+    begins = (BLOCK - (steps % BLOCK).to(tl.int32)) % BLOCK  # the eighth of the channels
+    eighths = 1
+    if count == 0:
+        eighths = BLOCK
+    for slot in range(eighths):  # of a row at its first step all begin, somewhere in a block
+        eighth = (begins + slot) % BLOCK
+        group = tl.cdiv(eighth * groups, BLOCK) + tl.program_id(0)
+        if group < tl.cdiv((eighth + 1) * groups, BLOCK):
+            channel = group * GROUP + tl.arange(0, GROUP)
+            shifts = recent + row * (2 * BLOCK * D)
+            answers = shifts + BLOCK * D
+            inputs = none_yet()
+            for j in tl.static_range(BLOCK):
+                at = answers + j * D + channel
+                inputs += (
+                    tl.load(at, mask=channel < (j + count - BLOCK + 1) * D, other=0.0)[None],
+                )
+            modes = move_states(
+                diagonal + row * (2 * MODES * D), a, b, c, inputs, D, channel, count,
+                MODES, GROUP, BLOCK, SPLIT, AT_ONCE,
+            )  # fmt: skip
+            shifted = shift_ahead(
+                ring + row * (N_TAPS * D), taps, D, channel, write, N_TAPS, GROUP, BLOCK, SPLIT
+            )
+            # one sum over threads; it ends behind the last look at inputs that are written over
+            sums = tl.sum(tl.join(eight_of(shifted), 2 * eight_of(modes)), 0)
+            tl.debug_barrier()
+            which = tl.arange(0, 2)[None, None, :]
+            step = slot + tl.arange(0, BLOCK)[None, :, None]
+            at = (which * BLOCK + step) * D + channel[:, None, None]
+            tl.store(shifts + at, sums, mask=step < BLOCK)
+    wait_for_inputs(first, EARLY)
 
 
 @triton.jit(do_not_specialize=["first"])
 def h3_step_kernel(
-    q, k, v, o, ring, position, diagonal, recent, taps, a, b, c, response, B, D, groups,
+    q, k, v, o, ring, position, recent, taps, response, B, D, groups,
     q_stride, k_stride, v_stride, first,
-    N_TAPS: tl.constexpr, MODES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, SPLIT: tl.constexpr, MODES_AT_ONCE: tl.constexpr,
-    TAPS_AT_ONCE: tl.constexpr, EARLY: tl.constexpr,
+    N_TAPS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Advance a group of channels of ROWS rows."""
-    # groups that are at the beginning of a block where row 0 is come first
-    begins = (BLOCK - (tl.load(position) % BLOCK).to(tl.int32)) % BLOCK
-    blocks = tl.num_programs(0) // groups
-    group = (tl.program_id(0) // blocks + tl.cdiv(begins * groups, BLOCK)) % groups
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    live = row < B
-    far = row.to(tl.int64)  # states pass 2^31 elements
-    steps = tl.load(position + row, mask=live, other=1)
-    slot = ((steps + group * BLOCK // groups) % BLOCK).to(tl.int32)
+    """Advance WIDE channels of one eighth, of ROWS rows."""
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    eighth = tl.program_id(0) * WIDE // GROUP * BLOCK // groups
+    mask = (row < B)[:, None]
+    far = row.to(tl.int64)
+    steps = tl.load(position + row, mask=row < B, other=0)
+    slot = ((steps + eighth) % BLOCK).to(tl.int32)
     write = (steps % N_TAPS).to(tl.int32)
-    newest = tl.where(write == 0, N_TAPS - 1, write - 1)
-    steps = tl.minimum(steps, BLOCK).to(tl.int32)
-    renew = live & ((slot == 0) | (steps == 0))
-    channel = group * GROUP + tl.arange(0, GROUP)
-    shifts = recent + far[:, None] * (2 * BLOCK * D) + channel[None, :]
+    seen = tl.minimum(steps.to(tl.int32), slot)  # steps of the block so far
+    shifts = recent + (far * (2 * BLOCK) + slot)[:, None] * D + channel[None, :]
     here = shifts + BLOCK * D
-    values = ring + far[:, None] * (N_TAPS * D) + channel[None, :]
-    if tl.max(renew.to(tl.int32), 0) > 0:
-        move_states(
-            diagonal, here, a, b, c, far, D, channel, steps, slot, renew,
-            MODES, ROWS, GROUP, BLOCK, SPLIT, MODES_AT_ONCE,
-        )  # fmt: skip
-        shift_ahead(
-            values, shifts, taps, D, channel, newest, slot, renew,
-            N_TAPS, ROWS, GROUP, BLOCK, TAPS_AT_ONCE,
-        )  # fmt: skip
-        tl.debug_barrier()  # other threads may read what these have written
-
-    seen = tl.minimum(steps, slot)
-    mask = live[:, None]
-    s = tl.load(shifts + slot[:, None] * D, mask=mask, other=0.0)
-    y = tl.load(here + slot[:, None] * D, mask=mask, other=0.0)
+    values = ring + (far * N_TAPS)[:, None] * D + channel[None, :]
+    s = tl.zeros((ROWS, WIDE), tl.float32)
+    y = tl.zeros((ROWS, WIDE), tl.float32)
     for j in tl.static_range(1, BLOCK):
         use = mask & (j <= seen)[:, None]
         place = write - j
         place = tl.where(place < 0, place + N_TAPS, place)
         old = tl.load(values + place[:, None] * D, mask=use, other=0.0).to(tl.float32)
         s += tl.load(taps + j * D + channel)[None, :] * old
-        w = tl.load(here + (slot[:, None] - j) * D, mask=use, other=0.0)
+        w = tl.load(here - j * D, mask=use, other=0.0)
         y += tl.load(response + j * D + channel)[None, :] * w
     now_k = tl.load(taps + channel)[None, :]
     now_w = tl.load(response + channel)[None, :]
     wait_for_inputs(first, EARLY)
+    s += tl.load(shifts, mask=mask, other=0.0)
+    y += tl.load(here, mask=mask, other=0.0)
     gate = tl.load(q + far[:, None] * q_stride + channel[None, :], mask=mask, other=0.0)
     new = tl.load(k + far[:, None] * k_stride + channel[None, :], mask=mask, other=0.0)
     value = tl.load(v + far[:, None] * v_stride + channel[None, :], mask=mask, other=0.0)
@@ -182,37 +235,7 @@ def h3_step_kernel(
     out = o + far[:, None] * D + channel[None, :]
     tl.store(out, (gate.to(tl.float32) * y).to(o.dtype.element_ty), mask=mask)
     tl.store(values + write[:, None] * D, new, mask=mask)
-    tl.store(here + slot[:, None] * D, w, mask=mask)
-
-
-@dataclass(frozen=True)
-class LaggingSize:
-    """Sizes of the kernel; `h3lm.bench.generate_tune` times them.
-
-    Attributes:
-        rows: Rows of a program.
-        warps: Warps of a program.
-        split: Parts of the modes that it takes at the same time.
-        modes: Modes that each takes at once.
-        taps: Taps that it takes at once.
-        registers: Of a thread at most; as many as it wants if 0.
-        first: Whether the next kernel may start before this one waits.
-    """
-
-    rows: int = 4
-    warps: int = 4
-    split: int = 1
-    modes: int = 4
-    taps: int = 8
-    registers: int = 0
-    first: bool = False
-
-
-SIZES = {  # by `rows_class`; the last for more
-    1: LaggingSize(rows=1, split=4),
-    16: LaggingSize(),
-    64: LaggingSize(),
-}
+    tl.store(here, w, mask=mask)
 
 
 def step(
@@ -231,23 +254,28 @@ def step(
     early: bool = False,
     size: LaggingSize | None = None,
 ) -> Tensor:
-    """Launch the kernel; see `flashconv.h3_step_in_place` for shapes; one of `SIZES` if None.
+    """Launch the kernels; see `flashconv.h3_step_in_place` for shapes; one of `SIZES` if None.
 
     q, k and v have contiguous channels and any row stride; in all else channels lie innermost.
     """
     B, D = q.shape
     modes, n_taps, groups = a.shape[1], taps.shape[1], D // GROUP
-    size = size or SIZES[rows_class(B)]
+    size = size or SIZES[max(rows_class(B), 16)]
+    split = math.gcd(size.split, modes)  # a warp for each: none may read what another one writes
+    renew_kernel[(triton.cdiv(groups, BLOCK), B)](
+        ring, position, diagonal, recent, taps, a, b, c, D, groups,
+        N_TAPS=n_taps, MODES=modes, GROUP=GROUP, BLOCK=BLOCK, SPLIT=split,
+        AT_ONCE=math.gcd(size.modes, modes // split), num_warps=split,
+        **launch_options(early, first=False),
+    )  # fmt: skip
+    # no program goes beyond an eighth of the channels
+    wide = GROUP if groups % BLOCK else math.gcd(size.wide, D // BLOCK)
     rows = min(size.rows, triton.next_power_of_2(B))
-    split = math.gcd(size.split, modes)
-    limit = {"maxnreg": size.registers} if size.registers else {}
     o = torch.empty((B, D), dtype=q.dtype, device=q.device)
-    h3_step_kernel[(groups * triton.cdiv(B, rows),)](
-        q, k, v, o, ring, position, diagonal, recent, taps, a, b, c, response, B, D, groups,
+    h3_step_kernel[(D // wide, triton.cdiv(B, rows))](
+        q, k, v, o, ring, position, recent, taps, response, B, D, groups,
         q.stride(0), k.stride(0), v.stride(0),
-        N_TAPS=n_taps, MODES=modes, ROWS=rows, GROUP=GROUP, BLOCK=BLOCK, SPLIT=split,
-        MODES_AT_ONCE=math.gcd(size.modes, modes // split), TAPS_AT_ONCE=size.taps,
-        # as many threads as channels: two with the same would write what the other still reads
-        num_warps=min(size.warps, rows * split), **limit, **launch_options(early, size.first),
+        N_TAPS=n_taps, ROWS=rows, WIDE=wide, GROUP=GROUP, BLOCK=BLOCK,
+        num_warps=min(size.warps, max(1, rows * wide // 32)), **launch_options(early, size.first),
     )  # fmt: skip
     return o
