@@ -1,4 +1,4 @@
-"""Decoding caches whose diagonal states lag behind, in plain PyTorch; on a GPU all of them do."""
+"""Decoding caches whose diagonal states lag behind: in plain PyTorch, and by kernels on a GPU."""
 
 import pytest
 import torch
@@ -22,6 +22,9 @@ def model(request):
     return small_model(mixers=request.param, hidden_size=256)
 
 
+on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
 def a_decoder(model, rows):
     cache = DecodingCache(model.config, rows, 64)
     decoder = decoding.Decoder(model, cache, Chooser([], False, rows, 72, torch.device("cpu")))
@@ -33,9 +36,10 @@ def rings(cache):
     return [layer for layer in cache.layers if hasattr(layer, "ring")]
 
 
+@on_both
 @pytest.mark.parametrize("padded", [False, True])
-def test_both_loops_give_the_same_tokens(model, padded):
-    ids = torch.randint(0, 72, (3, 37))
+def test_both_loops_give_the_same_tokens(model, padded, device):
+    model, ids = model.to(device), torch.randint(0, 72, (3, 37)).to(device)
     mask = torch.ones_like(ids)
     if padded:
         mask[1, :11], mask[2, :1] = 0, 0
@@ -45,7 +49,9 @@ def test_both_loops_give_the_same_tokens(model, padded):
     assert torch.equal(fast, slow.sequences)
 
 
-def test_requests_get_what_they_get_alone(model):
+@on_both
+def test_requests_get_what_they_get_alone(model, device):
+    model = model.to(device)
     wanted = [(torch.randint(0, 72, (n,)).tolist(), 5 + n, 0, n) for n in (3, 17, 1, 9, 4)]
     alone, together = (
         {request.number: request.tokens for request in slots.run(Request(*x) for x in wanted)}

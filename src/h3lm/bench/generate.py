@@ -220,7 +220,7 @@ def check(say: Callable[[str], None]) -> None:
             for key, parameter in model.named_parameters():
                 if "_ssm" not in key:  # larger, so that no two tokens are nearly alike
                     parameter.add_(0.05 * torch.randn_like(parameter))
-        ids = torch.randint(0, 512, (5, 200), device="cuda")
+        ids = torch.randint(0, 512, (lagging.FROM_ROWS + 1, 200), device="cuda")
         options = {"do_sample": False, "max_new_tokens": 64, "pad_token_id": 0}
         mask = torch.ones_like(ids)
         fast = model.generate(ids, attention_mask=mask, **options)

@@ -116,7 +116,7 @@ def core_sizes(rows: int) -> Iterator[StepSize | LaggingSize]:
         for at_once, wide, warps in (
             (1, 128, 4), (1, 256, 4), (1, 128, 2), (4, 64, 4), (2, 64, 4), (8, 32, 8), (2, 256, 8),
         ):  # fmt: skip
-            for split, modes in ((4, 2), (8, 2), (8, 4)):
+            for split, modes in ((4, 2), (4, 4), (8, 2)):
                 yield LaggingSize(split, modes, at_once, wide, warps)
         return
     for columns, at_once, warps in ((4, 2, 1), (8, 4, 4), (4, 1, 1), (8, 2, 2)):

@@ -22,7 +22,7 @@ from h3lm.ssm.first_use import first_use
 
 logger = logging.getLogger("h3lm.layers")
 _known: dict[tuple[torch.device, int], str] = {}
-SIZES = MixerSizes(d_model=256, num_heads=2, rotary_dim=32)
+SIZES = MixerSizes(d_model=128, num_heads=2, rotary_dim=32)
 ROWS = {1: 1, 16: 3, 64: 33}  # that are compared, by `rows_class`
 SEEN = 63  # as many positions as a ring remembers
 STEPS = lagging.BLOCK + 2  # in which every state moves

@@ -62,35 +62,43 @@ def zeros(COUNT: tl.constexpr, shape: tl.constexpr):
 
 
 @triton.jit
-def load_pair(pointer, at, D):
+def load_pair(at, D: tl.constexpr):
     """A complex number of each channel: real parts of all, then imaginary ones."""
-    return tl.load(pointer + at), tl.load(pointer + at + D)
+    return tl.load(at), tl.load(at + D)
 
 
 @triton.jit
 def move_states(
-    diagonal, a, b, c, inputs, D, channel, count,
-    MODES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    diagonal, a, b, c, inputs, channel, count,
+    D: tl.constexpr, MODES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Take the last `count` inputs into the states of a row; what they answer in the next block."""
     sums = zeros(BLOCK, [SPLIT, GROUP])
-    part = tl.arange(0, SPLIT) * (MODES // SPLIT)
-    for begin in range(0, MODES // SPLIT, AT_ONCE):
+    PAIR: tl.constexpr = 2 * D
+    first = tl.arange(0, SPLIT)[:, None] * (MODES // SPLIT * PAIR) + channel[None, :]
+    # distances that the compiler knows cost neither registers nor instructions
+    at, at_a, at_b, at_c = diagonal + first, a + first, b + first, c + first
+    for _ in range(0, MODES // SPLIT, AT_ONCE):
+        loaded = none_yet()  # all of them in front of the first that is stored
         for i in tl.static_range(AT_ONCE):
-            at = (part + begin + i)[:, None] * (2 * D) + channel[None, :]
-            re, im = load_pair(diagonal, at, D)
-            a_re, a_im = load_pair(a, at, D)
-            b_re, b_im = load_pair(b, at, D)
-            c_re, c_im = load_pair(c, at, D)
+            loaded += load_pair(at + i * PAIR, D)
+            loaded += load_pair(at_a + i * PAIR, D)
+            loaded += load_pair(at_b + i * PAIR, D)
+            loaded += load_pair(at_c + i * PAIR, D)
+        for i in tl.static_range(AT_ONCE):
+            re, im = loaded[8 * i], loaded[8 * i + 1]
+            a_re, a_im = loaded[8 * i + 2], loaded[8 * i + 3]
+            b_re, b_im = loaded[8 * i + 4], loaded[8 * i + 5]
+            c_re, c_im = loaded[8 * i + 6], loaded[8 * i + 7]
             for j in tl.static_range(BLOCK):
                 use = j >= BLOCK - count
                 new_re = a_re * re - a_im * im + b_re * inputs[j]
                 new_im = a_re * im + a_im * re + b_im * inputs[j]
                 re = tl.where(use, new_re, re)
                 im = tl.where(use, new_im, im)
-            tl.store(diagonal + at, re)
-            tl.store(diagonal + at + D, im)
+            tl.store(at + i * PAIR, re)
+            tl.store(at + (i * PAIR + D), im)
             # from here on c x, whose real parts are half of the answers
             x_re = c_re * re - c_im * im
             x_im = c_re * im + c_im * re
@@ -101,28 +109,35 @@ def move_states(
                 x_re = re
                 more += (sums[m] + x_re,)
             sums = more
+        at += AT_ONCE * PAIR
+        at_a += AT_ONCE * PAIR
+        at_b += AT_ONCE * PAIR
+        at_c += AT_ONCE * PAIR
     return sums
 
 
 @triton.jit
 def shift_ahead(
-    values, taps, D, channel, write,
-    N_TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    values, taps, channel, write,
+    D: tl.constexpr, N_TAPS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """What a row's values of k before this step add to the shift SSM in the steps of a block."""
     OF_PART: tl.constexpr = (N_TAPS + SPLIT - 1) // SPLIT
     sums = zeros(BLOCK, [SPLIT, GROUP])
     age = tl.arange(0, SPLIT)[:, None] * OF_PART + 1
+    at = taps + age * D + channel[None, :]
     window = none_yet()
     for m in tl.static_range(BLOCK):
-        window += (load_tap(taps, age + m - 1, D, channel, N_TAPS),)
-    for _ in tl.static_range(OF_PART):
+        window += (tl.load(at + (m - 1) * D, mask=age + m - 1 < N_TAPS, other=0.0),)
+    for i in tl.static_range(OF_PART):
         place = write - age
         place = tl.where(place < 0, place + N_TAPS, place)
         value = tl.load(values + place * D + channel[None, :], mask=age < N_TAPS, other=0.0)
         value = value.to(tl.float32)
         window = window[1:]
-        window += (load_tap(taps, age + BLOCK - 1, D, channel, N_TAPS),)
+        there = age + BLOCK - 1 < N_TAPS
+        window += (tl.load(at + (i + BLOCK - 1) * D, mask=there, other=0.0),)
         more = none_yet()
         for m in tl.static_range(BLOCK):
             more += (sums[m] + window[m] * value,)
@@ -141,20 +156,25 @@ def eight_of(x):
 
 
 @triton.jit
-def load_tap(taps, number, D, channel, N_TAPS: tl.constexpr):
-    """A tap of each channel, zero behind the last."""
-    return tl.load(taps + number * D + channel[None, :], mask=number < N_TAPS, other=0.0)
+def leave(sums, here, slot, channel, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Store sums [channels, steps] for the steps from `slot` on to the end of the block."""
+    tl.debug_barrier()  # all have read what is written over
+    step = slot + tl.arange(0, BLOCK)[None, :]
+    tl.store(here + step * D + channel[:, None], sums, mask=step < BLOCK)
 
 
 @triton.jit(do_not_specialize=["first"])
 def renew_kernel(
-    ring, position, diagonal, recent, taps, a, b, c, D, groups, first,
-    N_TAPS: tl.constexpr, MODES: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr,
+    ring, position, diagonal, recent, taps, a, b, c, groups, first,
+    D: tl.constexpr, N_TAPS: tl.constexpr, MODES: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, SPLIT: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Begin the blocks of a group of channels of a row that begin with this step."""
+    """Begin the blocks of a group of channels of a row that begin with this step.
+
+    Programs 0 of the last axis move states, programs 1 look after the shift SSM.
+    """
     let_next_start(EARLY)
-    row = tl.program_id(1).to(tl.int64)  # states pass 2^31 elements
+    row = tl.program_id(0).to(tl.int64)  # states pass 2^31 elements
     steps = tl.load(position + row)
     write = (steps % N_TAPS).to(tl.int32)
     count = tl.minimum(steps, BLOCK).to(tl.int32)
@@ -164,40 +184,36 @@ def renew_kernel(
         eighths = BLOCK
     for slot in range(eighths):  # of a row at its first step all begin, somewhere in a block
         eighth = (begins + slot) % BLOCK
-        group = tl.cdiv(eighth * groups, BLOCK) + tl.program_id(0)
+        group = tl.cdiv(eighth * groups, BLOCK) + tl.program_id(1)
         if group < tl.cdiv((eighth + 1) * groups, BLOCK):
             channel = group * GROUP + tl.arange(0, GROUP)
             shifts = recent + row * (2 * BLOCK * D)
             answers = shifts + BLOCK * D
-            inputs = none_yet()
-            for j in tl.static_range(BLOCK):
-                at = answers + j * D + channel
-                inputs += (
-                    tl.load(at, mask=channel < (j + count - BLOCK + 1) * D, other=0.0)[None],
+            if tl.program_id(2) == 0:
+                inputs = none_yet()
+                for j in tl.static_range(BLOCK):
+                    known = channel < (j + count - BLOCK + 1) * D  # all of them, or none
+                    w = tl.load(answers + j * D + channel, mask=known, other=0.0)
+                    inputs += (w[None],)
+                sums = move_states(
+                    diagonal + row * (2 * MODES * D), a, b, c, inputs, channel, count,
+                    D, MODES, GROUP, BLOCK, SPLIT, AT_ONCE,
+                )  # fmt: skip
+                leave(2 * tl.sum(eight_of(sums), 0), answers, slot, channel, D, BLOCK)
+            else:
+                sums = shift_ahead(
+                    ring + row * (N_TAPS * D), taps, channel, write, D, N_TAPS, GROUP, BLOCK, SPLIT
                 )
-            modes = move_states(
-                diagonal + row * (2 * MODES * D), a, b, c, inputs, D, channel, count,
-                MODES, GROUP, BLOCK, SPLIT, AT_ONCE,
-            )  # fmt: skip
-            shifted = shift_ahead(
-                ring + row * (N_TAPS * D), taps, D, channel, write, N_TAPS, GROUP, BLOCK, SPLIT
-            )
-            # one sum over threads; it ends behind the last look at inputs that are written over
-            sums = tl.sum(tl.join(eight_of(shifted), 2 * eight_of(modes)), 0)
-            tl.debug_barrier()
-            which = tl.arange(0, 2)[None, None, :]
-            step = slot + tl.arange(0, BLOCK)[None, :, None]
-            at = (which * BLOCK + step) * D + channel[:, None, None]
-            tl.store(shifts + at, sums, mask=step < BLOCK)
+                leave(tl.sum(eight_of(sums), 0), shifts, slot, channel, D, BLOCK)
     wait_for_inputs(first, EARLY)
 
 
 @triton.jit(do_not_specialize=["first"])
 def h3_step_kernel(
-    q, k, v, o, ring, position, recent, taps, response, B, D, groups,
+    q, k, v, o, ring, position, recent, taps, response, B, groups,
     q_stride, k_stride, v_stride, first,
-    N_TAPS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    D: tl.constexpr, N_TAPS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Advance WIDE channels of one eighth, of ROWS rows."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -262,9 +278,9 @@ def step(
     modes, n_taps, groups = a.shape[1], taps.shape[1], D // GROUP
     size = size or SIZES[max(rows_class(B), 16)]
     split = math.gcd(size.split, modes)  # a warp for each: none may read what another one writes
-    renew_kernel[(triton.cdiv(groups, BLOCK), B)](
-        ring, position, diagonal, recent, taps, a, b, c, D, groups,
-        N_TAPS=n_taps, MODES=modes, GROUP=GROUP, BLOCK=BLOCK, SPLIT=split,
+    renew_kernel[(B, triton.cdiv(groups, BLOCK), 2)](
+        ring, position, diagonal, recent, taps, a, b, c, groups,
+        D=D, N_TAPS=n_taps, MODES=modes, GROUP=GROUP, BLOCK=BLOCK, SPLIT=split,
         AT_ONCE=math.gcd(size.modes, modes // split), num_warps=split,
         **launch_options(early, first=False),
     )  # fmt: skip
@@ -273,9 +289,9 @@ def step(
     rows = min(size.rows, triton.next_power_of_2(B))
     o = torch.empty((B, D), dtype=q.dtype, device=q.device)
     h3_step_kernel[(D // wide, triton.cdiv(B, rows))](
-        q, k, v, o, ring, position, recent, taps, response, B, D, groups,
+        q, k, v, o, ring, position, recent, taps, response, B, groups,
         q.stride(0), k.stride(0), v.stride(0),
-        N_TAPS=n_taps, ROWS=rows, WIDE=wide, GROUP=GROUP, BLOCK=BLOCK,
+        D=D, N_TAPS=n_taps, ROWS=rows, WIDE=wide, GROUP=GROUP, BLOCK=BLOCK,
         num_warps=min(size.warps, max(1, rows * wide // 32)), **launch_options(early, size.first),
     )  # fmt: skip
     return o
