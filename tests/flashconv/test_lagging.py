@@ -160,6 +160,14 @@ def test_operators_must_be_made_for_the_state():
         h3_step_in_place(*x, operators, ring._replace(recent=None), backend="torch")
 
 
+@pytest.mark.parametrize("channels", [16, 48])
+def test_states_that_cannot_lag_are_refused(channels):
+    taps, system, state, qkv = problem(1, channels, 1, 4, 8, torch.float32, 1)
+    operators, ring = start(taps, system, state, torch.float32)
+    with pytest.raises(ValueError, match=f"not with head_dim 1, {channels} channels and 8 taps"):
+        h3_step_in_place(*qkv[0].to(DEVICE).chunk(3, -1), operators, ring, backend="torch")
+
+
 def test_what_lags():
     assert lagging.takes(1, 64, 8)
     assert not lagging.takes(2, 64, 64)

@@ -49,9 +49,9 @@ NOTES = (
     "independent Transformer is plain PyTorch: keys of exact length, cuDNN attention, a CUDA "
     "graph, one step at prompt + {half}. Floor: weights and keys and values read once, diagonal "
     "states read and written, shift states read, over the copy bandwidth of this run, "
-    "{bandwidth:.2f} TB/s. Diagonal states lag behind where heads have one channel, and are moved "
-    "once in {block} steps: such a step may take less than this floor. Memory of a sequence: what "
-    "the cache keeps for prompt and new tokens."
+    "{bandwidth:.2f} TB/s. From {from_rows} rows on diagonal states lag behind where heads have "
+    "one channel, and are moved once in {block} steps: such a step may take less than this floor. "
+    "Memory of a sequence: what the cache keeps for prompt and new tokens."
 )
 
 
@@ -82,8 +82,9 @@ def run(
     check(say)
     bandwidth = copy_bandwidth()
     notes = NOTES.format(
-        new=NEW_TOKENS, half=NEW_TOKENS // 2, bandwidth=bandwidth / 1e12, block=lagging.BLOCK
-    )
+        new=NEW_TOKENS, half=NEW_TOKENS // 2, bandwidth=bandwidth / 1e12, block=lagging.BLOCK,
+        from_rows=lagging.FROM_ROWS,
+    )  # fmt: skip
     models = {name: make_model(preset, **fields) for name, fields in MODELS.items()}
     say(f"models are made; {bandwidth / 1e12:.2f} TB/s")
     rows: list[report.Row] = []

@@ -92,15 +92,16 @@ def h3_step_in_place(
         head_dim: Channels of a head.
         backend: "auto", "torch" or "triton".
         early: Promises that what was launched before this call since the last plain kernel (one
-            that lets nothing start before it ends) writes neither the state nor the operators:
-            then the state may be read while that still runs.
+            that lets nothing start before it ends) neither reads nor writes the state, nor writes
+            the operators: then the state may be read and written while that still runs.
 
     Returns:
         `o`, (B, D) in the dtype of q.
 
     Raises:
         ValueError: if the backend is unknown or cannot do this, a kernel gets a state that is not
-            contiguous, or the state lags behind and the operators are for one that does not.
+            contiguous, or the state lags behind and cannot (`lagging.takes`), or the operators are
+            for one that does not.
     """
     problem = Problem(
         length=1,
@@ -113,6 +114,12 @@ def h3_step_in_place(
     choice = choose("h3_step", q.device, q.dtype, backend, problem)
     announce("h3_step", choice)
     lags = state.recent is not None
+    if lags and not lagging.takes(head_dim, q.shape[1], state.ring.shape[2]):
+        raise ValueError(
+            f"states lag behind where heads have one channel, channels are a multiple of "
+            f"{lagging.GROUP} and taps at least {lagging.BLOCK}: not with head_dim {head_dim}, "
+            f"{q.shape[1]} channels and {state.ring.shape[2]} taps"
+        )
     if lags != (operators.response is not None):
         raise ValueError("a state that lags behind takes operators made with lags=True, no others")
     if choice.backend in KERNELS:

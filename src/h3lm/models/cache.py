@@ -22,6 +22,10 @@ from h3lm.flashconv.step import roll_in_place, unrolled
 from h3lm.models.configuration_h3 import H3Config
 
 Packed = tuple[Tensor | None, Tensor | None]
+ONLY_STEPS = (
+    "a cache whose states lag behind takes single steps under torch.no_grad() alone: restart it "
+    "for chunks"
+)
 
 
 class RecurrentLayer(LinearAttentionLayer):
@@ -181,7 +185,8 @@ class RingLayer(RecurrentLayer):
         assert self.position.steps is not None
         diagonal = self.recurrent_states[0]
         if self.lags and self.position.stepping:
-            assert self.operators is not None
+            if self.operators is None:
+                raise ValueError(ONLY_STEPS)
             diagonal = as_real_pairs(lagging.caught_up(self._state(), self.operators))
         return unrolled(self.conv_states[0], self.position.steps), diagonal
 
@@ -204,7 +209,7 @@ class RingLayer(RecurrentLayer):
             ValueError: if it lags behind: then every call must be a single step.
         """
         if self.lags and self.position.stepping and self.has_previous_state[0]:
-            raise ValueError("a cache that steps takes no chunks: restart it")
+            raise ValueError(ONLY_STEPS)
         super().write(state, length)
         if self.lags and self.recent is None:
             rows, channels = self.recurrent_states[0].shape[:2]

@@ -301,6 +301,8 @@ def prefill(
     if mask is None or bool(mask.all()):
         decoder.logits.copy_(read_prompt(model, cache, ids, chunk))
         cache.start_steps(ids.shape[1])
+        if decoder.graph is None:
+            cache.own_operators(decoder._operators())
         return
     if decoder.graph is None:
         decoder.allocate()

@@ -7,8 +7,8 @@ bring what no earlier kernel writes, weights above all, closer before they wait.
 A kernel lets the next one start before its own wait or behind it, whichever is faster; before it,
 several of a chain may be under way. Each waits for the one before it, which ends only behind its
 own wait: behind a wait, everything that was launched earlier is done. What runs before a wait may
-read only what no kernel of the chain writes: what was written before the last plain kernel in front
-of it.
+read only what no other kernel of the chain writes, and write only what none reads or writes: what
+was written and read before the last plain kernel in front of it.
 """
 
 from functools import cache
