@@ -79,6 +79,21 @@ def test_a_state_that_is_read_has_caught_up(model):
             mine.write(right.read(), 1)
 
 
+def test_a_step_with_gradients_is_refused(model):
+    decoder = a_decoder(model, 2)
+    decoder.cache.restart()
+    with torch.no_grad():
+        decoding.read_prompt(model, decoder.cache, torch.zeros(2, 5, dtype=torch.long))
+    decoder.cache.start_steps(5)
+    token = torch.zeros(2, 1, dtype=torch.long)
+    for operators in (True, False):
+        if not operators:
+            for layer in rings(decoder.cache):
+                layer.operators = None
+        with pytest.raises(ValueError, match=r"under torch\.no_grad\(\) alone"):
+            model(token, past_key_values=decoder.cache, use_cache=True)
+
+
 @torch.no_grad()
 def test_rows_change_places_with_all_that_is_behind():
     model = small_model(mixers="h3", hidden_size=256)
