@@ -61,6 +61,7 @@ STARTS = (
     (False, True, True),
 )  # fmt: skip
 CONTEXTS = ((64, 576), (64, 1600), (16, 8256), (4, 65600))  # rows and keys
+POSITIONS = 512  # of steps by which other sizes are chosen
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,9 @@ def core_sizes(rows: int) -> Iterator[StepSize | LaggingSize]:
             for split, modes in ((4, 2), (4, 4), (8, 2)):
                 yield LaggingSize(split, modes, at_once, wide, warps)
         return
-    for columns, at_once, warps in ((4, 2, 1), (8, 4, 4), (4, 1, 1), (8, 2, 2)):
-        if at_once <= rows:
-            yield StepSize(columns, at_once, warps)
-    for at_once, stages, warps in ((1, 1, 1), (2, 2, 1), (2, 2, 4), (4, 2, 1), (4, 2, 4)):
-        if at_once <= rows:
-            yield StepSize(4 * warps, at_once, warps, lean=True, stages=stages)
+    yield StepSize(columns=4, rows=1, warps=1)
+    yield StepSize(columns=8, rows=1, warps=2)
+    yield StepSize(columns=4, rows=1, warps=1, lean=True)
 
 
 ONE_ROW = {  # parts, columns, depth, warps
@@ -363,7 +361,7 @@ def search(
     ]
     names = [name for name in ("core", *PRODUCTS) if {"core": "core"}.get(name, "product") in only]
     for rows in batches:
-        tables = _Tables(rows, [filled_decoder(model, rows, 512) for model in models], deadline)
+        tables = _Tables(rows, [filled_decoder(m, rows, POSITIONS) for m in models], deadline)
         given, found = tables.sizes(), []
         for roomy, norm_first, first in STARTS:
             if time.monotonic() > deadline or (roomy and rows == 1):
@@ -450,8 +448,13 @@ class _Tables:
             table[key] = size
 
     def step_us(self) -> float:
-        """Time of a step of each with these sizes, one behind the other."""
-        return sum(1e3 * median_ms(decoder.record().replay, 25) for decoder in self.decoders)
+        """Time of a step of each with these sizes, one behind the other, at one length."""
+        total = 0.0
+        for decoder in self.decoders:
+            graph = decoder.record()
+            decoder.cache.start_steps(POSITIONS - 64)
+            total += 1e3 * median_ms(graph.replay, 25)
+        return total
 
     def choose(self, name: str, sizes: list[Any]) -> list[Any]:
         """Put the fastest of some sizes and that in the table there; returns all, fastest first."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 BLOCK = 8  # steps between two moves of a state
 GROUP = 32  # channels of which an eighth of them is made
-FROM_ROWS = 8  # rows from which it pays: fewer states are little beside the weights
+FROM_ROWS = 2  # rows from which it pays: the states of one are little beside the weights
 
 
 def response(system: DiagonalSystem) -> Tensor:

@@ -41,8 +41,8 @@ class LaggingSize:
 
 
 SIZES = {  # by `rows_class`, the last for more; the first for one row, too
-    16: LaggingSize(),
-    64: LaggingSize(),
+    16: LaggingSize(modes=8, first=True),
+    64: LaggingSize(split=2, first=True),
 }
 
 
