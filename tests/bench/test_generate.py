@@ -49,10 +49,11 @@ def test_its_steps_are_those_of_generate():
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_the_committed_sizes_are_among_those_that_are_timed():
     from h3lm.bench import generate_tune as tune
+    from h3lm.flashconv.kernels import step_lagging
     from h3lm.flashconv.kernels import step_triton as core
     from h3lm.layers import step_triton as step
 
-    for rows, size in core.SIZES.items():
+    for rows, size in {1: core.SIZES[1], **step_lagging.SIZES}.items():
         assert replace(size, first=False) in tune.core_sizes(rows)
     assert replace(step.ATTEND, first=False) in tune.attend_sizes()
     for (rows, name), size in step.SIZES.items():
@@ -86,25 +87,29 @@ def tune(monkeypatch):
     monkeypatch.setattr(tune, "filled_decoder", lambda model, rows, positions: Decoder(rows))
     monkeypatch.setattr(tune, "median_ms", lambda call, repeats: call())
     monkeypatch.setattr(tune, "_us", lambda case, size: case.bytes / size.keys)
-    for module, name in ((tune.step, "SIZES"), (tune.step, "NORM_FIRST"), (tune.core, "SIZES")):
-        monkeypatch.setattr(module, name, dict(getattr(module, name)))
+    for module in (tune.step, tune.core, tune.step_lagging):
+        monkeypatch.setattr(module, "SIZES", dict(module.SIZES))
+    monkeypatch.setattr(tune.step, "NORM_FIRST", dict(tune.step.NORM_FIRST))
     monkeypatch.setattr(tune.step, "ATTEND", tune.step.ATTEND)
     return tune
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_the_search_leaves_the_fastest_sizes_in_the_tables(tune, monkeypatch):
+    def cores(rows):
+        return (tune.core if rows == 1 else tune.step_lagging).SIZES[rows]
+
     def cost(rows):
         """Few warps, nothing ahead, an early norm: fast; fastest are those of a wrong kernel."""
         sizes = [size for key, size in tune.step.SIZES.items() if key[0] == rows]
         sizes = [50 if size is None else size.warps + size.ahead / 1e5 for size in sizes]
         early = 0.1 * (tune.step.NORM_FIRST[rows] + tune.step.ATTEND.first)
-        return tune.core.SIZES[rows].warps + sum(sizes) - early
+        return cores(rows).warps + sum(sizes) - early
 
     monkeypatch.setattr(tune, "cost", cost, raising=False)
     wrong = {("out 1", s) for s in tune.product_sizes(1, "out") if s.warps == 2}
     tune.search(wrong)
-    assert all(size.warps == 1 for size in tune.core.SIZES.values())
+    assert [cores(rows).warps for rows in (1, 16, 64)] == [1, 2, 2]
     assert tune.step.SIZES[1, "out"].warps == 4
     assert tune.step.SIZES[1, "down"].warps == 2
     assert all(size is not None and size.ahead == 0 for size in tune.step.SIZES.values())
@@ -130,7 +135,12 @@ def test_the_search_finds_sizes_that_are_good_only_together(tune, monkeypatch):
 def test_the_tables_are_printed_as_they_are_written(tune):
     tune.step.SIZES[1, "out"] = tune.ProductSize(8, 64, 2, first=True)
     lines = "\n".join(tune.table_lines())
-    names = {"ProductSize": tune.ProductSize, "StepSize": tune.StepSize}
-    for place, table in (("flashconv", tune.core.SIZES), ("layers", tune.step.SIZES)):
-        begin = lines.index("SIZES = {", lines.index(f"{place}/")) + len("SIZES = ")
+    kinds = (tune.ProductSize, tune.StepSize, tune.LaggingSize)
+    names = {kind.__name__: kind for kind in kinds}
+    for place, table in (
+        ("kernels/step_triton", tune.core.SIZES),
+        ("kernels/step_lagging", tune.step_lagging.SIZES),
+        ("layers/step_triton", tune.step.SIZES),
+    ):
+        begin = lines.index("SIZES = {", lines.index(f"{place}.py")) + len("SIZES = ")
         assert eval(lines[begin : lines.index("\n}", begin) + 2], names) == table

@@ -12,7 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from h3lm.flashconv import chunked, dispatch, library
+from h3lm.flashconv import (
+    RingState,
+    StepOperators,
+    chunked,
+    dispatch,
+    h3_step_in_place,
+    lagging,
+    library,
+)
 from h3lm.flashconv.state import H3State, diagonal_shape
 from h3lm.ssm import DiagonalSSM, ShiftSSM
 from h3lm.ssm.fused_operators import fused_operators, operators_fault
@@ -64,6 +72,28 @@ def _segments(backend: str, head_dim: int) -> None:
     _core(backend, 1, head_dim, 4096 + 112, head_dim=head_dim)
 
 
+@torch.no_grad()
+def _steps(lags: bool) -> None:
+    """Steps in place by kernels and in plain PyTorch, each from states of its own."""
+    B, D = 3, 64
+    made = _operators(D, 1, 64)
+    assert made.taps is not None
+    operators = StepOperators.of(made.taps, made.system, lags=lags)
+    qkv, outputs = torch.randn(10, B, 3 * D).bfloat16().to(DEVICE), []
+    for backend in ("triton", "torch"):
+        pairs = torch.zeros(B, D, 32, 2, device=DEVICE)
+        ring = torch.zeros(B, D, 64, device=DEVICE).bfloat16()
+        if lags:
+            pairs, ring = lagging.innermost(pairs, 1), lagging.innermost(ring, 1)
+        recent = lagging.new_recent(B, D, pairs) if lags else None
+        state = RingState(ring, torch.zeros(B, dtype=torch.int64, device=DEVICE), pairs, recent)
+        for x in qkv:
+            q, k, v = x.chunk(3, -1)
+            outputs.append(h3_step_in_place(q, k, v, operators, state, backend=backend))
+            state.position.add_(1)
+    _close(torch.stack(outputs[:10]), torch.stack(outputs[10:]))
+
+
 def _making() -> None:
     assert not operators_fault(DEVICE), operators_fault(DEVICE)
     assert not parameters_fault(DEVICE), parameters_fault(DEVICE)
@@ -94,6 +124,8 @@ NAMES: dict[str, Callable[[], None]] = {
     "heads_8_packed": lambda: _core(
         "triton", 1, 8, 401, head_dim=8, n_taps=128, bounds=(0, 100, 101, 229, 401)
     ),
+    "steps": lambda: _steps(False),
+    "steps_lagging": lambda: _steps(True),
     "operators": _making,
 }
 

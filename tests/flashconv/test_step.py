@@ -57,7 +57,7 @@ def exact(taps, system, state, qkv, head_dim):
 def run_in_place(taps, system, state, qkv, head_dim, backend, start, size=None):
     """All steps on `DEVICE`; `start` is where each row's ring goes on."""
     B, D = state.shift.shape[:2]
-    operators = StepOperators(*(x.to(DEVICE) for x in StepOperators.of(taps, system)))
+    operators = StepOperators(*(x.to(DEVICE) for x in StepOperators.of(taps, system).tensors()))
     ring = RingState(
         torch.full((B, D, taps.shape[1]), math.nan, dtype=qkv.dtype, device=DEVICE),
         start.to(DEVICE).clone(),
@@ -70,7 +70,7 @@ def run_in_place(taps, system, state, qkv, head_dim, backend, start, size=None):
         if backend == "kernel":
             from h3lm.flashconv.kernels import step_triton
 
-            o = step_triton.step(q, k, v, *operators, *ring, head_dim=head_dim, size=size)
+            o = step_triton.step(q, k, v, *operators[:5], *ring[:3], head_dim=head_dim, size=size)
         else:
             o = h3_step_in_place(q, k, v, operators, ring, head_dim=head_dim, backend=backend)
         outputs.append(o)
@@ -169,7 +169,7 @@ def test_a_captured_step_equals_an_eager_one(head_dim):
     taps, system, state, qkv = problem(6, 64, head_dim, 32, 64, torch.bfloat16, 9)
     start = torch.arange(6) * 31
     expected, end = run_in_place(taps, system, state, qkv, head_dim, "triton", start)
-    operators = StepOperators(*(x.cuda() for x in StepOperators.of(taps, system)))
+    operators = StepOperators(*(x.cuda() for x in StepOperators.of(taps, system).tensors()))
     ring = RingState(
         torch.zeros(6, 64, 64, dtype=torch.bfloat16, device="cuda"),
         start.cuda(),

@@ -320,10 +320,16 @@ def test_a_row_is_the_same_to_the_last_bit_whenever_it_joins():
 # On a GPU alone
 
 
+@pytest.fixture(params=[1, 1000], ids=["lagging", "at once"])
+def from_rows(request, monkeypatch):
+    """From how many rows diagonal states lag behind."""
+    monkeypatch.setattr("h3lm.flashconv.lagging.FROM_ROWS", request.param)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_graph_equals_eager_steps_bit_for_bit(family, padded):
+def test_a_graph_equals_eager_steps_bit_for_bit(family, padded, from_rows):
     model = small_model(**FAMILIES[family]).cuda().bfloat16()
     ids = torch.randint(0, 72, (3, 50)).cuda()
     mask = torch.ones_like(ids)
@@ -351,7 +357,7 @@ def test_a_graph_equals_eager_steps_bit_for_bit(family, padded):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_in_half_precision_follow_the_numerics_rule(family):
+def test_steps_in_half_precision_follow_the_numerics_rule(family, from_rows):
     """Logits of steps against the same weights in float32, beside the whole text in bfloat16."""
     wide = small_model(**FAMILIES[family]).bfloat16().float()
     ids = torch.randint(0, 72, (4, 120))

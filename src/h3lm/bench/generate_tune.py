@@ -28,13 +28,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from h3lm.bench.generate import filled_decoder, graph_ms, make_model
 from h3lm.bench.measure import median_ms
 from h3lm.bench.roofline import Ceilings
-from h3lm.flashconv import RingState, StepOperators, h3_step_in_place
+from h3lm.flashconv import RingState, StepOperators, h3_step_in_place, lagging
+from h3lm.flashconv.kernels import step_lagging
 from h3lm.flashconv.kernels import step_triton as core
 from h3lm.flashconv.kernels.launch import multiprocessors
 from h3lm.flashconv.kernels.overlap import can_overlap
+from h3lm.flashconv.kernels.step_lagging import LaggingSize
 from h3lm.flashconv.kernels.step_triton import StepSize
+from h3lm.flashconv.lagging import BLOCK
 from h3lm.layers import step_triton as step
 from h3lm.layers.step_triton import AttendSize, ProductSize, attend_step, product
+from h3lm.ssm.operators import DiagonalSystem
 
 D, HEADS, HEAD_DIM, MODES, TAPS = 2048, 16, 128, 32, 64  # of the 1.3B preset
 TOLERANCE = 1e-2
@@ -57,6 +61,7 @@ STARTS = (
     (False, True, True),
 )  # fmt: skip
 CONTEXTS = ((64, 576), (64, 1600), (16, 8256), (4, 65600))  # rows and keys
+POSITIONS = 512  # of steps by which other sizes are chosen
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,10 @@ def cases(only: frozenset[str] | set[str]) -> Iterator[Case]:
     if "core" in only:
         for rows in (64, 16, 1):
             moved = rows * D * (2 * MODES * 8 + TAPS * 2 + 8) + D * (3 * MODES * 8 + TAPS * 4)
+            if rows >= lagging.FROM_ROWS:
+                # of a channel: what a block costs, and what each step does
+                block = 2 * MODES * 8 + TAPS * 2 + 3 * BLOCK * 4
+                moved = rows * D * (block // BLOCK + 3 * BLOCK + 20)
             yield Case(f"core {rows}", partial(_core, rows), 8, moved, list(core_sizes(rows)))
     if "product" in only:
         for rows in (64, 16, 1):
@@ -100,17 +109,20 @@ def cases(only: frozenset[str] | set[str]) -> Iterator[Case]:
             )  # fmt: skip
 
 
-def core_sizes(rows: int) -> Iterator[StepSize]:
-    """Sizes of the H3 core."""
-    for columns, at_once, warps in ((4, 2, 1), (8, 4, 4), (4, 1, 1), (8, 2, 2)):
-        if at_once <= rows:
-            yield StepSize(columns, at_once, warps)
-    for at_once, stages, warps in (
-        (1, 1, 1), (2, 2, 1), (2, 2, 4), (4, 2, 1), (4, 2, 4), (8, 2, 1), (8, 2, 4), (16, 2, 1),
-        (16, 2, 4), (32, 2, 1), (32, 2, 4), (16, 3, 4),
-    ):  # fmt: skip
-        if at_once <= rows:
-            yield StepSize(4 * warps, at_once, warps, lean=True, stages=stages)
+def core_sizes(rows: int) -> Iterator[StepSize | LaggingSize]:
+    """Sizes of the H3 core: of the kernels that steps of so many rows take."""
+    if rows >= lagging.FROM_ROWS:
+        for split, modes in ((2, 4), (4, 2), (4, 4), (4, 8), (8, 2), (8, 4), (16, 2)):
+            yield LaggingSize(split, modes)
+        for at_once, wide, warps in (
+            (1, 128, 4), (1, 256, 4), (1, 128, 2), (4, 64, 4), (2, 64, 4), (8, 32, 8), (2, 256, 8),
+        ):  # fmt: skip
+            for split, modes in ((4, 2), (4, 4), (8, 2)):
+                yield LaggingSize(split, modes, at_once, wide, warps)
+        return
+    yield StepSize(columns=4, rows=1, warps=1)
+    yield StepSize(columns=8, rows=1, warps=2)
+    yield StepSize(columns=4, rows=1, warps=1, lean=True)
 
 
 ONE_ROW = {  # parts, columns, depth, warps
@@ -173,28 +185,44 @@ def _core(
     """With positions of the rings: everything that a call changes, not its output alone."""
     q, k, v = _draw(rows, 3 * D).chunk(3, -1)
     angle = torch.rand(D, MODES, device="cuda")
-    a, b, c = (0.9 * torch.stack([x.cos(), x.sin()], -1) for x in (angle, angle, 2 * angle))
-    operators = StepOperators(_draw(D, TAPS).float() / 8, a, b, c, _draw(D).float())
+    a, b, c = (torch.polar(torch.full_like(x, 0.9), x) for x in (angle, angle, 2 * angle))
+    system = DiagonalSystem(a, b, c, _draw(D).float())
+    lags = rows >= lagging.FROM_ROWS
+    operators = StepOperators.of(_draw(D, TAPS).float() / 8, system, lags=lags)
+
+    def lay_out(x: Tensor) -> Tensor:
+        return lagging.innermost(x, 1) if lags else x
+
     states = [
         RingState(
-            _draw(rows, D, TAPS),
+            lay_out(_draw(rows, D, TAPS)),
             torch.full((rows,), 200, device="cuda") if position is None else position,
-            _draw(rows, D, MODES, 2, dtype=torch.float32),
+            lay_out(_draw(rows, D, MODES, 2, dtype=torch.float32)),
+            _draw(rows, 2, BLOCK, D, dtype=torch.float32) if lags else None,
         )
         for _ in range(layers)
-    ]  # fmt: skip
+    ]
     early = can_overlap(q.device)
 
     def call(i: int) -> Tensor:
+        of, state = operators, states[i]
+        if isinstance(size, LaggingSize):
+            assert of.response is not None
+            assert state.recent is not None
+            return step_lagging.step(
+                q, k, v, of.taps, of.a, of.b, of.c, of.response, state.ring, state.position,
+                state.diagonal, state.recent, early=early, size=size,
+            )  # fmt: skip
         if isinstance(size, StepSize):
             return core.step(
-                q, k, v, *operators, *states[i], head_dim=1, early=early, size=size
+                q, k, v, of.taps, of.a, of.b, of.c, of.skip, state.ring, state.position,
+                state.diagonal, head_dim=1, early=early, size=size,
             )  # fmt: skip
-        return h3_step_in_place(q, k, v, operators, states[i], backend="torch")
+        return h3_step_in_place(q, k, v, operators, state, backend="torch")
 
     if position is None:
         return call
-    return lambda i: (call(i), states[i].ring, states[i].diagonal)
+    return lambda i: (call(i), *(x for x in states[i] if x is not None and x is not position))
 
 
 def _core_results(rows: int, size: object) -> list[Tensor]:
@@ -314,7 +342,7 @@ def search(
     only: frozenset[str] = frozenset(("core", "product", "attend")),
     batches: tuple[int, ...] = (64, 1, 16),
 ) -> None:
-    """Choose sizes by whole steps of pure H3 and leave them in the tables.
+    """Choose sizes by whole steps of pure H3 and a Transformer and leave them in the tables.
 
     One after the other, twice, and that from each of `STARTS`: programs that leave room for the
     next kernel's are of use only if all of them do, and if the next one starts early. Then each
@@ -327,10 +355,13 @@ def search(
         only: Which kernels.
         batches: Rows of the steps.
     """
-    model = make_model("1.3b", mixers="h3", h3_head_dim=1, num_hidden_layers=6)
+    models = [
+        make_model("1.3b", num_hidden_layers=6, **fields)
+        for fields in ({"mixers": "h3", "h3_head_dim": 1}, {"mixers": "attention"})
+    ]
     names = [name for name in ("core", *PRODUCTS) if {"core": "core"}.get(name, "product") in only]
     for rows in batches:
-        tables = _Tables(rows, filled_decoder(model, rows, 512), deadline)
+        tables = _Tables(rows, [filled_decoder(m, rows, POSITIONS) for m in models], deadline)
         given, found = tables.sizes(), []
         for roomy, norm_first, first in STARTS:
             if time.monotonic() > deadline or (roomy and rows == 1):
@@ -395,14 +426,14 @@ class _Tables:
 
     Args:
         rows: Rows of the batch.
-        decoder: Takes steps.
+        decoders: Take steps.
         deadline: By `time.monotonic`; nothing more is tried after it.
     """
 
-    def __init__(self, rows: int, decoder: Any, deadline: float) -> None:
-        self.decoder, self.deadline = decoder, deadline
+    def __init__(self, rows: int, decoders: list[Any], deadline: float) -> None:
+        self.decoders, self.deadline = decoders, deadline
         self.places: dict[str, tuple[Any, Any]] = {
-            "core": (core.SIZES, rows), "norm": (step.NORM_FIRST, rows),
+            "core": (_core_table(rows), rows), "norm": (step.NORM_FIRST, rows),
             **{name: (step.SIZES, (rows, name)) for name in PRODUCTS},
         }  # fmt: skip
 
@@ -417,8 +448,13 @@ class _Tables:
             table[key] = size
 
     def step_us(self) -> float:
-        """Time of a step with these sizes."""
-        return 1e3 * median_ms(self.decoder.record().replay, 25)
+        """Time of a step of each with these sizes, one behind the other, at one length."""
+        total = 0.0
+        for decoder in self.decoders:
+            graph = decoder.record()
+            decoder.cache.start_steps(POSITIONS - 64)
+            total += 1e3 * median_ms(graph.replay, 25)
+        return total
 
     def choose(self, name: str, sizes: list[Any]) -> list[Any]:
         """Put the fastest of some sizes and that in the table there; returns all, fastest first."""
@@ -432,6 +468,10 @@ class _Tables:
         return order
 
 
+def _core_table(rows: int) -> dict[int, Any]:
+    return step_lagging.SIZES if rows >= lagging.FROM_ROWS else core.SIZES
+
+
 def _sizes(rows: int, name: str, bad: set[tuple[str, object]]) -> list[Any]:
     """What is tried in turn; None for the library's product."""
     sizes: list[Any] = list(core_sizes(rows) if name == "core" else product_sizes(rows, name))
@@ -441,9 +481,10 @@ def _sizes(rows: int, name: str, bad: set[tuple[str, object]]) -> list[Any]:
 
 def table_lines() -> Iterator[str]:
     """The tables of sizes as they stand, in Python."""
-    yield "flashconv/kernels/step_triton.py: SIZES = {"
-    yield from (f"    {key}: {_short(size)}," for key, size in core.SIZES.items())
-    yield "}"
+    for name, sizes in (("step_triton", core.SIZES), ("step_lagging", step_lagging.SIZES)):
+        yield f"flashconv/kernels/{name}.py: SIZES = {{"
+        yield from (f"    {key}: {_short(size)}," for key, size in sizes.items())
+        yield "}"
     yield f"layers/step_triton.py: NORM_FIRST = {step.NORM_FIRST}"
     yield f"layers/step_triton.py: ATTEND = {_short(step.ATTEND)}"
     yield "layers/step_triton.py: SIZES = {"

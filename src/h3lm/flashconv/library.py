@@ -685,3 +685,50 @@ def _(
     early: bool,
 ) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@torch.library.custom_op("h3lm::h3_step_lagging", mutates_args=("ring", "diagonal", "recent"))
+def h3_step_lagging(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    taps: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    response: Tensor,
+    ring: Tensor,
+    position: Tensor,
+    diagonal: Tensor,
+    recent: Tensor,
+    early: bool,
+) -> Tensor:
+    """`h3_step` for a state that lags behind; the response holds the skip."""
+    from h3lm.flashconv.kernels import step_lagging
+    from h3lm.flashconv.kernels.overlap import can_overlap
+
+    early = early and can_overlap(q.device)
+    return step_lagging.step(
+        q, k, v, taps, a, b, c, response, ring, position, diagonal, recent, early=early
+    )
+
+
+@h3_step_lagging.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    taps: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    response: Tensor,
+    ring: Tensor,
+    position: Tensor,
+    diagonal: Tensor,
+    recent: Tensor,
+    early: bool,
+) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -1,7 +1,8 @@
 """One token at a time: the recurrence of the H3 core.
 
 `h3_step` is a function of a state. `h3_step_in_place` advances a state where it lies, so that a
-captured CUDA graph keeps its addresses: by a kernel on a GPU, in plain PyTorch elsewhere.
+captured CUDA graph keeps its addresses: by a kernel on a GPU, in plain PyTorch elsewhere. Where
+the state is large, it may lag behind (`lagging`).
 """
 
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from h3lm.flashconv import library
+from h3lm.flashconv import lagging, library
 from h3lm.flashconv.dispatch import KERNELS, Problem, announce, capability, choose
 from h3lm.flashconv.state import H3State, as_real_pairs, from_real_pairs
 from h3lm.ssm.operators import DiagonalSystem
@@ -25,11 +26,16 @@ class RingState(NamedTuple):
             The caller advances it, once for all layers that share it.
         diagonal: `H3State.diagonal` as real pairs, (B, H, N/2, 2) or
             (B, H, head_dim, head_dim, N/2, 2), float32.
+        recent: With it the diagonal state lags behind by up to `lagging.BLOCK` steps, what they
+            brought is here, (B, 2, BLOCK, D), float32, and nothing at position 0. Heads of one
+            channel alone; ring and diagonal state have their channels innermost in memory
+            (`lagging.innermost`).
     """
 
     ring: Tensor
     position: Tensor
     diagonal: Tensor
+    recent: Tensor | None = None
 
 
 class StepOperators(NamedTuple):
@@ -39,6 +45,8 @@ class StepOperators(NamedTuple):
         taps: (D, n_taps), skip included, float32.
         a, b, c: The diagonal system as real pairs, (H, N/2, 2), float32.
         skip: (H,), float32.
+        response: For states that lag behind, `lagging.response`; taps, a, b and c have their
+            channels innermost in memory then.
     """
 
     taps: Tensor
@@ -46,12 +54,21 @@ class StepOperators(NamedTuple):
     b: Tensor
     c: Tensor
     skip: Tensor
+    response: Tensor | None = None
 
     @classmethod
-    def of(cls, taps: Tensor, system: DiagonalSystem) -> "StepOperators":
-        """From what `h3_core` takes."""
-        a, b, c = (as_real_pairs(z).contiguous() for z in (system.a, system.b, system.c))
-        return cls(taps.contiguous(), a, b, c, system.skip.contiguous())
+    def of(cls, taps: Tensor, system: DiagonalSystem, *, lags: bool = False) -> "StepOperators":
+        """From what `h3_core` takes, for states that lag behind or for others."""
+        taps, a, b, c = (
+            lagging.innermost(x, 0) if lags else x.contiguous()
+            for x in (taps, *map(as_real_pairs, (system.a, system.b, system.c)))
+        )
+        answers = lagging.response(system) if lags else None
+        return cls(taps, a, b, c, system.skip.contiguous(), answers)
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are there."""
+        return [x for x in self if x is not None]
 
 
 def h3_step_in_place(
@@ -75,15 +92,16 @@ def h3_step_in_place(
         head_dim: Channels of a head.
         backend: "auto", "torch" or "triton".
         early: Promises that what was launched before this call since the last plain kernel (one
-            that lets nothing start before it ends) writes neither the state nor the operators:
-            then the state may be read while that still runs.
+            that lets nothing start before it ends) neither reads nor writes the state, nor writes
+            the operators: then the state may be read and written while that still runs.
 
     Returns:
         `o`, (B, D) in the dtype of q.
 
     Raises:
-        ValueError: if the backend is unknown or cannot do this, or a kernel gets a state that is
-            not contiguous.
+        ValueError: if the backend is unknown or cannot do this, a kernel gets a state that is not
+            contiguous, or the state lags behind and cannot (`lagging.takes`), or the operators are
+            for one that does not.
     """
     problem = Problem(
         length=1,
@@ -95,10 +113,24 @@ def h3_step_in_place(
     )
     choice = choose("h3_step", q.device, q.dtype, backend, problem)
     announce("h3_step", choice)
+    lags = state.recent is not None
+    if lags and not lagging.takes(head_dim, q.shape[1], state.ring.shape[2]):
+        raise ValueError(
+            f"states lag behind where heads have one channel, channels are a multiple of "
+            f"{lagging.GROUP} and taps at least {lagging.BLOCK}: not with head_dim {head_dim}, "
+            f"{q.shape[1]} channels and {state.ring.shape[2]} taps"
+        )
+    if lags != (operators.response is not None):
+        raise ValueError("a state that lags behind takes operators made with lags=True, no others")
     if choice.backend in KERNELS:
-        if not (state.ring.is_contiguous() and state.diagonal.is_contiguous()):
+        stored = [state.ring, state.diagonal]
+        if not all(x.movedim(1, -1 if lags else 1).is_contiguous() for x in stored):
             raise ValueError("a state that is advanced in place by a kernel must be contiguous")
-        return library.h3_step(q, k, v, *operators, *state, head_dim, early)
+        if lags:
+            return library.h3_step_lagging(q, k, v, *operators, *state, early)
+        return library.h3_step(q, k, v, *operators[:5], *state[:3], head_dim, early)
+    if lags:
+        return lagging.h3_step(q, k, v, operators, state)
     old = H3State(unrolled(state.ring, state.position), from_real_pairs(state.diagonal))
     a, b, c = (from_real_pairs(z) for z in (operators.a, operators.b, operators.c))
     system = DiagonalSystem(a, b, c, operators.skip)

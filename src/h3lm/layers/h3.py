@@ -305,14 +305,15 @@ class H3(PreparingModule):
         """What `step_in_place` does between the projections; `early` as in `h3_step_in_place`."""
         q, k, v = qkv.chunk(3, dim=-1)
         return flashconv.h3_step_in_place(
-            q, k, v, operators or self.step_operators(), state, head_dim=self.head_dim,
+            q, k, v, operators or self.step_operators(lags=state.recent is not None), state,
+            head_dim=self.head_dim,
             backend="torch" if self.backend == "torch" else "auto", early=early,
         )  # fmt: skip
 
-    def step_operators(self) -> StepOperators:
-        """The parameters as `step_in_place` takes them."""
+    def step_operators(self, *, lags: bool = False) -> StepOperators:
+        """The parameters as `step_in_place` takes them, for states that lag behind or not."""
         taps, operators = self.operators()
-        return StepOperators.of(taps, operators.system)
+        return StepOperators.of(taps, operators.system, lags=lags)
 
     def operators(self) -> tuple[Float[Tensor, "D n_taps"], ChunkOperators]:
         """Taps of the shift SSM and chunk operators of both SSMs, float32.

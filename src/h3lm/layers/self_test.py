@@ -1,20 +1,21 @@
 """The check that stands before the first use of the kernels of a decoding step.
 
 They overlap one another and were tuned for few GPUs. So before the first step of few or many rows a
-block of each kind takes one by kernels of these sizes beside its modules, and where they differ,
+block of each kind takes some by kernels of these sizes beside its modules, and where they differ,
 the modules stay in use and a warning says so.
 """
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from h3lm.flashconv import lagging
 from h3lm.flashconv.state import as_real_pairs
-from h3lm.flashconv.step import RingState, rows_class
+from h3lm.flashconv.step import RingState, roll_in_place, rows_class
 from h3lm.layers.block import Block
-from h3lm.layers.h3 import H3
 from h3lm.layers.mixers import MixerSizes
 from h3lm.layers.step import Stream, add_norm, attend_step
 from h3lm.ssm.first_use import first_use
@@ -24,6 +25,7 @@ _known: dict[tuple[torch.device, int], str] = {}
 SIZES = MixerSizes(d_model=128, num_heads=2, rotary_dim=32)
 ROWS = {1: 1, 16: 3, 64: 33}  # that are compared, by `rows_class`
 SEEN = 63  # as many positions as a ring remembers
+STEPS = lagging.BLOCK + 2  # in which every state moves
 TOLERANCE = 8e-2  # of what a block adds; modules in bfloat16 are off by 1.4e-2 themselves
 
 
@@ -47,36 +49,53 @@ def known_fault(device: torch.device, rows: int) -> str | None:
 def _fault(device: torch.device, most: int) -> str:
     with torch.random.fork_rng([device]), torch.no_grad():
         torch.manual_seed(0)
-        return _compare("h3", device, ROWS[most]) or _compare("attention", device, ROWS[most])
+        return next(filter(None, (_compare(kind, device, ROWS[most]) for kind in KINDS)), "")
 
 
-def _compare(name: str, device: torch.device, rows: int) -> str:
+def _compare(kind: str, device: torch.device, rows: int) -> str:
+    name = kind.split()[0]
     block = Block(name, SIZES, 2 * SIZES.d_model).to(device).eval()
     for module in block.modules():
         if isinstance(module, nn.Linear | nn.LayerNorm):
             module.bfloat16()
-    text = torch.randn(rows, SEEN + 1, SIZES.d_model, device=device).bfloat16()
-    _, state = block(text[:, :-1])
-    core = _h3_core(block, state) if isinstance(block.mixer, H3) else _attention_core(block, state)
-    r = text[:, -1].contiguous()
-    found, _ = add_norm(block.advance(Stream(r), core), block.norm1)
-    change = (block(text)[0][:, -1] - r).float()
-    error = float((found.float() - r.float() - change).norm() / change.norm())
-    return "" if error < TOLERANCE else f"a step of {name} differs by {error:.1e} from its modules"
+    text = torch.randn(rows, SEEN + STEPS, SIZES.d_model, device=device).bfloat16()
+    _, state = block(text[:, :SEEN])
+    position = torch.zeros(rows, dtype=torch.int64, device=device)
+    core, found = KINDS[kind](block, state, position), []
+    for r in text[:, SEEN:].unbind(1):
+        found.append(add_norm(block.advance(Stream(r.contiguous()), core), block.norm1)[0])
+        position.add_(1)
+    r = text[:, SEEN:].float()
+    change = block(text)[0][:, SEEN:].float() - r
+    error = float((torch.stack(found, 1).float() - r - change).norm() / change.norm())
+    return "" if error < TOLERANCE else f"a step of {kind} differs by {error:.1e} from its modules"
 
 
-def _h3_core(block: Block, state: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
-    shift, diagonal = state
-    ring = torch.cat([shift, torch.zeros_like(shift[..., :1])], 2)  # goes on at its last slot
-    position = torch.full((len(shift),), SEEN, device=shift.device)
-    pairs = as_real_pairs(diagonal).clone(memory_format=torch.contiguous_format)
-    return lambda qkv: block.mixer.step_core(qkv, RingState(ring, position, pairs), early=True)
+def _h3_core(block: Block, state: Any, position: Tensor) -> Callable[[Tensor], Tensor]:
+    shift, pairs = state[0], as_real_pairs(state[1])
+    ring = torch.cat([shift, torch.zeros_like(shift[..., :1])], 2)
+    roll_in_place(ring, position, shift)
+    stored = RingState(ring, position, pairs.clone(memory_format=torch.contiguous_format))
+    return lambda qkv: block.mixer.step_core(qkv, stored, early=True)
 
 
-def _attention_core(
-    block: Block, state: tuple[Tensor, Tensor, Tensor]
-) -> Callable[[Tensor], Tensor]:
+def _lagging_core(block: Block, state: Any, position: Tensor) -> Callable[[Tensor], Tensor]:
+    shift, pairs = state[0], as_real_pairs(state[1])
+    ring = lagging.innermost(torch.cat([shift, torch.zeros_like(shift[..., :1])], 2), 1)
+    roll_in_place(ring, position, shift)
+    recent = lagging.new_recent(shift.shape[0], shift.shape[1], pairs)
+    stored = RingState(ring, position, lagging.innermost(pairs.clone(), 1), recent)
+    return lambda qkv: block.mixer.step_core(qkv, stored, early=True)
+
+
+def _attention_core(block: Block, state: Any, position: Tensor) -> Callable[[Tensor], Tensor]:
     keys, values = (torch.cat([x, torch.zeros_like(x)], 2) for x in state[:2])
-    lengths = torch.full((len(keys),), SEEN, device=keys.device)
-    rotation = block.mixer.rotation(lengths[:, None])
-    return lambda qkv: attend_step(qkv, keys, values, lengths, rotation)
+
+    def core(qkv: Tensor) -> Tensor:
+        lengths = position + SEEN
+        return attend_step(qkv, keys, values, lengths, block.mixer.rotation(lengths[:, None]))
+
+    return core
+
+
+KINDS = {"h3": _h3_core, "h3 that lags": _lagging_core, "attention": _attention_core}

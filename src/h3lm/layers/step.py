@@ -1,8 +1,8 @@
 """One position of each row of a batch through whole layers, by kernels and without gradients.
 
-A block is seven launches: norm, q k v, core, output, norm, up with GELU, down. Where several
-programs share an output of a product, their sums are added by the norm that follows, together
-with bias and residual stream.
+A block is seven launches: norm, q k v, core, output, norm, up with GELU, down; a core whose states
+lag behind is two. Where several programs share an output of a product, their sums are added by the
+norm that follows, together with bias and residual stream.
 """
 
 from collections.abc import Iterable

@@ -89,7 +89,7 @@ SIZES: dict[tuple[int, str], ProductSize | None] = {
     (16, "head"): ProductSize(columns=64, depth=64, stages=7),
     (64, "up"): ProductSize(columns=64, stages=6, ahead=1024, first=True, tma=True, x_stages=6),
     (64, "down"): ProductSize(columns=64, parts=4, stages=4, ahead=512),
-    (64, "qkv"): ProductSize(columns=64, stages=6, ahead=512, tma=True, x_stages=6),
+    (64, "qkv"): ProductSize(columns=64, stages=6, ahead=512, first=True, tma=True, x_stages=6),
     (64, "out"): ProductSize(columns=64, parts=2, stages=6, tma=True, x_stages=6),
     (64, "head"): None,
 }

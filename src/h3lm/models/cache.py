@@ -15,11 +15,17 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer, StaticLayer
 
 from h3lm.errors import UserError
-from h3lm.flashconv import RingState, StepOperators
+from h3lm.flashconv import RingState, StepOperators, lagging
+from h3lm.flashconv.dispatch import KERNELS, Problem, capability, choose
+from h3lm.flashconv.state import as_real_pairs
 from h3lm.flashconv.step import roll_in_place, unrolled
 from h3lm.models.configuration_h3 import H3Config
 
 Packed = tuple[Tensor | None, Tensor | None]
+ONLY_STEPS = (
+    "a cache whose states lag behind takes single steps under torch.no_grad() alone: restart it "
+    "for chunks"
+)
 
 
 class RecurrentLayer(LinearAttentionLayer):
@@ -60,12 +66,15 @@ class RecurrentLayer(LinearAttentionLayer):
     def _put(self, slot: dict[int, Tensor], made: dict[int, bool], value: Tensor) -> None:
         if not made[0]:
             self.dtype, self.device = value.dtype, value.device
-            slot[0] = torch.empty_like(value, memory_format=torch.contiguous_format)
+            slot[0] = self._room_for(value)
             made[0] = True
             if value.is_cuda and not torch.compiler.is_compiling():
                 # for CUDA graphs; on a CPU it would only load the compiler, which takes seconds
                 torch._dynamo.mark_static_address(slot[0])
         slot[0].copy_(value)
+
+    def _room_for(self, value: Tensor) -> Tensor:
+        return torch.empty_like(value, memory_format=torch.contiguous_format)
 
     def insert(self, rows: Tensor, other: "RecurrentLayer") -> None:
         """Put the state of another layer in place of some rows, in place."""
@@ -135,9 +144,11 @@ class RingPosition:
 
     Attributes:
         steps: Single steps of each row so far, (B,), int64; None before the first write.
+        stepping: Whether nothing but single steps comes any more.
     """
 
     steps: Tensor | None = None
+    stepping: bool = False
 
     def move(self) -> None:
         """Go on by one slot in all rows."""
@@ -154,12 +165,16 @@ class RingLayer(RecurrentLayer):
     Args:
         position: Shared by the rings of one cache.
         last: Whether this is the last of them, which moves the position on.
+        lags: Whether the diagonal state lags behind (`flashconv.lagging`) once prompts are over.
         kwargs: For the library's layer.
     """
 
-    def __init__(self, position: RingPosition, last: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, position: RingPosition, last: bool, lags: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.position, self.last = position, last
+        self.position, self.last, self.lags = position, last, lags
+        self.recent: Tensor | None = None
         # Set where a captured graph must find the parameters at fixed addresses
         self.operators: StepOperators | None = None
 
@@ -168,14 +183,37 @@ class RingLayer(RecurrentLayer):
         if not self.has_previous_state[0]:
             return None
         assert self.position.steps is not None
-        return unrolled(self.conv_states[0], self.position.steps), self.recurrent_states[0]
+        diagonal = self.recurrent_states[0]
+        if self.lags and self.position.stepping:
+            if self.operators is None:
+                raise ValueError(ONLY_STEPS)
+            diagonal = as_real_pairs(lagging.caught_up(self._state(), self.operators))
+        return unrolled(self.conv_states[0], self.position.steps), diagonal
 
     def ring(self) -> RingState | None:
-        """The state where it lies, or None before anything was seen."""
-        if not self.has_previous_state[0]:
+        """The state where it lies; None before anything was seen, or it only lags in steps."""
+        if not self.has_previous_state[0] or (self.lags and not self.position.stepping):
             return None
+        return self._state()
+
+    def _state(self) -> RingState:
         assert self.position.steps is not None
-        return RingState(self.conv_states[0], self.position.steps, self.recurrent_states[0])
+        return RingState(
+            self.conv_states[0], self.position.steps, self.recurrent_states[0], self.recent
+        )
+
+    def write(self, state: Packed, length: int) -> None:
+        """Store the state behind `length` more positions.
+
+        Raises:
+            ValueError: if it lags behind: then every call must be a single step.
+        """
+        if self.lags and self.position.stepping and self.has_previous_state[0]:
+            raise ValueError(ONLY_STEPS)
+        super().write(state, length)
+        if self.lags and self.recent is None:
+            rows, channels = self.recurrent_states[0].shape[:2]
+            self.recent = lagging.new_recent(rows, channels, self.recurrent_states[0])
 
     def stepped(self, *, move: bool = True) -> None:
         """Note that every row advanced by one position in place.
@@ -186,6 +224,11 @@ class RingLayer(RecurrentLayer):
         self.count(1)
         if self.last and move:
             self.position.move()
+
+    def _room_for(self, value: Tensor) -> Tensor:
+        if not self.lags:
+            return super()._room_for(value)
+        return super()._room_for(value.movedim(1, -1)).movedim(-1, 1)
 
     def _put_conv(self, conv: Tensor) -> None:
         B, D, kept = conv.shape
@@ -214,6 +257,8 @@ class RingLayer(RecurrentLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give row i the state of row beam_idx[i], in place."""
         super().reorder_cache(beam_idx)
+        if self.recent is not None:
+            self.recent.copy_(self.recent.index_select(0, beam_idx.to(self.recent.device)))
         if self.last and self.position.steps is not None:
             steps = self.position.steps
             steps.copy_(steps.index_select(0, beam_idx.to(steps.device)))
@@ -221,21 +266,32 @@ class RingLayer(RecurrentLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)
+        if self.recent is not None:
+            self.recent = self.recent.repeat_interleave(repeats, dim=0)
+        self._lay_out()
         if self.last and self.position.steps is not None:
             self.position.steps = self.position.steps.repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         super().batch_select_indices(indices)
+        if self.recent is not None:
+            self.recent = self.recent[indices]
+        self._lay_out()
         if self.last and self.position.steps is not None:
             self.position.steps = self.position.steps[indices]
+
+    def _lay_out(self) -> None:
+        if self.lags:
+            for slot, tensor in self._stored():
+                slot[0] = lagging.innermost(tensor, 1)
 
 
 class CountingRingLayer(RingLayer, CountingRecurrentLayer):
     """A `RingLayer` that counts positions, for models without an attention layer."""
 
-    def __init__(self, position: RingPosition, last: bool) -> None:
-        RingLayer.__init__(self, position, last)
+    def __init__(self, position: RingPosition, last: bool, lags: bool = False) -> None:
+        RingLayer.__init__(self, position, last, lags)
         self.length = 0
 
 
@@ -326,7 +382,8 @@ class DecodingCache(Cache):
         self, config: H3Config, rows: int, capacity: int, device: torch.device | str = "cpu"
     ) -> None:
         self.ring = RingPosition()
-        super().__init__(layers=_layers(config, self.ring, lambda: SlotLayer(capacity)))
+        behind = lags(config, torch.device(device), rows)
+        super().__init__(layers=_layers(config, self.ring, lambda: SlotLayer(capacity), behind))
         self.rows, self.capacity = rows, capacity
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.longest = 0
@@ -336,7 +393,7 @@ class DecodingCache(Cache):
         """From here on every row has seen `length` positions and goes on by itself."""
         self.lengths.fill_(length)
         self.longest = length
-        self.stepping = True
+        self.stepping = self.ring.stepping = True
 
     def start_empty(self) -> None:
         """From here on rows come by `insert`."""
@@ -358,7 +415,7 @@ class DecodingCache(Cache):
         if self.ring.steps is not None:
             self.ring.steps.zero_()
         self.longest = 0
-        self.stepping = False
+        self.stepping = self.ring.stepping = False
 
     def make_room(self, row: "DecodingCache") -> None:
         """Take memory for all rows, of the kinds that another cache of one row has."""
@@ -400,16 +457,29 @@ class DecodingCache(Cache):
     def own_operators(self, operators: dict[int, StepOperators]) -> None:
         """Keep the parameters of single steps, by layer, where a graph finds them."""
         for i, of_layer in operators.items():  # some are views of the parameters themselves
-            self.layers[i].operators = StepOperators(*(x.clone() for x in of_layer))
+            self.layers[i].operators = StepOperators(*(x.clone() for x in of_layer.tensors()))
 
     def renew_operators(self, operators: dict[int, StepOperators]) -> None:
         """Put other values in their place."""
         for i, of_layer in operators.items():
-            for mine, new in zip(self.layers[i].operators, of_layer, strict=True):
+            own = self.layers[i].operators.tensors()
+            for mine, new in zip(own, of_layer.tensors(), strict=True):
                 mine.copy_(new)
 
 
-def _layers(config: H3Config, ring: RingPosition, attention: Any) -> list[Any]:
+def lags(config: H3Config, device: torch.device, rows: int) -> bool:
+    """Whether diagonal states of a decoding cache lag behind: where a kernel gains by it."""
+    if rows < lagging.FROM_ROWS:
+        return False
+    modes, taps = config.d_state // 2, config.h3_num_taps or config.d_state
+    problem = Problem(1, capability(device), config.h3_head_dim, modes, taps)
+    takes = lagging.takes(config.h3_head_dim, config.hidden_size, taps)
+    return takes and choose("h3_step", device, torch.float32, problem=problem).backend in KERNELS
+
+
+def _layers(
+    config: H3Config, ring: RingPosition, attention: Any, behind: bool = False
+) -> list[Any]:
     """A layer of cache for each layer of the model."""
     counting = "full_attention" not in config.layer_types
     rings = [i for i, name in enumerate(config.mixers) if name == "h3"]
@@ -418,7 +488,8 @@ def _layers(config: H3Config, ring: RingPosition, attention: Any) -> list[Any]:
         if kind != "linear_attention":
             layers.append(attention())
         elif i in rings:
-            layers.append((CountingRingLayer if counting else RingLayer)(ring, i == rings[-1]))
+            kind_of_ring = CountingRingLayer if counting else RingLayer
+            layers.append(kind_of_ring(ring, i == rings[-1], behind))
         else:
             layers.append(CountingRecurrentLayer() if counting else RecurrentLayer())
     return layers
@@ -487,6 +558,7 @@ def cache_bytes(cache: Cache) -> int:
     for layer in cache.layers:
         if isinstance(layer, LinearAttentionLayer):
             tensors += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            tensors.append(getattr(layer, "recent", None))
         else:
             tensors += [layer.keys, layer.values]
     return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))

@@ -21,10 +21,10 @@ from transformers.generation import (
 )
 
 from h3lm.errors import UserError
-from h3lm.flashconv import StepOperators
+from h3lm.flashconv import StepOperators, lagging
 from h3lm.layers import H3
 from h3lm.models import kept
-from h3lm.models.cache import DecodingCache
+from h3lm.models.cache import DecodingCache, lags
 from h3lm.models.sampling import Chooser, unknown_processor
 
 CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
@@ -140,7 +140,7 @@ def new_cache(model: Any, rows: int, positions: int) -> DecodingCache:
     kept.forget()
     capacity = capacity_for(positions)
     room = _free_bytes(model.device)
-    need = bytes_of_row(model, capacity)
+    need = bytes_of_row(model, capacity, rows)
     if room is not None and rows * need > room:
         fits = f"a batch of {room // need} fits" if room >= need else "not even one row fits"
         raise UserError(
@@ -150,14 +150,15 @@ def new_cache(model: Any, rows: int, positions: int) -> DecodingCache:
     return DecodingCache(model.config, rows, capacity, model.device)
 
 
-def bytes_of_row(model: Any, capacity: int) -> int:
-    """Memory of one row of a decoding cache."""
+def bytes_of_row(model: Any, capacity: int, rows: int = 64) -> int:
+    """Memory of one row of a decoding cache with so many; few of them may need less."""
     config = model.config
     width = model.lm_head.weight.dtype.itemsize
     attention = len(config.attention_layers) * 2 * capacity * config.hidden_size * width
     shift = (config.h3_num_taps or config.d_state) * config.hidden_size * width
     diagonal = config.hidden_size * config.h3_head_dim * config.d_state * 4
-    return attention + config.mixers.count("h3") * (shift + diagonal)
+    recent = 2 * lagging.BLOCK * config.hidden_size * 4 if lags(config, model.device, rows) else 0
+    return attention + config.mixers.count("h3") * (shift + diagonal + recent)
 
 
 class Decoder:
@@ -239,8 +240,12 @@ class Decoder:
         self.cache.own_operators(self._operators())
 
     def _operators(self) -> dict[int, StepOperators]:
-        layers = enumerate(self.model.model.layers)
-        return {i: x.mixer.step_operators() for i, x in layers if isinstance(x.mixer, H3)}
+        layers = zip(self.model.model.layers, self.cache.layers, strict=True)
+        return {
+            i: layer.mixer.step_operators(lags=stored.lags)
+            for i, (layer, stored) in enumerate(layers)
+            if isinstance(layer.mixer, H3)
+        }
 
     @torch.no_grad()
     def choose(self) -> None:
@@ -296,6 +301,8 @@ def prefill(
     if mask is None or bool(mask.all()):
         decoder.logits.copy_(read_prompt(model, cache, ids, chunk))
         cache.start_steps(ids.shape[1])
+        if decoder.graph is None:
+            cache.own_operators(decoder._operators())
         return
     if decoder.graph is None:
         decoder.allocate()

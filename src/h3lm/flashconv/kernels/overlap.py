@@ -7,8 +7,8 @@ bring what no earlier kernel writes, weights above all, closer before they wait.
 A kernel lets the next one start before its own wait or behind it, whichever is faster; before it,
 several of a chain may be under way. Each waits for the one before it, which ends only behind its
 own wait: behind a wait, everything that was launched earlier is done. What runs before a wait may
-read only what no kernel of the chain writes: what was written before the last plain kernel in front
-of it.
+read only what no other kernel of the chain writes, and write only what none reads or writes: what
+was written and read before the last plain kernel in front of it.
 """
 
 from functools import cache
@@ -37,6 +37,13 @@ def launch_options(early: bool, first: bool) -> dict[str, Any]:
     """
     options = {"first": int(first), "EARLY": early}
     return {**options, "launch_pdl": True} if early else options
+
+
+@triton.jit
+def let_next_start(EARLY: tl.constexpr):
+    """Let the next kernel start: of one that waits at its end alone."""
+    if EARLY:
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit
