@@ -102,6 +102,18 @@ def test_the_kernel_equals_the_definition(case, dtype, size):
     check(*case, dtype, (9, 3), size)
 
 
+@needs_triton
+@in_the_interpreter
+@pytest.mark.skipif(GPU, reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("rows", [16, 64])
+def test_the_sizes_that_are_shipped_equal_the_definition(rows):
+    from h3lm.flashconv.kernels import step_lagging
+
+    size = step_lagging.SIZES[rows]
+    fields = size.split, size.modes, size.rows, size.wide, size.warps
+    check(2, 64, 32, 64, torch.float32, (9, 2), fields)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
 @pytest.mark.parametrize(

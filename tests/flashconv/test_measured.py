@@ -13,7 +13,7 @@ METHODS = {
     "kinds": ("dtype", "d_state", "states"),
     "sizes": ("length", "rows"),
     "ways": ("scan", "fft_chunks"),
-    "within": 4,
+    "within": 4.0,
 }
 ALGORITHMS = {
     "kinds": ("gated",),
@@ -131,6 +131,13 @@ def test_the_faster_algorithm_of_the_nearest_measurement(change, backward, block
         ({"length": 1024, "rows": 128}, (True, False)),
         ({"length": 2048, "rows": 64}, (False, False)),
         ({"length": 8192, "rows": 16}, (False, False)),
+        ({"length": 16384, "lags": 1024, "rows": 8}, (True, True)),
+        ({"length": 16384, "rows": 1}, (False, False)),
+        ({"length": 32768, "rows": 4}, (False, False)),
+        ({"length": 65536, "lags": 4096, "rows": 2}, (False, False)),
+        ({"length": 131072, "rows": 1}, (False, False)),
+        ({"length": 131072, "rows": 1, "gated": True}, (False, False)),
+        ({"length": 1 << 20, "rows": 1}, (False, False)),
     ],
     ids=str,
 )

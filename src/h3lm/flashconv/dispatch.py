@@ -33,6 +33,9 @@ MAX_FFT_LENGTH, MAX_FFT_LENGTH_SMALL = 8192, 2048
 MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL = 1 << 22, 1 << 19
 # lags up to which blocks of a Toeplitz matrix are taken where nothing was measured
 MAX_TOEPLITZ_LAGS = 256
+# where they were: transforms are faster from 2,048 lags on, whose cost for blocks grows with them
+MAX_TIMED_LAGS = 1536
+TIMED_LONG_LENGTH = 65536
 # a segment of a row is whole tiles of half inputs (two of float32), and at least 8 of them
 SEGMENT_UNIT, MIN_SEGMENT = 4096, 8 * 4096
 MAX_SHARED_ROW = 2048  # up to this length several rows share a tile of 64 chunks
@@ -221,14 +224,20 @@ def _blocks_are_faster(problem: Problem, way: str) -> bool:
     table = measured.ALGORITHMS.get(_generation(problem))
     if table is None:
         return lags <= MAX_TOEPLITZ_LAGS
+    if lags > MAX_TIMED_LAGS:
+        return False
+    length, rows = problem.length, problem.rows
+    if length > MAX_FFT_LENGTH:
+        # Transforms through memory, timed at one length: both ways then grow with the elements
+        rows, length = max(1, rows * length // TIMED_LONG_LENGTH), TIMED_LONG_LENGTH
     kinds = ("yes" if problem.gated else "no",)
-    return table.faster(kinds, (lags, problem.length, problem.rows), way) == "blocks"
+    return table.faster(kinds, (lags, length, rows), way) == "blocks"
 
 
 def choose_method(
     method: str, diagonal: bool, device: torch.device, problem: Problem, dtype: torch.dtype
 ) -> Choice:
-    """Choose the algorithm of `ssm_conv`, a pure function of its arguments.
+    """Choose the algorithm of `ssm_conv`, by its arguments and by whether a compiler asks.
 
     By the nearest measurement. Where there is none near, and under a compiler, for which each
     answer would be a case of its own, by bytes: in a half dtype the scan's kernels read and write

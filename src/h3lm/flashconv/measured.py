@@ -94,5 +94,5 @@ METHODS = _tables(
     kinds=("dtype", "d_state", "states"),
     sizes=("length", "rows"),
     ways=("scan", "fft_chunks"),
-    within=4,
+    within=4.0,
 )

@@ -484,7 +484,7 @@ class _Trainer:
         return count
 
     def _keep_pace(self, taken: int) -> None:
-        """Stay at most three times `_AT_ONCE` steps ahead of the GPU: no launch has to wait."""
+        """Stay a few times `_AT_ONCE` steps ahead of the GPU: no launch has to wait."""
         stream = self.ensemble.stream
         self.unmarked += taken
         if stream is None or self.unmarked < _AT_ONCE:
