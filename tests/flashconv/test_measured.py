@@ -148,7 +148,9 @@ def test_what_the_committed_table_says_of_hopper(change, blocks):
 
 
 @pytest.mark.usefixtures("_methods")
-def test_a_compiler_is_asked_nothing_about_unknown_sizes():
+def test_a_compiler_is_asked_nothing_about_unknown_sizes(pytestconfig):
+    if pytestconfig.getoption("jaxtyping_packages", None):
+        pytest.skip("the compiler does not see through checks of shapes")
     device = torch.device("cuda")
     graphs = []
 
