@@ -11,10 +11,13 @@ from h3lm.models.serving import Request, Slots
 from .conftest import small_model
 
 
-@pytest.fixture(autouse=True)
-def lagging_everywhere(monkeypatch):
+@pytest.fixture(autouse=True, params=[1, 2], ids="from {} rows".format)
+def lagging_everywhere(request, monkeypatch):
+    """From one row on, or, as on a GPU, not the caches of one row that others take rows from."""
     for module in ("cache", "decoding"):
-        monkeypatch.setattr(f"h3lm.models.{module}.lags", lambda config, device, rows: True)
+        monkeypatch.setattr(
+            f"h3lm.models.{module}.lags", lambda config, device, rows: rows >= request.param
+        )
 
 
 @pytest.fixture(params=["h3", "hybrid"])

@@ -669,21 +669,7 @@ def h3_step(
 
 
 @h3_step.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    taps: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    skip: Tensor,
-    ring: Tensor,
-    position: Tensor,
-    diagonal: Tensor,
-    head_dim: int,
-    early: bool,
-) -> Tensor:
+def _(q: Tensor, *_: Any) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
@@ -696,7 +682,6 @@ def h3_step_lagging(
     a: Tensor,
     b: Tensor,
     c: Tensor,
-    skip: Tensor,
     response: Tensor,
     ring: Tensor,
     position: Tensor,
@@ -715,20 +700,5 @@ def h3_step_lagging(
 
 
 @h3_step_lagging.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    taps: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    skip: Tensor,
-    response: Tensor,
-    ring: Tensor,
-    position: Tensor,
-    diagonal: Tensor,
-    recent: Tensor,
-    early: bool,
-) -> Tensor:
+def _(q: Tensor, *_: Any) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -437,20 +437,21 @@ def _fft_choice(
     """Check what belongs to a filter, and choose the implementation."""
     _, D, L = u.shape
     for name, given in (("f", f), ("f_reverse", f_reverse), ("skip", skip)):
-        if given is None:
-            continue
-        if name == "skip" and given.shape != (D,):
-            raise ValueError(f"skip is {tuple(given.shape)}, u needs ({D},)")
-        if name != "skip" and (given.dim() != 2 or given.shape[0] != D):
-            raise ValueError(f"{name} is {tuple(given.shape)}, u needs ({D}, length)")
-        if not given.dtype.is_floating_point or given.device != u.device:
+        if given is not None and not (given.dtype.is_floating_point and given.device == u.device):
             raise ValueError(
                 f"{name} is {given.dtype} on {given.device}; u, on {u.device}, needs float32 there"
             )
-        if name != "skip" and L and not 1 <= given.shape[1] <= L:
+    for name, taps in (("f", f), ("f_reverse", f_reverse)):
+        if taps is None:
+            continue
+        if taps.dim() != 2 or taps.shape[0] != D:
+            raise ValueError(f"{name} is {tuple(taps.shape)}, u needs ({D}, length)")
+        if L and not 1 <= taps.shape[1] <= L:
             raise ValueError(
-                f"{name} has {given.shape[1]} taps for rows of length {L}: cut it to 1..{L}"
+                f"{name} has {taps.shape[1]} taps for rows of length {L}: cut it to 1..{L}"
             )
+    if skip is not None and skip.shape != (D,):
+        raise ValueError(f"skip is {tuple(skip.shape)}, u needs ({D},)")
     if mode not in ("causal", "circular"):
         raise ValueError(f"mode={mode!r} is not one of causal, circular")
     lags = f.shape[1] + (0 if f_reverse is None else f_reverse.shape[1] - 1)

@@ -127,7 +127,8 @@ def h3_step_in_place(
         if not all(x.movedim(1, -1 if lags else 1).is_contiguous() for x in stored):
             raise ValueError("a state that is advanced in place by a kernel must be contiguous")
         if lags:
-            return library.h3_step_lagging(q, k, v, *operators, *state, early)
+            taps, a, b, c, _, response = operators  # the response holds the skip
+            return library.h3_step_lagging(q, k, v, taps, a, b, c, response, *state, early)
         return library.h3_step(q, k, v, *operators[:5], *state[:3], head_dim, early)
     if lags:
         return lagging.h3_step(q, k, v, operators, state)

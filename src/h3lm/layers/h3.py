@@ -209,7 +209,17 @@ class H3(PreparingModule):
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
         with_state: bool = True,
     ) -> tuple[Float[Tensor, "B D L"], H3State | None]:
-        """`core` of a slice of rows that several processes share."""
+        """`core` of a slice of rows that several processes share.
+
+        Args:
+            qkv: (B, 3 D, L), this process's positions.
+            state: Of the first slice.
+            process_group: The processes, in the order of their slices.
+            cu_seqlens, with_state: As in `core`.
+
+        Raises:
+            ValueError: as `flashconv.h3_core` with a `process_group`.
+        """
         taps, operators = self.operators()
         q, k, v = qkv.chunk(3, dim=1)
         return sequence_parallel.h3_core(

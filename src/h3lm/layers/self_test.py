@@ -7,6 +7,7 @@ the modules stay in use and a warning says so.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,20 +72,16 @@ def _compare(kind: str, device: torch.device, rows: int) -> str:
     return "" if error < TOLERANCE else f"a step of {kind} differs by {error:.1e} from its modules"
 
 
-def _h3_core(block: Block, state: Any, position: Tensor) -> Callable[[Tensor], Tensor]:
-    shift, pairs = state[0], as_real_pairs(state[1])
+def _h3_core(
+    block: Block, state: Any, position: Tensor, lags: bool = False
+) -> Callable[[Tensor], Tensor]:
+    shift, pairs, recent = state[0], as_real_pairs(state[1]).clone(), None
     ring = torch.cat([shift, torch.zeros_like(shift[..., :1])], 2)
+    if lags:
+        ring, pairs = (lagging.innermost(x, 1) for x in (ring, pairs))
+        recent = lagging.new_recent(shift.shape[0], shift.shape[1], pairs)
     roll_in_place(ring, position, shift)
-    stored = RingState(ring, position, pairs.clone(memory_format=torch.contiguous_format))
-    return lambda qkv: block.mixer.step_core(qkv, stored, early=True)
-
-
-def _lagging_core(block: Block, state: Any, position: Tensor) -> Callable[[Tensor], Tensor]:
-    shift, pairs = state[0], as_real_pairs(state[1])
-    ring = lagging.innermost(torch.cat([shift, torch.zeros_like(shift[..., :1])], 2), 1)
-    roll_in_place(ring, position, shift)
-    recent = lagging.new_recent(shift.shape[0], shift.shape[1], pairs)
-    stored = RingState(ring, position, lagging.innermost(pairs.clone(), 1), recent)
+    stored = RingState(ring, position, pairs if lags else pairs.contiguous(), recent)
     return lambda qkv: block.mixer.step_core(qkv, stored, early=True)
 
 
@@ -98,4 +95,8 @@ def _attention_core(block: Block, state: Any, position: Tensor) -> Callable[[Ten
     return core
 
 
-KINDS = {"h3": _h3_core, "h3 that lags": _lagging_core, "attention": _attention_core}
+KINDS: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
+    "h3": _h3_core,
+    "h3 that lags": partial(_h3_core, lags=True),
+    "attention": _attention_core,
+}
