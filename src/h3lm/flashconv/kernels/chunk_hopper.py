@@ -249,7 +249,8 @@ def forward_kernel(
 ):  # fmt: skip
     """Forward pass; strides and the length are multiples of 16.
 
-    STAGES: 2, or 1 where a program has one tile: then a third program fits on a multiprocessor.
+    STAGES: 2, or 1 where a program has one tile: then M and P take the place of F_0 and F_1, and
+    four programs fit on a multiprocessor.
     """
     CHUNKS: gl.constexpr = C // ROWS
     dtype: gl.constexpr = k.dtype.element_ty
@@ -286,11 +287,13 @@ def forward_kernel(
     F0 = to_shared(F + channel * 2 * T * T, lower_at, lower, dtype)
     F1 = to_shared(F + channel * 2 * T * T + T * T, upper_at, upper, dtype)
     K_c = to_shared(K + channel * N * T, state_row[:, None] * T + time[None, :], None, dtype)
-    if o is not None:
+    out_of = column[:, None] * N + state_column[None, :]
+    if STAGES == 1:
+        M_c = F0._reinterpret(dtype, [T, T], SQUARE)
+        P_c = F1._reinterpret(dtype, [T, N], SQUARE)
+    elif o is not None:
         M_c = to_shared(M + channel * T * T, lower_at, lower, dtype)
-        P_c = to_shared(
-            P + channel * N * T, column[:, None] * N + state_column[None, :], None, dtype
-        )
+        P_c = to_shared(P + channel * N * T, out_of, None, dtype)
     decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
@@ -334,10 +337,13 @@ def forward_kernel(
         w = v_tile
 
         z = warpgroup_mma(K_c, w.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if o is not None:
+        if o is not None and STAGES > 1:
             y = warpgroup_mma(M_c, w.permute((1, 0)), zero, use_acc=False, is_async=True)
             z = warpgroup_mma_wait(1, deps=[z])
         else:
+            if o is not None:  # all have read F_0 and F_1
+                load_operator(M_c, M + channel * T * T, lower_at, lower)
+                load_operator(P_c, P + channel * N * T, out_of, None)
             z = warpgroup_mma_wait(0, deps=[z])
         z_re, z_im = split_states(z, N, C, MODES_4)
         total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
@@ -377,7 +383,11 @@ def forward_kernel(
         if o is not None:
             k_tile.permute((1, 0)).store(x.to(dtype))
             gate = q_tile.permute((1, 0)).load(mma)
+            if STAGES == 1:
+                async_copy.wait_group(0)
             publish()
+            if STAGES == 1:
+                y = warpgroup_mma(M_c, w.permute((1, 0)), zero, use_acc=False, is_async=True)
             y = warpgroup_mma(P_c, k_tile.permute((1, 0)), y, is_async=True)
             y = warpgroup_mma_wait(0, deps=[y])
             q_tile.permute((1, 0)).store((y * gate.to(gl.float32)).to(dtype))
