@@ -62,7 +62,8 @@ NOTES = (
     "kernels in a profiled step, most of which run beside others, and the part that runs alone; "
     "data: what the host waits for a batch. Attention by the fastest of SDPA's backends here. "
     "Estimate: what `h3lm train` prints before a run. Ratio: tokens/s over those of the first "
-    "model of the same shape; scaling: tokens/s over those of one GPU with as many tokens; peak "
+    "model of the same shape; scaling: tokens/s over those of one GPU with as many tokens (under "
+    "torchrun the mean of all GPUs at once, each for itself); peak "
     "ratio: memory of the GPU of a slice over that of one GPU with the same rows. "
     f"MFU: {FORMULA}; over the GPU's dense bfloat16 peak."
 )
@@ -341,19 +342,37 @@ def _meet(number: int, device: str) -> None:
 
 
 def _measure_together(job: Job) -> report.Row:
-    """One process's part of a measurement among those of `torchrun`; the row is the first's."""
+    """One process's part of a measurement among those of `torchrun`; the row is the first's.
+
+    What one GPU does all of them do at once, each for itself, for GPUs of a host differ.
+    """
     with tempfile.TemporaryDirectory() as mine:
         if is_first():
             _write_blocks(Path(mine), job)
         (place,) = _first_tells(mine)
         row: report.Row | None = None
         with suppress(torch.cuda.OutOfMemoryError) if job.world == 1 else nullcontext():
-            if job.world > 1 or is_first():
-                row = _measure(rank(), job, place)
-        (row,) = _first_tells(row)
+            row = _measure(rank(), job, place)
+        (row,) = _first_tells(row) if job.world > 1 else [_mean_row(row)]
     if row is None:
         raise torch.cuda.OutOfMemoryError
     return row
+
+
+def _mean_row(row: report.Row | None) -> report.Row | None:
+    """The mean of what all processes have found, or None where the memory of one was too small."""
+    rows: list[report.Row | None] = [None] * world_size()
+    distributed.all_gather_object(rows, row)
+    found = [row for row in rows if row is not None]
+    if len(found) < len(rows):
+        return None
+    mean = dict(found[0])
+    for name, value in mean.items():
+        if isinstance(value, float):
+            mean[name] = sum(float(row[name]) for row in found) / len(found)
+    if "tokens/s" in mean:
+        mean["tokens/s of each"] = ", ".join(f"{float(row['tokens/s']):.4g}" for row in found)
+    return mean
 
 
 def _first_tells(what: Any) -> list[Any]:
