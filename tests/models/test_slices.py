@@ -53,8 +53,9 @@ def test_loss_and_gradients_of_two_gpus_equal_those_of_whole_rows():
     found = differences_on("cuda")
     assert found.keys() == set(CASES)
     for case, off in found.items():
-        assert off["loss"] < 1e-6, case
-        assert off["gradients"] < 1e-5, case
+        half = case.endswith("long")
+        assert off["loss"] < (1e-3 if half else 1e-6), case
+        assert off["gradients"] < (2e-2 if half else 1e-5), case
 
 
 @pytest.fixture
