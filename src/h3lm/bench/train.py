@@ -40,7 +40,7 @@ from h3lm.models.slices import share_rows
 from h3lm.train.compiling import compile_model
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
 from h3lm.train.graphs import GraphedSteps
-from h3lm.train.memory import Estimate
+from h3lm.train.memory import Estimate, keep_activations
 from h3lm.train.mesh import Mesh
 from h3lm.train.parallel import ShardAdamW, clip_gradients, is_sharded, shard_model
 from h3lm.train.processes import is_first, rank, world_size
@@ -413,7 +413,7 @@ def _measure(number: int, job: Job, place: str) -> report.Row:
 
     row: report.Row = {
         "parameters": f"{parameters:,}",
-        "recomputed": "yes" if recomputed else "no",
+        "recomputed": _share(recomputed, config.num_hidden_layers),
     }
     if not job.repeats:
         step.hold_states()
@@ -467,12 +467,17 @@ def _estimate(job: Job, config: H3Config, device: torch.device) -> Estimate:
     return Estimate.of(config, recipe, job.mesh, device, half=True)
 
 
-def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool, gathered: bool) -> nn.Module:
+def _share(recomputed: int, blocks: int) -> str:
+    return {0: "no", blocks: "yes"}.get(recomputed, f"{recomputed} of {blocks}")
+
+
+def _prepare(model: H3ForCausalLM, job: Job, recomputed: int, gathered: bool) -> nn.Module:
     """The model as the trainer would have it."""
     if recomputed:
         new = "activation_checkpointing_enable"  # in transformers 5.23
         enable: Any = getattr(model, new, model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+        keep_activations(model, recomputed)
     if job.world > 1 and job.way == "fsdp":
         shard_model(model, compute_dtype=torch.bfloat16, keep_gathered=gathered)
     if job.compiled:
