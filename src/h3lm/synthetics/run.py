@@ -27,6 +27,7 @@ from h3lm.errors import UserError
 from h3lm.layers import MIXERS
 from h3lm.models.configuration_h3 import HYBRID, H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
+from h3lm.synthetics import unfinished
 from h3lm.synthetics.ensemble import TURN, Ensemble, Look, Member, Recipe
 from h3lm.synthetics.report import Report, Run
 from h3lm.synthetics.settings import SETTINGS, TO_THE_END, Setting
@@ -189,6 +190,7 @@ class Job:
         device: Where to train.
         out: Folder to write the best model and its picture to.
         deadline: Time (`time.time`) at which to give up.
+        given_up: File of an earlier call that says where these trainings stand.
     """
 
     name: str
@@ -198,6 +200,7 @@ class Job:
     device: str
     out: Path
     deadline: float = math.inf
+    given_up: Path | None = None
 
     @property
     def steps(self) -> int:
@@ -228,6 +231,7 @@ def run(
 
     Runs that the folder's report already holds are not run again. The report is written after
     each job, so that whatever stops this leaves a whole report, which another call completes.
+    Trainings that an earlier call gave up go on where they stood.
 
     Args:
         plan: What to run.
@@ -262,13 +266,15 @@ def run(
             if not wanted:
                 say(f"{name} {mixer}: already in {report.path}")
                 continue
-            say(f"{name} {mixer}: {len(wanted)} model(s) on {', '.join(devices)}")
-            jobs.append(Job(name, setting, mixer, wanted, devices[0], out, deadline))
+            for file, some in unfinished.split(out, name, mixer, wanted):
+                where = f" from step {unfinished.step_of(file):,}" if file else ""
+                say(f"{name} {mixer}: {len(some)} model(s) on {', '.join(devices)}{where}")
+                jobs.append(Job(name, setting, mixer, some, devices[0], out, deadline, file))
     jobs.sort(key=lambda job: -job.steps)  # stable: the longest first
-    unfinished, came, calls = [], [], list(report.calls)
+    cut, came, calls = [], [], list(report.calls)
     for job, outcome in _outcomes(jobs, devices, workers, progress):
         if outcome is None or not all(run.finished for run in outcome.runs):
-            unfinished.append(f"{job.name} {job.mixer}")
+            cut.append(f"{job.name} {job.mixer}")
         if outcome is None:
             continue
         report.add(job.name, job.mixer, outcome.runs, outcome.size)
@@ -284,10 +290,10 @@ def run(
             say(f"written: {path}")
         say(report.markdown())
         say(f"written: {out / 'report.md'}, {out / 'report.json'}")
-    if unfinished:
+    if cut:
         say(
-            f"not finished in {minutes:g} minutes: {', '.join(unfinished)}; where they stood is in "
-            "the report, marked; the same call trains them again"
+            f"not finished in {minutes:g} minutes: {', '.join(dict.fromkeys(cut))}; where they "
+            "stood is in the report, marked; the same call goes on from there"
         )
 
 
@@ -406,9 +412,16 @@ def _do(job: Job, progress: Say | None) -> Outcome | None:
                 Member(seed, recipe, _dataset(setting, seed)) for _, seed, recipe in job.wanted
             ]
             ensemble = Ensemble(make, members, torch.device(job.device))
-        if not ensemble.train(show, stop=lambda: time.time() >= job.deadline or _GIVEN_UP.is_set()):
+            start = None
+            if job.given_up:
+                start = unfinished.load(job.given_up, job.wanted, ensemble.flat.shape[1])
+        if not ensemble.train(
+            show, stop=lambda: time.time() >= job.deadline or _GIVEN_UP.is_set(), start=start
+        ):
             return None
         with TURN:
+            left = [job.wanted[i] for i in ensemble.unfinished]
+            unfinished.keep(job.out, job.name, job.mixer, left, ensemble.standing, job.given_up)
             longer = _score_longer(ensemble, setting, config)
             return _outcome(job, members, longer)
     finally:
@@ -468,7 +481,7 @@ def _dataset(setting: Setting, seed: int, test_length: int | None = None) -> Dat
 
 
 def _describe(look: Look) -> str:
-    per_step = look.elapsed_s / look.step
+    per_step = look.elapsed_s / look.taken
     return (
         f"step {look.step:,}/{look.total:,}, loss {fmean(look.losses):.3f}, "
         f"accuracy {100 * fmean(look.accuracies):.1f} (best {100 * max(look.accuracies):.1f}) %, "
