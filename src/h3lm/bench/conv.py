@@ -154,9 +154,11 @@ def check(lengths: list[int], say: Say) -> dict[tuple[int, bool], float]:
                 f"allowed {ALLOWED:.1e}: nothing is timed"
             )
     device = torch.device("cuda", torch.cuda.current_device())
-    for algorithm, length in checks(device):
-        if wrong := fault(algorithm, device, length):
-            raise RuntimeError(f"{algorithm}, rows of {length}: {wrong}: nothing is timed")
+    for algorithm, dtype, length in checks(device):
+        if wrong := fault(algorithm, device, dtype, length):
+            raise RuntimeError(
+                f"{algorithm}, rows of {length} of {dtype}: {wrong}: nothing is timed"
+            )
     say(f"{len(cases)} cases compared with float64, gradients too: all within {ALLOWED:.1e}")
     return {case: errors["y"] for case, errors in found.items()}
 
@@ -284,7 +286,10 @@ def _floors(shape: Shape, gated: bool, ceilings: Ceilings) -> report.Row:
         rows=shape.rows,
     )  # fmt: skip
     algorithms = [conv_algorithm(torch.bfloat16, problem, backward) for backward in (False, True)]
-    sizes = [plan(name, device, shape.length, shape.length, None).size for name in algorithms]
+    sizes = [
+        plan(name, device, torch.bfloat16, shape.length, shape.length, None).size
+        for name in algorithms
+    ]
     forward, backward = (conv_work(size, 2 * gated)[i] for i, size in enumerate(sizes))
     return {
         "algorithm": ", ".join(dict.fromkeys(algorithms)),

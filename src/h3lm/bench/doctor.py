@@ -67,9 +67,9 @@ def examine(device: str, say: Callable[[str], None]) -> bool:
         good &= check.passed
         mark = "ok  " if check.passed else "FAIL"
         say(f"  {mark}  {check.name}: error {check.error:.1e}, allowed {check.allowed:.1e}")
-    for algorithm, length in checks(where) if where.type == "cuda" else ():
-        name = f"fft_conv by {algorithm}, rows of {length}"
-        if wrong := fault(algorithm, where, length):
+    for algorithm, dtype, length in checks(where) if where.type == "cuda" else ():
+        name = f"fft_conv by {algorithm}, rows of {length} of {_short(dtype)}"
+        if wrong := fault(algorithm, where, dtype, length):
             good = False
             say(f"  FAIL  {name}: {wrong}; torch.fft runs in its place")
         else:

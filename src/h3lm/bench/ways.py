@@ -337,7 +337,9 @@ class _Algorithm(NamedTuple):
         name = "Toeplitz blocks"
         if way == TRANSFORMS:
             name = "block FFT" if case.length <= MAX_FFT_LENGTH else "block FFT through memory"
-        return cls(plan(name, u.device, case.length, case.lags, None), u, Filter(f), dy, pre, post)
+        return cls(
+            plan(name, u.device, u.dtype, case.length, case.lags, None), u, Filter(f), dy, pre, post
+        )
 
     def forward(self) -> Tensor:
         kernels, size = self.plan

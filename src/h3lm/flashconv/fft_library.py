@@ -148,10 +148,10 @@ def _algorithms(u: Tensor, filter: Filter, gated: bool) -> tuple[str, str]:
     forward, backward = _fastest(
         conv_algorithm, u.dtype, capability(u.device), u.shape[-1], lags, gated, len(u)
     )
-    fine = works(forward, u.device, u.shape[-1])
+    fine = works(forward, u.device, u.dtype, u.shape[-1])
     if backward == forward:
         return (forward, forward) if fine else ("torch.fft", "torch.fft")
-    fine_backward = works(backward, u.device, u.shape[-1])
+    fine_backward = works(backward, u.device, u.dtype, u.shape[-1])
     return forward if fine else "torch.fft", backward if fine_backward else "torch.fft"
 
 
@@ -186,7 +186,7 @@ class _Made(NamedTuple):
         """Make it."""
         from h3lm.flashconv.kernels.conv_plan import plan
 
-        made = plan(algorithm, u.device, u.shape[-1], filter.taps, filter.taps_reverse)
+        made = plan(algorithm, u.device, u.dtype, u.shape[-1], filter.taps, filter.taps_reverse)
         return cls(made, made.kernels.prepare(u, filter, made.size, backward))
 
     def is_small(self, u: Tensor) -> bool:
@@ -378,7 +378,7 @@ def _run_prepared(
     from h3lm.flashconv.kernels.conv_plan import plan
 
     with _device_of(u):
-        kernels, size = plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
+        kernels, size = plan(algorithm, u.device, u.dtype, u.shape[-1], taps, taps_reverse)
         u, pre, post = _positions_last(u), _optional(pre), _optional(post)
         return kernels.forward(u, kernels.Prepared(*tensors), size, pre, post)
 

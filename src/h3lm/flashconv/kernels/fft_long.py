@@ -7,7 +7,8 @@ A real row of n = N0 m points, l = m l0 + i, becomes N0 complex rows of m points
 with W_N0 at frequencies k0 - 1/4, as in `fft_triton`, kept as two planes of float16. Each of them
 `fft_triton` convolves in place with frequencies k0 + N0 k of the filter; the same step backwards
 gives the row. So a forward pass moves 22 bytes for each element: 2 to find the scale of a row,
-2 + 4 out, 4 + 4 in place, 4 + 2 back, at any length. Half dtypes only.
+2 + 4 out, 4 + 4 in place, 4 + 2 back, at any length. Half dtypes only: rows of float16, whose
+products are of pairs (`fft_triton`), have planes of float32, and move 38 bytes.
 
 A filter takes the same way, float32 into it and out of it. One that reaches ahead, too, has that as
 its imaginary part, see `fft_filter.imaginary_row`.
@@ -22,7 +23,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from h3lm.flashconv.dispatch import MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL
 from h3lm.flashconv.filters import Filter, FilterGradients
@@ -34,8 +34,22 @@ from h3lm.flashconv.kernels.fft_filter import (
     transform_planes,
 )
 from h3lm.flashconv.kernels.fft_launch import rows_per_program
-from h3lm.flashconv.kernels.fft_size import SHIFT, Size, factors, unitary_dft
-from h3lm.flashconv.kernels.fft_triton import exponent_of, power_of_two, to_unit
+from h3lm.flashconv.kernels.fft_size import (
+    SHIFT,
+    Precision,
+    Size,
+    as_operands,
+    factors,
+    unitary_dft,
+)
+from h3lm.flashconv.kernels.fft_triton import (
+    as_loaded,
+    cosine_and_sine,
+    exponent_of,
+    operand,
+    power_of_two,
+    to_unit,
+)
 from h3lm.flashconv.kernels.launch import strides
 
 MIN_OUTER = 16  # the matrix units' smallest edge
@@ -71,16 +85,23 @@ class LongSize:
 # measured on an H200, see docs/log.md
 INNER = {1 << 16: Size(64, 32, 4), MAX_LONG_LENGTH: Size(64, 64, 4)}
 SMALL_INNER = {MAX_LONG_LENGTH_SMALL: Size(64, 16, 4)}
+INNER_OF_PAIRS = {MAX_LONG_LENGTH: Size(64, 32, 4, precision="pairs")}
+SMALL_INNER_OF_PAIRS = {MAX_LONG_LENGTH_SMALL: Size(64, 16, 4, precision="pairs")}
 
 
-def size_for(length: int, large: bool) -> LongSize:
+def size_for(length: int, large: bool, precision: Precision) -> LongSize:
     """Factors for rows of a length, on a GPU with as much shared memory as Hopper or with less.
 
     Raises:
-        ValueError: if the row is too long.
+        ValueError: if the row is too long, or for "tf32x3".
     """
+    if precision == "tf32x3":
+        raise ValueError("rows of float32 do not go through memory")
+    inners = INNER if large else SMALL_INNER
+    if precision == "pairs":
+        inners = INNER_OF_PAIRS if large else SMALL_INNER_OF_PAIRS
     points = 1 << (length - 1).bit_length()
-    for most, inner in (INNER if large else SMALL_INNER).items():
+    for most, inner in inners.items():
         if points <= most:
             outer = max(points // inner.points, 2)
             return LongSize(outer, inner, columns=128 if large and outer <= 16 else 64)
@@ -113,12 +134,38 @@ def largest_kernel(
 @triton.jit
 def outer_turns(k0, column, points, FAST: tl.constexpr):
     """Cosine and sine of 2 pi (k0 - 1/4) column / n."""
-    step = column.to(tl.float32) * (6.283185307179586 / points)
-    angle = (k0.to(tl.float32) - 0.25)[:, None] * step[None, :]
-    if FAST:
-        return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
+    return cosine_and_sine(k0.to(tl.float32) - 0.25, column.to(tl.float32), points, FAST)
+
+
+@triton.jit
+def add_product(
+    sum_, sum_low, a, a_low, b, b_low, PRECISION: tl.constexpr, WHOLE: tl.constexpr = False
+):  # fmt: skip
+    """sum_ + a b, as `fft_triton.product` makes it; of pairs, what has a factor of 2^-11 apart."""
+    if PRECISION == "pairs":
+        sum_low = tl.dot(a_low, b, sum_low)
+        if not WHOLE:
+            sum_low = tl.dot(a, b_low, sum_low)
+    return tl.dot(a, b, sum_), sum_low
+
+
+@triton.jit
+def in_all(sum_, sum_low, PRECISION: tl.constexpr):
+    """What `add_product` summed."""
+    if PRECISION == "pairs":
+        return sum_ + sum_low * (1.0 / 2048.0)
     else:
-        return tl.cos(angle), tl.sin(angle)
+        return sum_
+
+
+@triton.jit
+def load_outer(table, at, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Tiles of both parts of W_N0, each followed by the second half of pairs; else by itself."""
+    re, im = tl.load(table + at), tl.load(table + K * K + at)
+    if PRECISION == "pairs":
+        return re, tl.load(table + 2 * K * K + at), im, tl.load(table + 3 * K * K + at)
+    else:
+        return re, re, im, im
 
 
 @triton.jit
@@ -137,7 +184,7 @@ def outward_kernel(
     x_row, x_channel, gate_row, gate_channel, imaginary_row, imaginary_channel,
     D, L, inner, points,
     N0: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    COLUMNS: tl.constexpr, FAST: tl.constexpr,
+    COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From rows to the planes of N0 complex rows; TILE of them and some columns here.
 
@@ -153,22 +200,27 @@ def outward_kernel(
     scale = to_unit(tl.load(exponents + row * D + channel))
     re = tl.zeros((TILE, COLUMNS), tl.float32)
     im = tl.zeros((TILE, COLUMNS), tl.float32)
+    re_low, im_low = re, im
     for start in range(0, K, DEPTH):
         l0 = start + tl.arange(0, DEPTH)
         position = l0[:, None] * inner + column[None, :]
         value = tl.load(x + position, position < L, 0.0).to(tl.float32)
         if gate is not None:
             value *= tl.load(gate + position, position < L, 0.0).to(tl.float32)
-        value = (value * scale).to(tl.float16)
-        factor = table + k0[:, None] * K + l0[None, :]
-        W_re, W_im = tl.load(factor), tl.load(factor + K * K)
-        re = tl.dot(W_re, value, re)
-        im = tl.dot(W_im, value, im)
+        W_re, W_re_low, W_im, W_im_low = load_outer(
+            table, k0[:, None] * K + l0[None, :], K, PRECISION
+        )
+        value = as_loaded(value * scale, x, gate, W_re)
+        WHOLE: tl.constexpr = value.dtype == W_re.dtype
+        value, value_low = operand(value, W_re, PRECISION)
+        re, re_low = add_product(re, re_low, W_re, W_re_low, value, value_low, PRECISION, WHOLE)
+        im, im_low = add_product(im, im_low, W_im, W_im_low, value, value_low, PRECISION, WHOLE)
         if imaginary is not None:
-            value = tl.load(imaginary + position, (l0 < N0)[:, None], 0.0)
-            value = (value * scale).to(tl.float16)
-            re = tl.dot(W_im, -value, re)
-            im = tl.dot(W_re, value, im)
+            value = tl.load(imaginary + position, (l0 < N0)[:, None], 0.0) * scale
+            ahead, ahead_low = operand(value, W_re, PRECISION)
+            im, im_low = add_product(im, im_low, W_re, W_re_low, ahead, ahead_low, PRECISION)
+            re, re_low = add_product(re, re_low, W_im, W_im_low, -ahead, -ahead_low, PRECISION)
+    re, im = in_all(re, re_low, PRECISION), in_all(im, im_low, PRECISION)
     cos, sin = outer_turns(k0, column, points, FAST)
     out = planes + ((row * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
     inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
@@ -183,6 +235,7 @@ def inward_kernel(
     D, L, inner, points,
     N0: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr, IMAGINARY: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `outward_kernel`, then y = gate out, and other = factor_of_other out.
 
@@ -199,6 +252,7 @@ def inward_kernel(
         every = tl.arange(0, K)
         exponent = tl.max(tl.load(plane_exponents + first + every, every < N0, 0), 0)
     out = tl.zeros((TILE, COLUMNS), tl.float32)
+    out_low = out
     for start in range(0, K, DEPTH):
         k0 = start + tl.arange(0, DEPTH)
         at = planes + (first + k0)[:, None] * (2 * inner) + column[None, :]
@@ -212,11 +266,14 @@ def inward_kernel(
         if IMAGINARY:
             re, im = im, -re
         cos, sin = outer_turns(k0, column, points, FAST)
-        factor = table + k0[None, :] * K + l0[:, None]
-        back = (re * cos - im * sin).to(tl.float16)
-        out = tl.dot(tl.load(factor), back, out)
-        back = (re * sin + im * cos).to(tl.float16)
-        out = tl.dot(tl.load(factor + K * K), back, out)
+        W_re, W_re_low, W_im, W_im_low = load_outer(
+            table, k0[None, :] * K + l0[:, None], K, PRECISION
+        )
+        back, back_low = operand(re * cos - im * sin, W_re, PRECISION)
+        out, out_low = add_product(out, out_low, W_re, W_re_low, back, back_low, PRECISION)
+        back, back_low = operand(re * sin + im * cos, W_re, PRECISION)
+        out, out_low = add_product(out, out_low, W_im, W_im_low, back, back_low, PRECISION)
+    out = in_all(out, out_low, PRECISION)
     position = l0[:, None] * inner + column[None, :]
     inside = position < L
     out *= tl.load(unscale + channel * N0) * power_of_two(exponent)
@@ -232,22 +289,22 @@ def inward_kernel(
 
 
 @cache
-def outer_factors(outer: int, device: torch.device) -> Tensor:
-    """W_N0 at frequencies k0 - 1/4 as (part, k0, l0), float16; made in float64.
+def outer_factors(outer: int, device: torch.device, precision: Precision) -> Tensor:
+    """W_N0 at frequencies k0 - 1/4 as (part, k0, l0), by `as_operands`; made in float64.
 
     Rows and columns behind N0 are zero: they only fill up an edge of 16.
     """
     K = max(outer, MIN_OUTER)
     W = torch.zeros(K, K, dtype=torch.complex128)
     W[:outer, :outer] = unitary_dft(outer, SHIFT)
-    return torch.stack([W.real, W.imag]).to(device, torch.float16).contiguous()
+    return as_operands(torch.stack([W.real, W.imag]), precision).to(device)
 
 
 class FilterPlanes(NamedTuple):
     """Partial sums of the filter's gradient, before the outer factor.
 
     Attributes:
-        planes: Of complex rows, (groups, D, N0, 2, m), float16.
+        planes: Of complex rows, (groups, D, N0, 2, m).
         exponents: Of their scales, (groups, D, N0).
     """
 
@@ -340,25 +397,27 @@ class LongRun:
     def __init__(self, u: Tensor, size: LongSize) -> None:
         self.B, self.D, self.L = u.shape
         self.size, self.device = size, u.device
-        self.table = outer_factors(size.outer, u.device)
+        precision = size.inner.precision
+        self.table = outer_factors(size.outer, u.device, precision)
+        self.planes = torch.float16 if precision == "half" else torch.float32
         K = self.table.shape[-1]
         self.rows_out, self.rows_in = min(size.rows_out, K), min(size.rows_in, K)
         self.outer: dict[str, Any] = {
             "N0": size.outer, "K": K, "DEPTH": min(64, K), "COLUMNS": size.columns,
-            "FAST": u.is_cuda, "num_warps": size.warps,
+            "FAST": size.inner.fast(u), "PRECISION": precision, "num_warps": size.warps,
         }  # fmt: skip
         self.inner: dict[str, Any] = {
-            "N1": size.inner.N1, "N2": size.inner.N2, "REAL": False, "HALF": True,
-            "SCALED": False, "EVEN": True, "FAST": u.is_cuda, "PRECISION": "tf32",
-            "KEEP": size.inner.keep, "AHEAD": size.inner.ahead, "num_warps": size.inner.warps,
-            "maxnreg": size.inner.registers,
+            "N1": size.inner.N1, "N2": size.inner.N2, "REAL": False,
+            "SCALED": False, "EVEN": True, "FAST": size.inner.fast(u), "PRECISION": precision,
+            "KEEP": size.inner.keep and precision == "half", "AHEAD": size.inner.ahead,
+            "num_warps": size.inner.warps, "maxnreg": size.inner.registers,
         }  # fmt: skip
         self.columns = self.B * self.D * (size.inner.points // size.columns)
         self.channels = self.D * size.outer
         self.rows_per_program, self.groups = rows_per_program(
             u.device, size.inner, self.B, self.channels
         )
-        self.tables = factors(size.inner, torch.float16, u.device, False)
+        self.tables = factors(size.inner, u.device, False)
 
     def exponents(self, x: Tensor, gate: Tensor | None, sums: Tensor | None = None) -> Tensor:
         """Exponents of the scales of rows, (B, D); sums of magnitudes if wanted."""
@@ -374,7 +433,7 @@ class LongRun:
     ) -> Tensor:
         """The planes of N0 complex rows for each row, (B, D, N0, 2, m)."""
         shape = (self.B, self.D, self.size.outer, 2, self.size.inner.points)
-        planes = torch.empty(shape, dtype=torch.float16, device=self.device)
+        planes = torch.empty(shape, dtype=self.planes, device=self.device)
         outward_kernel[(self.columns * (self.table.shape[-1] // self.rows_out),)](
             x, gate, imaginary, exponents, planes, self.table,
             *strides(x), *strides(gate), *strides(imaginary),
