@@ -52,11 +52,13 @@ BLOCKS, TRANSFORMS = "blocks", "transforms"
 # names of GPUs in reports, by generation: the first that was measured is chosen by
 MEASURED = {9: ("nvidia_h200", "nvidia_h100_80gb_hbm3")}
 METHOD_LENGTHS = (256, 512, 1024, 2048, 8192, 32768, 131072)
-FLOAT32_LENGTHS = CHECKED_LENGTHS = (256, 2048, 32768)
+FLOAT32_LENGTHS = (256, 2048, 32768)
+# one for each size of the transforms that the timed lengths take
+CHECKED_LENGTHS = (256, 1024, 2048, 32768)
 SHORT_LENGTHS = (128, 256, 384, 512, 768, 1024, 2048)
 LONG_LENGTHS, FEW_LAGS = (4096, 65536), (64, 256, 1024)
 FEW_ROWS = 8
-REPEATS = 7
+REPEATS, WARM_UP = 7, 2
 ALLOWED = {torch.bfloat16: 1e-2, torch.float32: 3e-5}
 
 Say = Callable[[str], None]
@@ -196,38 +198,52 @@ def _errors(case: MethodCase | AlgorithmCase) -> dict[str, float]:
 
 def method_errors(case: MethodCase, device: str = "cuda") -> dict[str, float]:
     """Relative errors of each way, of output and gradient of the rows, on a few channels."""
-    exact = _run_once(case, SCAN, device, exact=True)
+    given = _Given.of(case, device, 16)
+    exact = _run_once(case, SCAN, given, exact=True)
     return {
         f"{name}, {way}": float((found.double() - expected).norm() / expected.norm())
         for way in case.ways()
         for name, found, expected in zip(
-            ("y", "du"), _run_once(case, way, device), exact, strict=True
+            ("y", "du"), _run_once(case, way, given), exact, strict=True
         )
     }
 
 
-def _run_once(case: MethodCase, way: str, device: str, exact: bool = False) -> list[Tensor]:
-    run, leaves, dy = _call(case, way, device, channels=16, exact=exact)
+def _run_once(case: MethodCase, way: str, given: "_Given", exact: bool = False) -> list[Tensor]:
+    run, leaves = _call(case, way, given, exact)
     y = run()
-    return [y.detach(), torch.autograd.grad(y, leaves, dy)[0]]
+    return [y.detach(), torch.autograd.grad(y, leaves, given.dy.to(y.dtype))[0]]
+
+
+class _Given(NamedTuple):
+    """A system, rows, a state that comes in, and a gradient of the output."""
+
+    ssm: DiagonalSSM
+    u: Tensor
+    state: Tensor
+    dy: Tensor
+
+    @classmethod
+    def of(cls, case: MethodCase, device: str, channels: int) -> "_Given":
+        torch.manual_seed(0)
+        ssm = DiagonalSSM(channels, case.d_state).to(device)
+        size = (case.rows, channels, case.length)
+        u, dy = (torch.randn(size, device=device, dtype=case.dtype) for _ in range(2))
+        modes = (case.rows, channels, case.d_state // 2)
+        return cls(ssm, u, torch.randn(modes, device=device, dtype=torch.complex64), dy)
 
 
 def _call(
-    case: MethodCase, way: str, device: str, channels: int, exact: bool = False
-) -> tuple[Callable[[], Tensor], list[Tensor], Tensor]:
-    """The call, what it has gradients of, and that of its output."""
-    torch.manual_seed(0)
-    ssm = DiagonalSSM(channels, case.d_state)
-    u, dy = torch.randn(2, case.rows, channels, case.length).to(case.dtype)
-    state = torch.randn(case.rows, channels, case.d_state // 2, dtype=torch.complex64)
-    ssm.to(device)
-    u, dy, state = (x.to(device) for x in (u, dy, state))
+    case: MethodCase, way: str, given: _Given, exact: bool = False
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """The call, and what it has gradients of."""
+    u, state = given.u.detach(), given.state
     if exact:
-        u, dy, state = u.double(), dy.double(), state.to(torch.complex128)
-    leaves = [u.requires_grad_(), *ssm.parameters()]
+        u, state = u.double(), state.to(torch.complex128)
+    leaves = [u.requires_grad_(), *given.ssm.parameters()]
 
     def run() -> Tensor:
-        system = ssm.system()
+        system = given.ssm.system()
         if exact:  # of the system as it was rounded
             a, b, c = (x.to(torch.complex128) for x in (system.a, system.b, system.c))
             system = DiagonalSystem(a, b, c, system.skip.double())
@@ -238,7 +254,7 @@ def _call(
             return_final_state=case.states,
         )[0]  # fmt: skip
 
-    return run, leaves, dy
+    return run, leaves
 
 
 def method_rows(cases: list[MethodCase], device: str = "cuda") -> Iterator[report.Row]:
@@ -249,13 +265,14 @@ def method_rows(cases: list[MethodCase], device: str = "cuda") -> Iterator[repor
             "states": _yes(case.states), "length": str(case.length), "rows": str(case.rows),
         }  # fmt: skip
         notes = []
+        given = _Given.of(case, device, CORE_CHANNELS)
         for way in case.ways():
-            run, leaves, dy = _call(case, way, device, CORE_CHANNELS)
-            for name, call in _both_ways(run, leaves, dy).items():
+            run, leaves = _call(case, way, given)
+            for name, call in _both_ways(run, leaves, given.dy).items():
                 row[f"{way} {name}"], launched = _graph_ms(call)
                 notes += [f"{way} {name}"] * launched
-            del run, leaves, dy
-            if device == "cuda":
+            del run, leaves
+            if device == "cuda":  # a graph has memory of its own
                 torch.cuda.empty_cache()
         yield row | ({LAUNCHED: ", ".join(notes)} if notes else {})
 
@@ -274,9 +291,11 @@ def _graph_ms(call: Callable[[], object]) -> tuple[float, bool]:
     """Time of a call as a graph, else launched; and whether it was launched."""
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):  # where autograd warms up for a graph
-        launched = measure.median_ms(call, REPEATS, warm_up=2)
+        for _ in range(WARM_UP):
+            call()
+    torch.cuda.synchronize()
     replayed, note = measure.replayed_ms(call, REPEATS)
-    return (launched, True) if note else (replayed, False)
+    return (measure.median_ms(call, REPEATS), True) if note else (replayed, False)
 
 
 def algorithm_rows(cases: list[AlgorithmCase]) -> Iterator[report.Row]:
