@@ -513,9 +513,10 @@ def test_what_is_chosen_here_equals_float64(case: Case) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "L"), [(64, 256), (64, 1024), (16, 8192), (4, 32768)])
-def test_at_most_half_of_the_memory_of_torch_fft(rows: int, L: int) -> None:
-    u = torch.randn(rows, 64, L, device="cuda").bfloat16().requires_grad_()
+def test_at_most_half_of_the_memory_of_torch_fft(rows: int, L: int, dtype: torch.dtype) -> None:
+    u = torch.randn(rows, 64, L, device="cuda").to(dtype).requires_grad_()
     f = torch.randn(64, L, device="cuda").requires_grad_()
     peaks = []
     for backend in ("triton", "torch"):

@@ -260,10 +260,11 @@ def transform_planes(
 
 
 def _empty(like: Tensor, rows: int, size: Size) -> Prepared:
-    shape, dtype = (rows, size.N1, size.N2), torch.int32
-    if size.precision != "half":
-        shape, dtype = (rows, 2, size.N1, size.N2), torch.float32
-    packed = like.new_empty(shape, dtype=dtype)
+    points = (size.N1, size.N2)
+    if size.precision == "half":
+        packed = like.new_empty((rows, *points), dtype=torch.int32)
+    else:
+        packed = like.new_empty((rows, 2, *points), dtype=torch.float32)
     return Prepared(packed, like.new_empty(rows, dtype=torch.float32))
 
 
