@@ -61,12 +61,15 @@ def _of_pairs() -> Iterator[Variant]:
     yield from ((length, fft_long.size_for(length, True, "pairs")) for length in long)
     small, wide = one[2048], replace(one[4096], warps=8, together=False)
     yield from ((n, replace(one[n], together=not one[n].together)) for n in (2048, 4096))
-    yield from ((4096, wide), (4096, LongSize(2, small)), (4096, LongSize(2, small, 128)))
+    yield from ((4096, wide), (4096, LongSize(2, small, stages=2)), (4096, LongSize(2, small, 128)))
     for length in long:
         outer = length // small.points
-        yield length, LongSize(outer, small, 128, warps=8)
-        yield length, LongSize(outer // 2, wide)
-        yield length, LongSize(outer // 2, replace(wide, warps=4), 128 if outer <= 32 else 64)
+        yield length, LongSize(outer, small, 128, warps=8, stages=2)
+        yield length, LongSize(outer // 2, wide, stages=2)
+        yield (
+            length,
+            LongSize(outer // 2, replace(wide, warps=4), 128 if outer <= 32 else 64, stages=2),
+        )
 
 
 _LONG = [131072, 16384, 32768, 1048576]

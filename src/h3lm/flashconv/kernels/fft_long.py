@@ -66,6 +66,7 @@ class LongSize:
         warps: Warps of such a program.
         rows_out: Most rows of the outer factor that it makes on the way to the spectrum.
         rows_in: The same on the way back, where each program makes all turns anew.
+        stages: Tiles of the outer factor in flight, where it is longer than a tile.
     """
 
     outer: int
@@ -74,6 +75,7 @@ class LongSize:
     warps: int = 4
     rows_out: int = 64
     rows_in: int = 64
+    stages: int = 3
 
     @property
     def points(self) -> int:
@@ -86,7 +88,7 @@ class LongSize:
 INNER = {1 << 16: Size(64, 32, 4), MAX_LONG_LENGTH: Size(64, 64, 4)}
 SMALL_INNER = {MAX_LONG_LENGTH_SMALL: Size(64, 16, 4)}
 INNER_OF_PAIRS = {MAX_LONG_LENGTH: Size(64, 32, 4, precision="pairs")}
-SMALL_INNER_OF_PAIRS = {MAX_LONG_LENGTH_SMALL: Size(64, 16, 4, precision="pairs")}
+SMALL_INNER_OF_PAIRS = {MAX_LONG_LENGTH_SMALL: Size(32, 16, 2, precision="pairs")}
 
 
 def size_for(length: int, large: bool, precision: Precision) -> LongSize:
@@ -104,7 +106,9 @@ def size_for(length: int, large: bool, precision: Precision) -> LongSize:
     for most, inner in inners.items():
         if points <= most:
             outer = max(points // inner.points, 2)
-            return LongSize(outer, inner, columns=128 if large and outer <= 16 else 64)
+            columns = 128 if large and outer <= 16 else 64
+            # tiles of pairs are twice as large
+            return LongSize(outer, inner, columns, stages=2 if precision == "pairs" else 3)
     raise ValueError(f"rows of {length} are over what the block FFT was made for")
 
 
@@ -405,6 +409,7 @@ class LongRun:
         self.outer: dict[str, Any] = {
             "N0": size.outer, "K": K, "DEPTH": min(64, K), "COLUMNS": size.columns,
             "FAST": size.inner.fast(u), "PRECISION": precision, "num_warps": size.warps,
+            "num_stages": size.stages,
         }  # fmt: skip
         self.inner: dict[str, Any] = {
             "N1": size.inner.N1, "N2": size.inner.N2, "REAL": False,
