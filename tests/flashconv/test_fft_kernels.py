@@ -86,15 +86,12 @@ def _check(
     plain = _everything(fft.fft_conv, leaves, mode, dtype)
     found = _everything(run, leaves, mode, dtype)
     for name, expected in exact.items():
-        size, of_plain = float(expected.norm()), plain[name]
-        if name == "dskip":  # it is df at lag 0: one number, which may be as small as its rounding
-            size = float(exact["df"].norm()) / exact["df"].shape[1] ** 0.5
-            of_plain, expected_of_plain = plain["df"], exact["df"]
-        else:
-            expected_of_plain = expected
-        error = float((found[name].double() - expected).norm()) / size
-        rounding = (of_plain.double() - expected_of_plain).norm() / expected_of_plain.norm()
-        limit = allowed.get(dtype) or TWICE * max(float(rounding), FLOAT32)
+        error, rounding = (
+            float((x[name].double() - expected).norm() / expected.norm()) for x in (found, plain)
+        )
+        limit = allowed.get(dtype) or TWICE * max(rounding, FLOAT32)
+        if name == "dskip" and dtype in allowed:  # it may be as small as its rounding
+            limit *= float(exact["df"].norm() / expected.norm()) / exact["df"].shape[1] ** 0.5
         assert error <= limit, f"{name}: relative error {error:.1e}, allowed {limit:.1e}"
 
 
@@ -193,13 +190,13 @@ def test_what_is_kept_until_backward_changes_nothing(algorithm: str, monkeypatch
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("algorithm", "forward", "backward"), [("Toeplitz blocks", 2, 5), ("block FFT", 2, 4)]
+    ("algorithm", "forward", "backward"), [("Toeplitz blocks", 2, 5), ("block FFT", 2, 5)]
 )
 @pytest.mark.parametrize("many", [False, True])
 def test_short_rows_take_few_launches_and_no_eager_pass(
     algorithm: str, forward: int, backward: int, many: bool, monkeypatch
 ) -> None:
-    from h3lm.flashconv.kernels import fft_filter, fft_triton, toeplitz_triton
+    from h3lm.flashconv.kernels import fft_filter, fft_triton, skip_gradient, toeplitz_triton
 
     launched: list[str] = []
 
@@ -215,7 +212,7 @@ def test_short_rows_take_few_launches_and_no_eager_pass(
             seen.add(func.overloadpacket.__name__)
             return func(*args, **(kwargs or {}))
 
-    for module in (fft_filter, fft_triton, toeplitz_triton):
+    for module in (fft_filter, fft_triton, skip_gradient, toeplitz_triton):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(name))
     monkeypatch.setattr(fft_library, "conv_algorithm", lambda *problem: algorithm)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from h3lm.flashconv import fft
 from h3lm.flashconv.dispatch import ConvAlgorithm, Problem, capability, conv_algorithm
-from h3lm.flashconv.filters import Filter
+from h3lm.flashconv.filters import Filter, FilterGradients
 
 KEPT_SHARE = 3  # of the rows' memory, one part in so many, for a filter's spectrum until backward
 MAX_KEPT = 8  # lengths of rows for which a kept filter keeps its spectrum
@@ -262,12 +262,34 @@ def _backward(
         du, dpre, sums = kernels.backward(
             dy, u, prepared, size, pre, post, data=data, filters=filters
         )
-        parts = (None, None, None)
+        parts: tuple[Tensor | None, ...] = (None, None, None)
         if sums is not None:
-            parts = kernels.filter_gradients(u, sums, filter, size)
+            parts = _filter_gradients(made, algorithm, sums, filter, dy, u, pre, post)
         # y = post conv, so that its gradient is a forward pass behind another gate
         dpost = kernels.forward(u, prepared, size, pre, dy) if gate and post is not None else None
         return [x for x in (du, *parts, dpre, dpost) if x is not None]
+
+
+def _filter_gradients(
+    made: _Made,
+    algorithm: str,
+    sums: Any,
+    filter: Filter,
+    dy: Tensor,
+    u: Tensor,
+    pre: Tensor | None,
+    post: Tensor | None,
+) -> FilterGradients:
+    """Gradients of a filter's parts; that of a skip by itself where a transform's is not enough."""
+    kernels, size = made.plan
+    skip = filter.skip
+    if skip is None or u.dtype == torch.bfloat16 or not algorithm.startswith("block FFT"):
+        found: FilterGradients = kernels.filter_gradients(u, sums, filter, size)
+        return found
+    from h3lm.flashconv.kernels.skip_gradient import skip_gradient
+
+    found = kernels.filter_gradients(u, sums, filter._replace(skip=None), size)
+    return found._replace(skip=skip_gradient(dy, u, skip, pre, post))
 
 
 def _backward_fake(

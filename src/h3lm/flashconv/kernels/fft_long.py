@@ -48,6 +48,7 @@ from h3lm.flashconv.kernels.fft_triton import (
     exponent_of,
     operand,
     power_of_two,
+    product,
     to_unit,
 )
 from h3lm.flashconv.kernels.launch import strides
@@ -143,23 +144,13 @@ def outer_turns(k0, column, points, FAST: tl.constexpr):
 
 @triton.jit
 def add_product(
-    sum_, sum_low, a, a_low, b, b_low, PRECISION: tl.constexpr, WHOLE: tl.constexpr = False
+    sum_, a, a_low, b, b_low, PRECISION: tl.constexpr, WHOLE: tl.constexpr = False
 ):  # fmt: skip
-    """sum_ + a b, as `fft_triton.product` makes it; of pairs, what has a factor of 2^-11 apart."""
+    """sum_ + a b. Of pairs the sum is rounded, not truncated as in the matrix units."""
     if PRECISION == "pairs":
-        sum_low = tl.dot(a_low, b, sum_low)
-        if not WHOLE:
-            sum_low = tl.dot(a, b_low, sum_low)
-    return tl.dot(a, b, sum_), sum_low
-
-
-@triton.jit
-def in_all(sum_, sum_low, PRECISION: tl.constexpr):
-    """What `add_product` summed."""
-    if PRECISION == "pairs":
-        return sum_ + sum_low * (1.0 / 2048.0)
+        return sum_ + product(a, a_low, b, b_low, PRECISION, WHOLE)
     else:
-        return sum_
+        return tl.dot(a, b, sum_)
 
 
 @triton.jit
@@ -204,7 +195,6 @@ def outward_kernel(
     scale = to_unit(tl.load(exponents + row * D + channel))
     re = tl.zeros((TILE, COLUMNS), tl.float32)
     im = tl.zeros((TILE, COLUMNS), tl.float32)
-    re_low, im_low = re, im
     for start in range(0, K, DEPTH):
         l0 = start + tl.arange(0, DEPTH)
         position = l0[:, None] * inner + column[None, :]
@@ -217,14 +207,13 @@ def outward_kernel(
         value = as_loaded(value * scale, x, gate, W_re)
         WHOLE: tl.constexpr = value.dtype == W_re.dtype
         value, value_low = operand(value, W_re, PRECISION)
-        re, re_low = add_product(re, re_low, W_re, W_re_low, value, value_low, PRECISION, WHOLE)
-        im, im_low = add_product(im, im_low, W_im, W_im_low, value, value_low, PRECISION, WHOLE)
+        re = add_product(re, W_re, W_re_low, value, value_low, PRECISION, WHOLE)
+        im = add_product(im, W_im, W_im_low, value, value_low, PRECISION, WHOLE)
         if imaginary is not None:
             value = tl.load(imaginary + position, (l0 < N0)[:, None], 0.0) * scale
             ahead, ahead_low = operand(value, W_re, PRECISION)
-            im, im_low = add_product(im, im_low, W_re, W_re_low, ahead, ahead_low, PRECISION)
-            re, re_low = add_product(re, re_low, W_im, W_im_low, -ahead, -ahead_low, PRECISION)
-    re, im = in_all(re, re_low, PRECISION), in_all(im, im_low, PRECISION)
+            im = add_product(im, W_re, W_re_low, ahead, ahead_low, PRECISION)
+            re = add_product(re, W_im, W_im_low, -ahead, -ahead_low, PRECISION)
     cos, sin = outer_turns(k0, column, points, FAST)
     out = planes + ((row * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
     inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
@@ -256,7 +245,6 @@ def inward_kernel(
         every = tl.arange(0, K)
         exponent = tl.max(tl.load(plane_exponents + first + every, every < N0, 0), 0)
     out = tl.zeros((TILE, COLUMNS), tl.float32)
-    out_low = out
     for start in range(0, K, DEPTH):
         k0 = start + tl.arange(0, DEPTH)
         at = planes + (first + k0)[:, None] * (2 * inner) + column[None, :]
@@ -274,10 +262,9 @@ def inward_kernel(
             table, k0[None, :] * K + l0[:, None], K, PRECISION
         )
         back, back_low = operand(re * cos - im * sin, W_re, PRECISION)
-        out, out_low = add_product(out, out_low, W_re, W_re_low, back, back_low, PRECISION)
+        out = add_product(out, W_re, W_re_low, back, back_low, PRECISION)
         back, back_low = operand(re * sin + im * cos, W_re, PRECISION)
-        out, out_low = add_product(out, out_low, W_im, W_im_low, back, back_low, PRECISION)
-    out = in_all(out, out_low, PRECISION)
+        out = add_product(out, W_im, W_im_low, back, back_low, PRECISION)
     position = l0[:, None] * inner + column[None, :]
     inside = position < L
     out *= tl.load(unscale + channel * N0) * power_of_two(exponent)

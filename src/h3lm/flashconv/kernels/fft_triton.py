@@ -48,6 +48,10 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+# of itself that a sum loses in the matrix units at each instruction, 16 products of float16 deep or
+# 8 of tf32: a quarter of a last place, measured on an H200. The interpreter rounds
+SHRINKS = tl.constexpr(0.0 if triton.knobs.runtime.interpret else 2.1e-8)
+
 
 @triton.jit
 def load_rows(base, offsets, mask, EVEN: tl.constexpr):
@@ -155,16 +159,23 @@ def as_loaded(x, source, gate, like):
 
 @triton.jit
 def product(a, a_low, b, b_low, PRECISION: tl.constexpr, WHOLE: tl.constexpr = False):
-    """The matrix product a b, float32; see `operand`. WHOLE: b has no second half."""
+    """The matrix product a b, float32; see `operand`. WHOLE: b has no second half.
+
+    The matrix units' sums are truncated. All values shrink alike, transform after transform, three
+    times as much as rounding moves them at random; but for "half" it is put back here.
+    """
+    DEPTH: tl.constexpr = a.shape[1]
     if PRECISION == "pairs":
         out = tl.dot(a_low, b)
         if not WHOLE:
             out = tl.dot(a, b_low, out)
-        return tl.dot(a, b, out * (1.0 / 2048.0))
+        out = tl.dot(a, b, out * (1.0 / 2048.0))
+        return out + out * (SHRINKS * (DEPTH // 16))
     elif PRECISION == "half":
         return tl.dot(a, b)
     else:
-        return tl.dot(a, b, input_precision=PRECISION)
+        out = tl.dot(a, b, input_precision=PRECISION)
+        return out + out * (SHRINKS * (DEPTH // 8))
 
 
 @triton.jit
