@@ -155,8 +155,8 @@ def run(folder: Path, say: Say, minutes: float, only: str = "") -> None:
     name = f"conv_{measure.gpu_name()}"
     methods, algorithms = method_cases(), algorithm_cases()
     for what, notes, rows, count in (
-        (ALGORITHMS, ALGORITHM_NOTES, algorithm_rows(algorithms), len(algorithms)),
         (METHODS, METHOD_NOTES, method_rows(methods), len(methods)),
+        (ALGORITHMS, ALGORITHM_NOTES, algorithm_rows(algorithms), len(algorithms)),
     ):
         if only not in ("", what):
             continue

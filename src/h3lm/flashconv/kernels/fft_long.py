@@ -63,7 +63,8 @@ class LongSize:
     Attributes:
         outer: N0, of the factor through device memory.
         inner: Size of the transforms of what is left.
-        columns: Points of an inner transform that a program of the outer factor takes.
+        columns: Points of an inner transform that a program of the outer factor takes; blocks of
+            so many, where that has fewer rows than the matrix units need.
         warps: Warps of such a program.
         rows_out: Most rows of the outer factor that it makes on the way to the spectrum.
         rows_in: The same on the way back, where each program makes all turns anew.
@@ -139,7 +140,8 @@ def largest_kernel(
 @triton.jit
 def outer_turns(k0, column, points, FAST: tl.constexpr):
     """Cosine and sine of 2 pi (k0 - 1/4) column / n."""
-    return cosine_and_sine(k0.to(tl.float32) - 0.25, column.to(tl.float32), points, FAST)
+    k = (k0.to(tl.float32) - 0.25)[:, None]
+    return cosine_and_sine(k, column.to(tl.float32), points, FAST)
 
 
 @triton.jit
@@ -174,6 +176,20 @@ def program_tile(tiles, inner, D, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def in_table(index, block, N0: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """What an index of the outer factor's table stands for: one of N0, and columns, [.., COLUMNS].
+
+    A table has at least K = 16 rows; if N0 is less, they are those of several blocks of columns.
+    """
+    column = tl.arange(0, COLUMNS)[None, :]
+    if K == N0:
+        return index, block * COLUMNS + column
+    else:
+        of_index = (block * (K // N0) + index // N0) * COLUMNS
+        return index % N0, of_index[:, None] + column
+
+
+@triton.jit
 def outward_kernel(
     x, gate, imaginary, exponents, planes, table,
     x_row, x_channel, gate_row, gate_channel, imaginary_row, imaginary_channel,
@@ -185,8 +201,8 @@ def outward_kernel(
 
     `imaginary` makes rows complex: it reaches over all points, and has no gate.
     """
-    tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS)
-    k0, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
+    tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS * (K // N0))
+    out_index = tile * TILE + tl.arange(0, TILE)
     x += row * x_row + channel * x_channel
     if gate is not None:
         gate += row * gate_row + channel * gate_channel
@@ -196,13 +212,14 @@ def outward_kernel(
     re = tl.zeros((TILE, COLUMNS), tl.float32)
     im = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(0, K, DEPTH):
-        l0 = start + tl.arange(0, DEPTH)
-        position = l0[:, None] * inner + column[None, :]
+        index = start + tl.arange(0, DEPTH)
+        l0, column = in_table(index, block, N0, K, COLUMNS)
+        position = l0[:, None] * inner + column
         value = tl.load(x + position, position < L, 0.0).to(tl.float32)
         if gate is not None:
             value *= tl.load(gate + position, position < L, 0.0).to(tl.float32)
         W_re, W_re_low, W_im, W_im_low = load_outer(
-            table, k0[:, None] * K + l0[None, :], K, PRECISION
+            table, out_index[:, None] * K + index[None, :], K, PRECISION
         )
         value = as_loaded(value * scale, x, gate, W_re)
         WHOLE: tl.constexpr = value.dtype == W_re.dtype
@@ -210,15 +227,15 @@ def outward_kernel(
         re = add_product(re, W_re, W_re_low, value, value_low, PRECISION, WHOLE)
         im = add_product(im, W_im, W_im_low, value, value_low, PRECISION, WHOLE)
         if imaginary is not None:
-            value = tl.load(imaginary + position, (l0 < N0)[:, None], 0.0) * scale
+            value = tl.load(imaginary + position) * scale
             ahead, ahead_low = operand(value, W_re, PRECISION)
             im = add_product(im, W_re, W_re_low, ahead, ahead_low, PRECISION)
             re = add_product(re, W_im, W_im_low, -ahead, -ahead_low, PRECISION)
+    k0, column = in_table(out_index, block, N0, K, COLUMNS)
     cos, sin = outer_turns(k0, column, points, FAST)
-    out = planes + ((row * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
-    inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
-    tl.store(out, (re * cos + im * sin).to(planes.dtype.element_ty), inside)
-    tl.store(out + inner, (im * cos - re * sin).to(planes.dtype.element_ty), inside)
+    out = planes + ((row * D + channel) * N0 + k0)[:, None] * (2 * inner) + column
+    tl.store(out, (re * cos + im * sin).to(planes.dtype.element_ty))
+    tl.store(out + inner, (im * cos - re * sin).to(planes.dtype.element_ty))
 
 
 @triton.jit
@@ -236,36 +253,36 @@ def inward_kernel(
     IMAGINARY: the imaginary part of the rows, not the real one. `other` has the strides of y, its
     factor has its own.
     """
-    tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS)
-    l0, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
+    tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS * (K // N0))
+    out_index = tile * TILE + tl.arange(0, TILE)
     first = (row * D + channel) * N0
     if plane_exponents is None:
         exponent = tl.load(exponents + row * D + channel)
     else:
-        every = tl.arange(0, K)
-        exponent = tl.max(tl.load(plane_exponents + first + every, every < N0, 0), 0)
+        exponent = tl.max(tl.load(plane_exponents + first + tl.arange(0, N0)), 0)
     out = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(0, K, DEPTH):
-        k0 = start + tl.arange(0, DEPTH)
-        at = planes + (first + k0)[:, None] * (2 * inner) + column[None, :]
-        inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
-        re = tl.load(at, inside, 0.0).to(tl.float32)
-        im = tl.load(at + inner, inside, 0.0).to(tl.float32)
+        index = start + tl.arange(0, DEPTH)
+        k0, column = in_table(index, block, N0, K, COLUMNS)
+        at = planes + (first + k0)[:, None] * (2 * inner) + column
+        re = tl.load(at).to(tl.float32)
+        im = tl.load(at + inner).to(tl.float32)
         if plane_exponents is not None:
-            own = tl.load(plane_exponents + first + k0, k0 < N0, 0)
+            own = tl.load(plane_exponents + first + k0)
             weight = power_of_two(tl.maximum(127 + own - exponent, 0))[:, None]
             re, im = re * weight, im * weight
         if IMAGINARY:
             re, im = im, -re
         cos, sin = outer_turns(k0, column, points, FAST)
         W_re, W_re_low, W_im, W_im_low = load_outer(
-            table, k0[None, :] * K + l0[:, None], K, PRECISION
+            table, index[None, :] * K + out_index[:, None], K, PRECISION
         )
         back, back_low = operand(re * cos - im * sin, W_re, PRECISION)
         out = add_product(out, W_re, W_re_low, back, back_low, PRECISION)
         back, back_low = operand(re * sin + im * cos, W_re, PRECISION)
         out = add_product(out, W_im, W_im_low, back, back_low, PRECISION)
-    position = l0[:, None] * inner + column[None, :]
+    l0, column = in_table(out_index, block, N0, K, COLUMNS)
+    position = l0[:, None] * inner + column
     inside = position < L
     out *= tl.load(unscale + channel * N0) * power_of_two(exponent)
     offsets = row * y_row + channel * y_channel + position
@@ -283,11 +300,10 @@ def inward_kernel(
 def outer_factors(outer: int, device: torch.device, precision: Precision) -> Tensor:
     """W_N0 at frequencies k0 - 1/4 as (part, k0, l0), by `as_operands`; made in float64.
 
-    Rows and columns behind N0 are zero: they only fill up an edge of 16.
+    Up to an edge of 16 it is repeated along the diagonal, for as many blocks of columns.
     """
-    K = max(outer, MIN_OUTER)
-    W = torch.zeros(K, K, dtype=torch.complex128)
-    W[:outer, :outer] = unitary_dft(outer, SHIFT)
+    blocks = max(1, MIN_OUTER // outer)
+    W = torch.block_diag(*[unitary_dft(outer, SHIFT)] * blocks)
     return as_operands(torch.stack([W.real, W.imag]), precision).to(device)
 
 
@@ -404,7 +420,7 @@ class LongRun:
             "KEEP": size.inner.keep and precision == "half", "AHEAD": size.inner.ahead,
             "num_warps": size.inner.warps, "maxnreg": size.inner.registers,
         }  # fmt: skip
-        self.columns = self.B * self.D * (size.inner.points // size.columns)
+        self.columns = self.B * self.D * (size.inner.points * size.outer // (size.columns * K))
         self.channels = self.D * size.outer
         self.rows_per_program, self.groups = rows_per_program(
             u.device, size.inner, self.B, self.channels

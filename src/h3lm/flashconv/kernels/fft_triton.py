@@ -180,13 +180,13 @@ def product(a, a_low, b, b_low, PRECISION: tl.constexpr, WHOLE: tl.constexpr = F
 
 @triton.jit
 def cosine_and_sine(rows, columns, points, FAST: tl.constexpr):
-    """Of rows columns / points turns, up to one; rows of quarters, columns of integers."""
+    """Of rows columns / points turns, up to one; rows of quarters, columns of integers; tiles."""
     if FAST:  # absolute error 1e-6, operands are rounded to 2^-11 behind it
-        angle = rows[:, None] * (columns * (6.283185307179586 / points))[None, :]
+        angle = rows * (columns * (6.283185307179586 / points))
         return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
     else:
         # what is left of quarter turns is exact, at most an eighth: Taylor's series to 3e-8
-        turn = rows[:, None] * (columns * (1.0 / points))[None, :]
+        turn = rows * (columns * (1.0 / points))
         quarters = tl.floor(turn * 4.0 + 0.5)
         x = (turn - quarters * 0.25) * 6.283185307179586
         y = x * x
@@ -210,7 +210,8 @@ def make_turns(zero, N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAS
     k1 = (tl.arange(0, N1) + zero).to(tl.float32)
     if REAL:
         k1 -= 0.25
-    return cosine_and_sine(k1, tl.arange(0, N2).to(tl.float32), N1 * N2, FAST)
+    l2 = tl.arange(0, N2)[None, :].to(tl.float32)
+    return cosine_and_sine(k1[:, None], l2, N1 * N2, FAST)
 
 
 @triton.jit
