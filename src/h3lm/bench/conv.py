@@ -155,8 +155,19 @@ def check(cases: list[Case], say: Say) -> dict[Case, float]:
         RuntimeError: if an output or a gradient is off by more than it may.
     """
     context = multiprocessing.get_context("spawn")
+    device = torch.device("cuda", torch.cuda.current_device())
+    first_uses = [(name, device, dtype, length) for name, dtype, length in checks(device)]
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
-        found = dict(zip(cases, pool.map(_errors, cases), strict=True))
+        everything, faults = (
+            pool.map(_errors, cases),
+            pool.map(fault, *zip(*first_uses, strict=True)),
+        )
+        found = dict(zip(cases, everything, strict=True))
+        for (algorithm, _, dtype, length), wrong in zip(first_uses, faults, strict=True):
+            if wrong:
+                raise RuntimeError(
+                    f"{algorithm}, rows of {length} of {dtype}: {wrong}: nothing is timed"
+                )
     for (length, gated, dtype), errors in found.items():
         for name, (error, allowed) in errors.items():
             if not error <= allowed:
@@ -164,12 +175,6 @@ def check(cases: list[Case], say: Say) -> dict[Case, float]:
                     f"rows of {length} of {dtype}{', gated' * gated}: {name} is off by "
                     f"{error:.1e}, allowed {allowed:.1e}: nothing is timed"
                 )
-    device = torch.device("cuda", torch.cuda.current_device())
-    for algorithm, dtype, length in checks(device):
-        if wrong := fault(algorithm, device, dtype, length):
-            raise RuntimeError(
-                f"{algorithm}, rows of {length} of {dtype}: {wrong}: nothing is timed"
-            )
     say(
         f"{len(cases)} cases compared with float64, gradients too: bfloat16 within {ALLOWED:.1e}, "
         f"float16 within {TWICE:g} times plain PyTorch"
