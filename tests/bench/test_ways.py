@@ -120,7 +120,11 @@ def test_the_packages_table_is_what_the_committed_reports_say():
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_algorithm_is_compared_with_float64(gated, monkeypatch):
     right = ways._tensors
-    monkeypatch.setattr(ways, "_tensors", lambda case, device, channels: right(case, device, 2))
-    errors = ways.algorithm_errors(ways.AlgorithmCase(torch.float16, gated, 64, 130, 3), "cpu")
+
+    def few(case, device, channels):  # the interpreter has no bfloat16
+        return [x.half() if x.dtype == torch.bfloat16 else x for x in right(case, device, 2)]
+
+    monkeypatch.setattr(ways, "_tensors", few)
+    errors = ways.algorithm_errors(ways.AlgorithmCase(gated, 64, 130, 3), "cpu")
     assert len(errors) == (8 if gated else 6)
     assert max(errors.values()) < 1e-3

@@ -221,14 +221,14 @@ def conv_algorithm(dtype: torch.dtype, problem: Problem, backward: bool = False)
     bfloat16 has the range for that.
     """
     ranged = dtype == torch.bfloat16 or (dtype == torch.float16 and not problem.gated)
-    if ranged and _blocks_are_faster(dtype, problem, "backward" if backward else "forward"):
+    if ranged and _blocks_are_faster(problem, "backward" if backward else "forward"):
         return "Toeplitz blocks"
     if problem.length <= longest_in_a_program(dtype, problem.capability):
         return "block FFT"
     return "block FFT through memory"
 
 
-def _blocks_are_faster(dtype: torch.dtype, problem: Problem, way: str) -> bool:
+def _blocks_are_faster(problem: Problem, way: str) -> bool:
     """Whether Toeplitz blocks are faster than transforms, one way."""
     lags = problem.lags or problem.length
     table = measured.ALGORITHMS.get(_generation(problem))
@@ -240,7 +240,7 @@ def _blocks_are_faster(dtype: torch.dtype, problem: Problem, way: str) -> bool:
     if length > MAX_FFT_LENGTH:
         # Transforms through memory, timed at one length: both ways then grow with the elements
         rows, length = max(1, rows * length // TIMED_LONG_LENGTH), TIMED_LONG_LENGTH
-    kinds = str(dtype).removeprefix("torch."), "yes" if problem.gated else "no"
+    kinds = ("yes" if problem.gated else "no",)
     return table.faster(kinds, (lags, length, rows), way) == "blocks"
 
 

@@ -85,7 +85,7 @@ def _tables(name: str, **columns: Any) -> dict[int, Table]:
 
 ALGORITHMS = _tables(
     "algorithms",
-    kinds=("dtype", "gated"),
+    kinds=("gated",),
     sizes=("lags", "length", "rows"),
     ways=("blocks", "transforms"),
 )
