@@ -41,6 +41,8 @@ MAX_TOEPLITZ_LAGS = 256
 # where they were: transforms are faster from 2,048 lags on, whose cost for blocks grows with them
 MAX_TIMED_LAGS = 1536
 TIMED_LONG_LENGTH = 65536
+# they were in bfloat16: of float16, transforms take 1.5 to 2.1 times as long up to 1,024 (H200)
+PAIRS_SLOWER = {"transforms": 2.0}
 # a segment of a row is whole tiles of half inputs (two of float32), and at least 8 of them
 SEGMENT_UNIT, MIN_SEGMENT = 4096, 8 * 4096
 MAX_SHARED_ROW = 2048  # up to this length several rows share a tile of 64 chunks
@@ -221,14 +223,14 @@ def conv_algorithm(dtype: torch.dtype, problem: Problem, backward: bool = False)
     bfloat16 has the range for that.
     """
     ranged = dtype == torch.bfloat16 or (dtype == torch.float16 and not problem.gated)
-    if ranged and _blocks_are_faster(problem, "backward" if backward else "forward"):
+    if ranged and _blocks_are_faster(dtype, problem, "backward" if backward else "forward"):
         return "Toeplitz blocks"
     if problem.length <= longest_in_a_program(dtype, problem.capability):
         return "block FFT"
     return "block FFT through memory"
 
 
-def _blocks_are_faster(problem: Problem, way: str) -> bool:
+def _blocks_are_faster(dtype: torch.dtype, problem: Problem, way: str) -> bool:
     """Whether Toeplitz blocks are faster than transforms, one way."""
     lags = problem.lags or problem.length
     table = measured.ALGORITHMS.get(_generation(problem))
@@ -241,7 +243,8 @@ def _blocks_are_faster(problem: Problem, way: str) -> bool:
         # Transforms through memory, timed at one length: both ways then grow with the elements
         rows, length = max(1, rows * length // TIMED_LONG_LENGTH), TIMED_LONG_LENGTH
     kinds = ("yes" if problem.gated else "no",)
-    return table.faster(kinds, (lags, length, rows), way) == "blocks"
+    slower = PAIRS_SLOWER if dtype == torch.float16 else None
+    return table.faster(kinds, (lags, length, rows), way, slower) == "blocks"
 
 
 def choose_method(
