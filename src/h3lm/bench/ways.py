@@ -2,7 +2,8 @@
 
     python -m h3lm.bench.ways --time --out docs/benchmarks
 
-compares them with float64, times them and leaves reports in a folder;
+compares them with float64, times them and leaves reports in a folder, where runs on like machines
+add up: what no run has timed yet comes first;
 
     python -m h3lm.bench.ways --out docs/benchmarks
 
@@ -15,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,12 +54,12 @@ BLOCKS, TRANSFORMS = "blocks", "transforms"
 MEASURED = {9: ("nvidia_h200", "nvidia_h100_80gb_hbm3")}
 METHOD_LENGTHS = (256, 512, 1024, 2048, 8192, 32768, 131072)
 FLOAT32_LENGTHS = (256, 2048, 32768)
-# one for each size of the transforms that the timed lengths take
-CHECKED_LENGTHS = (256, 1024, 2048, 32768)
 SHORT_LENGTHS = (128, 256, 384, 512, 768, 1024, 2048)
 LONG_LENGTHS, FEW_LAGS = (4096, 65536), (64, 256, 1024)
 FEW_ROWS = 8
 REPEATS, WARM_UP = 7, 2
+CHECKED_CHANNELS = 16
+SAME = ("gpu", "driver", "torch", "triton")  # of runs that add up
 ALLOWED = {torch.bfloat16: 1e-2, torch.float32: 3e-5}
 
 Say = Callable[[str], None]
@@ -85,6 +86,13 @@ class MethodCase(NamedTuple):
         longer = self.length > MAX_FFT_LENGTH and not self.states
         return [SCAN, CHUNKS, *([WHOLE] if longer else [])]
 
+    def columns(self) -> report.Row:
+        """What says so in a report."""
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."), "d_state": str(self.d_state),
+            "states": _yes(self.states), "length": str(self.length), "rows": str(self.rows),
+        }  # fmt: skip
+
 
 class AlgorithmCase(NamedTuple):
     """A call of `fft_conv`.
@@ -99,6 +107,13 @@ class AlgorithmCase(NamedTuple):
     lags: int
     length: int
     rows: int
+
+    def columns(self) -> report.Row:
+        """What says so in a report."""
+        return {
+            "gated": _yes(self.gated), "lags": str(self.lags), "length": str(self.length),
+            "rows": str(self.rows),
+        }  # fmt: skip
 
 
 def method_cases() -> list[MethodCase]:
@@ -135,53 +150,81 @@ def run(folder: Path, say: Say, minutes: float, only: str = "") -> None:
     """Check and time everything, and write both reports as it goes.
 
     Args:
-        folder: Where they go.
+        folder: Where they go; what they say of a like machine stays until it is timed again.
         say: Called with a line for each case.
         minutes: What is not timed by then is left out.
         only: One of `ALGORITHMS` and `METHODS`; both if empty.
     """
     end = time.monotonic() + 60 * minutes
-    check(say, only)
     chosen = f" --only {only}" if only else ""
     command = f"python -m h3lm.bench.ways --time --minutes {minutes:g}{chosen}"
     environment = measure.environment(command)
-    name = f"conv_{measure.gpu_name()}"
     methods, algorithms = method_cases(), algorithm_cases()
-    for what, notes, rows, count in (
-        (METHODS, METHOD_NOTES, method_rows(methods), len(methods)),
-        (ALGORITHMS, ALGORITHM_NOTES, algorithm_rows(algorithms), len(algorithms)),
-    ):
-        if only not in ("", what):
-            continue
-        done: list[report.Row] = []
-        for row in rows:
-            done.append(row)
-            say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.3g}'}" for k, v in row.items()))
-            left = f" {len(done)} of {count} cases: the clock left out the rest."
-            noted = notes + left * (len(done) < count)
-            report.write(f"{name}_{what}", folder, environment, noted, done)
-            if time.monotonic() > end:
-                say("out of time: the rest is left out")
-                break
+    if only != ALGORITHMS:
+        _add_up(folder, METHODS, METHOD_NOTES, environment, methods, method_rows, end, say)
+    if only != METHODS:
+        notes = ALGORITHM_NOTES
+        _add_up(folder, ALGORITHMS, notes, environment, algorithms, algorithm_rows, end, say)
 
 
-def check(say: Say, only: str = "") -> None:
-    """Compare every way with float64, side by side; that also fills Triton's cache.
+def _add_up(
+    folder: Path,
+    what: str,
+    notes: str,
+    environment: dict[str, str],
+    cases: list[Any],
+    rows: Callable[[Iterable[Any]], Iterator[report.Row]],
+    end: float,
+    say: Say,
+) -> None:
+    """Time cases until a time of `monotonic`, and write the report with each."""
+    name = f"conv_{measure.gpu_name()}_{what}"
+    done = known_rows(folder / f"{name}.json", environment)
+    todo = sorted(cases, key=lambda case: place(case.columns()) in done)
+    for row in rows(checked(todo)):
+        done[place(row)] = row
+        say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.3g}'}" for k, v in row.items()))
+        found = [done[at] for at in map(place, (case.columns() for case in cases)) if at in done]
+        left = f" {len(found)} of {len(cases)} cases: the clock left out the rest."
+        report.write(name, folder, environment, notes + left * (len(found) < len(cases)), found)
+        if time.monotonic() > end:
+            say("out of time: the rest is left out")
+            break
+
+
+def place(row: report.Row) -> tuple[tuple[str, str], ...]:
+    """What says which case a row is of."""
+    return tuple((k, v) for k, v in row.items() if isinstance(v, str) and k != LAUNCHED)
+
+
+def known_rows(
+    path: Path, environment: dict[str, str]
+) -> dict[tuple[tuple[str, str], ...], report.Row]:
+    """Rows of an earlier report, if it is of a like machine, by their places."""
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    like = all(content["environment"].get(key) == environment.get(key) for key in SAME)
+    return {place(row): row for row in content["rows"]} if like else {}
+
+
+def checked(cases: list[Any]) -> Iterator[Any]:
+    """Cases, each when every way was compared with float64, which fills Triton's cache.
+
+    Many are compared side by side, as many rows as are timed but of few channels: kernels are
+    compiled anew where a number of rows is 1 or no longer a multiple of 16.
 
     Raises:
         RuntimeError: if one is off: a fast wrong one is not timed.
     """
-    cases: list[MethodCase | AlgorithmCase] = []
-    if only != ALGORITHMS:
-        some = [case for case in method_cases() if case.length in CHECKED_LENGTHS]
-        cases += sorted({case._replace(rows=2) for case in some}, key=str)
-    if only != METHODS:
-        cases += sorted({case._replace(rows=min(case.rows, 70)) for case in algorithm_cases()})
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
+    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context)
+    try:
         for case, errors in zip(cases, pool.map(_errors, cases), strict=True):
             refuse_wrong(case, errors)
-    say(f"{len(cases)} cases compared with float64, gradients too")
+            yield case
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def refuse_wrong(case: MethodCase | AlgorithmCase, errors: dict[str, float]) -> None:
@@ -198,7 +241,7 @@ def _errors(case: MethodCase | AlgorithmCase) -> dict[str, float]:
 
 def method_errors(case: MethodCase, device: str = "cuda") -> dict[str, float]:
     """Relative errors of each way, of output and gradient of the rows, on a few channels."""
-    given = _Given.of(case, device, 16)
+    given = _Given.of(case, device, CHECKED_CHANNELS)
     exact = _run_once(case, SCAN, given, exact=True)
     return {
         f"{name}, {way}": float((found.double() - expected).norm() / expected.norm())
@@ -257,13 +300,10 @@ def _call(
     return run, leaves
 
 
-def method_rows(cases: list[MethodCase], device: str = "cuda") -> Iterator[report.Row]:
+def method_rows(cases: Iterable[MethodCase], device: str = "cuda") -> Iterator[report.Row]:
     """Time every way of each case."""
     for case in cases:
-        row: report.Row = {
-            "dtype": str(case.dtype).removeprefix("torch."), "d_state": str(case.d_state),
-            "states": _yes(case.states), "length": str(case.length), "rows": str(case.rows),
-        }  # fmt: skip
+        row = case.columns()
         notes = []
         given = _Given.of(case, device, CORE_CHANNELS)
         for way in case.ways():
@@ -298,13 +338,10 @@ def _graph_ms(call: Callable[[], object]) -> tuple[float, bool]:
     return (measure.median_ms(call, REPEATS), True) if note else (replayed, False)
 
 
-def algorithm_rows(cases: list[AlgorithmCase]) -> Iterator[report.Row]:
+def algorithm_rows(cases: Iterable[AlgorithmCase]) -> Iterator[report.Row]:
     """Time blocks and transforms of each case."""
     for case in cases:
-        row: report.Row = {
-            "gated": _yes(case.gated), "lags": str(case.lags), "length": str(case.length),
-            "rows": str(case.rows),
-        }  # fmt: skip
+        row = case.columns()
         tensors = _tensors(case, "cuda", CORE_CHANNELS)
         for way in (BLOCKS, TRANSFORMS):
             run = _Algorithm.of(case, way, tensors)
@@ -315,7 +352,7 @@ def algorithm_rows(cases: list[AlgorithmCase]) -> Iterator[report.Row]:
 
 def algorithm_errors(case: AlgorithmCase, device: str = "cuda") -> dict[str, float]:
     """Relative errors of each way, of output and gradients, on a few channels."""
-    tensors = _tensors(case, device, 16)
+    tensors = _tensors(case, device, CHECKED_CHANNELS)
     u, f, _, *gates = (x.double().requires_grad_() for x in tensors)
     pre, post = gates if case.gated else (None, None)
     y = fft_conv(u, f, pre_gate=pre, post_gate=post, backend="torch")
