@@ -62,12 +62,14 @@ def test_ratios_are_over_the_fastest_peer_and_a_picture_is_drawn(tmp_path):
         "FlashFFTConv": (2.0, 8.0, 2.0),
     }
     rows = [
-        {"shape": str(shape), "gated": "no", "path": path, "forward ms": f, TIME: b, conv.MEMORY: m}
+        {"shape": str(shape), "gated": "no", "dtype": "bfloat16", "path": path}
+        | {"forward ms": f, TIME: b, conv.MEMORY: m}
         for path, (f, b, m) in times.items()
     ]
     found = conv._ratios(rows[0], rows[1:])
     assert found == {"forward ratio": 0.25, "both ratio": 0.25, "memory ratio": 0.25}
     rows[0]["both floor"] = 0.3
+    rows += [rows[0] | {"dtype": "float16"}]
     conv.plot(tmp_path / "conv.png", [shape], rows)
     assert (tmp_path / "conv.png").stat().st_size > 1000
 

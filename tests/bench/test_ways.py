@@ -1,9 +1,11 @@
 """Ways beside each other: right before they are timed, and the package's table as reported."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -33,8 +35,8 @@ def test_a_wrong_way_is_seen(monkeypatch):
     right = ways._call
 
     def wrong(case, way, *given, **more):
-        run, leaves, dy = right(case, way, *given, **more)
-        return (lambda: run() * (1.02 if way == CHUNKS else 1.0)), leaves, dy
+        run, leaves = right(case, way, *given, **more)
+        return (lambda: run() * (1.02 if way == CHUNKS else 1.0)), leaves
 
     monkeypatch.setattr(ways, "_call", wrong)
     errors = ways.method_errors(CASES[0], "cpu")
@@ -70,15 +72,28 @@ def test_a_time_says_whether_it_was_a_graph(monkeypatch):
         assert ways._graph_ms(lambda: None) == expected
 
 
-@pytest.mark.parametrize(("minutes", "timed"), [(0.0, 1), (1.0, 2)])
-def test_what_was_timed_is_written_whatever_comes(minutes, timed, tmp_path, monkeypatch):
-    monkeypatch.setattr(ways, "check", lambda say, only: None)
+class Case(NamedTuple):
+    rows: int
+
+    def columns(self):
+        return {"rows": str(self.rows)}
+
+
+@pytest.fixture
+def _two_cases(monkeypatch):
+    """Two cases of each half, timed at once."""
+    monkeypatch.setattr(ways, "checked", iter)
     monkeypatch.setattr(ways.measure, "environment", lambda command: {"gpu": "G", "ran": command})
     monkeypatch.setattr(ways.measure, "gpu_name", lambda: "g")
     for name in ("method_rows", "algorithm_rows"):
-        monkeypatch.setattr(ways, name, lambda cases: iter([{"rows": "1"}, {"rows": "2"}]))
+        monkeypatch.setattr(ways, name, lambda cases: ({**x.columns(), "ms": 2.0} for x in cases))
     for name in ("method_cases", "algorithm_cases"):
-        monkeypatch.setattr(ways, name, lambda: [1, 2])
+        monkeypatch.setattr(ways, name, lambda: [Case(1), Case(2)])
+
+
+@pytest.mark.usefixtures("_two_cases")
+@pytest.mark.parametrize(("minutes", "timed"), [(0.0, 1), (1.0, 2)])
+def test_what_was_timed_is_written_whatever_comes(minutes, timed, tmp_path):
     said = []
     ways.run(tmp_path, said.append, minutes)
     for name in ("methods", "algorithms"):
@@ -89,6 +104,26 @@ def test_what_was_timed_is_written_whatever_comes(minutes, timed, tmp_path, monk
         )
         assert content["environment"]["ran"].startswith("python -m h3lm.bench.ways --time")
     assert any("out of time" in line for line in said) == (timed == 1)
+
+
+@pytest.mark.usefixtures("_two_cases")
+@pytest.mark.parametrize(("gpu", "expected"), [("G", [1.0, 2.0]), ("another", [2.0])])
+def test_runs_on_like_machines_add_up(gpu, expected, tmp_path):
+    before = {"rows": "1", "ms": 1.0, "launched": "ms"}
+    content = {"environment": {"gpu": gpu}, "notes": "", "rows": [before]}
+    (tmp_path / "conv_g_methods.json").write_text(json.dumps(content))
+    ways.run(tmp_path, lambda line: None, 0.0, "methods")
+    found = json.loads((tmp_path / "conv_g_methods.json").read_text())
+    assert [row["ms"] for row in found["rows"]] == expected
+
+
+def test_a_case_is_timed_only_after_it_was_right(monkeypatch):
+    monkeypatch.setattr(ways, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(ways, "_errors", lambda case: {"y": 1.0 if case is CASES[1] else 0.0})
+    came = ways.checked(CASES)
+    assert next(came) is CASES[0]
+    with pytest.raises(RuntimeError, match="y is off"):
+        next(came)
 
 
 def test_the_table_is_made_of_reports(tmp_path):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from h3lm.flashconv import KeptFilter, fft, fft_conv, fft_library, measured
 from h3lm.flashconv.dispatch import Problem, choose, conv_algorithm
 from h3lm.flashconv.filters import Filter, FilterGradients
-from h3lm.flashconv.kernels import conv_plan
+from h3lm.flashconv.kernels import conv_plan, fft_size
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -22,12 +22,14 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 
-# the result is rounded once (1.7e-3, 2e-4); inside, float16 is rounded 7 times on the way, 2e-4
-# each; float32 by three products of tf32
-ALLOWED = {torch.bfloat16: 2.6e-3, torch.float16: 1e-3, torch.float32: 2e-6}
-# Toeplitz blocks round what is under a gate, the filter and the result to the dtype of the rows:
-# 1.7e-3 each in bfloat16
-ALLOWED_TOEPLITZ = ALLOWED | {torch.bfloat16: 4e-3}
+# the result is rounded once, 1.7e-3; inside, float16 is rounded 7 times on the way, 2e-4 each
+ALLOWED = {torch.bfloat16: 2.6e-3}
+# Toeplitz blocks round what is under a gate, the filter and the result to the dtype of the rows
+ALLOWED_TOEPLITZ = {torch.bfloat16: 4e-3}
+# one product of float16 where the interpreter has no bfloat16: the roundings inside are seen
+ALLOWED_HALF = {torch.float16: 1e-3}
+# others may be twice as wrong as plain PyTorch, or as a few roundings of float32 are
+TWICE, FLOAT32 = 2.0, 2.0**-22
 
 Case = tuple[int, int, int, int, int, str]
 
@@ -81,23 +83,16 @@ def _check(
     leaves = leaves or _leaves(case, dtype)
     mode = "circular" if "c" in case[-1] else "causal"
     exact = _everything(fft.fft_conv, {n: x.double() for n, x in leaves.items()}, mode, dtype)
+    plain = _everything(fft.fft_conv, leaves, mode, dtype)
     found = _everything(run, leaves, mode, dtype)
     for name, expected in exact.items():
-        error = float((found[name].double() - expected).norm() / expected.norm())
-        limit = allowed[dtype]
-        if name == "dskip":  # a number for each of few channels: it may be as small as its rounding
-            rounded = _everything(_in_steps, leaves, mode, dtype)[name].double()
-            limit = max(limit, 2 * float((rounded - expected).norm() / expected.norm()))
+        error, rounding = (
+            float((x[name].double() - expected).norm() / expected.norm()) for x in (found, plain)
+        )
+        limit = allowed.get(dtype) or TWICE * max(rounding, FLOAT32)
+        if name == "dskip" and dtype in allowed:  # it may be as small as its rounding
+            limit *= float(exact["df"].norm() / expected.norm()) / exact["df"].shape[1] ** 0.5
         assert error <= limit, f"{name}: relative error {error:.1e}, allowed {limit:.1e}"
-
-
-def _in_steps(u, f, *, skip=None, pre_gate=None, post_gate=None, f_reverse=None, mode) -> Tensor:
-    """Plain PyTorch in the dtype of the rows: each step rounds, the filter is float32."""
-    x = u if pre_gate is None else u * pre_gate
-    y = fft.fft_conv(x, f, f_reverse=f_reverse, mode=mode)
-    if skip is not None:
-        y = y + skip.to(u.dtype)[:, None] * x
-    return y if post_gate is None else y * post_gate
 
 
 INTERPRETED: list[tuple[Case, torch.dtype]] = [
@@ -110,12 +105,31 @@ INTERPRETED: list[tuple[Case, torch.dtype]] = [
 ]
 
 
+@pytest.fixture
+def _one_product(monkeypatch):
+    """Float16 as bfloat16 is computed, which the interpreter has not."""
+    monkeypatch.setitem(fft_size._PRECISION, torch.float16, "half")
+
+
 @needs_triton
 @pytest.mark.usefixtures("_transforms")
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # the interpreter
 @pytest.mark.parametrize(("case", "dtype"), INTERPRETED, ids=str)
 def test_kernels_equal_float64_on_small_problems(case: Case, dtype: torch.dtype) -> None:
     _check(case, dtype)
+
+
+@needs_triton
+@pytest.mark.usefixtures("_transforms", "_one_product")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("case", [INTERPRETED[0][0], INTERPRETED[2][0]], ids=str)
+def test_one_product_equals_float64_on_small_problems(case: Case) -> None:
+    _check(case, torch.float16, allowed=ALLOWED_HALF)
+
+
+def _gated(case: Case) -> bool:
+    """Whether it has gates, under which blocks round float16 and are not taken."""
+    return "a" in case[-1] or "b" in case[-1]
 
 
 SHORT: list[Case] = [
@@ -133,7 +147,7 @@ SHORT: list[Case] = [
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 @pytest.mark.parametrize("case", SHORT, ids=str)
 def test_toeplitz_blocks_equal_float64(case: Case) -> None:
-    _check(case, torch.float16)
+    _check(case, torch.float16, allowed=ALLOWED_HALF if _gated(case) else ALLOWED)
 
 
 @needs_triton
@@ -154,7 +168,7 @@ def test_a_kept_filter_does_what_the_filter_does(algorithm: str, monkeypatch) ->
 
 def test_kernels_that_fail_their_check_are_not_used(monkeypatch) -> None:
     leaves = _leaves((2, 2, 90, 50, 30, "ab"), torch.float16)
-    monkeypatch.setattr(conv_plan, "works", lambda algorithm, device, length: False)
+    monkeypatch.setattr(conv_plan, "works", lambda *place: False)
     exact = _everything(fft.fft_conv, leaves, "causal", torch.float16)
     found = _everything(fft_library.fft_conv, leaves, "causal", torch.float16)
     for name, expected in exact.items():
@@ -176,13 +190,13 @@ def test_what_is_kept_until_backward_changes_nothing(algorithm: str, monkeypatch
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("algorithm", "forward", "backward"), [("Toeplitz blocks", 2, 5), ("block FFT", 2, 4)]
+    ("algorithm", "forward", "backward"), [("Toeplitz blocks", 2, 5), ("block FFT", 2, 5)]
 )
 @pytest.mark.parametrize("many", [False, True])
 def test_short_rows_take_few_launches_and_no_eager_pass(
     algorithm: str, forward: int, backward: int, many: bool, monkeypatch
 ) -> None:
-    from h3lm.flashconv.kernels import fft_filter, fft_triton, toeplitz_triton
+    from h3lm.flashconv.kernels import fft_filter, fft_triton, skip_gradient, toeplitz_triton
 
     launched: list[str] = []
 
@@ -198,7 +212,7 @@ def test_short_rows_take_few_launches_and_no_eager_pass(
             seen.add(func.overloadpacket.__name__)
             return func(*args, **(kwargs or {}))
 
-    for module in (fft_filter, fft_triton, toeplitz_triton):
+    for module in (fft_filter, fft_triton, skip_gradient, toeplitz_triton):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Kernel(name))
     monkeypatch.setattr(fft_library, "conv_algorithm", lambda *problem: algorithm)
@@ -224,26 +238,28 @@ def test_short_rows_take_few_launches_and_no_eager_pass(
 @pytest.mark.gpu
 def test_every_check_passes_here() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    for algorithm, length in conv_plan.checks(device):
-        assert conv_plan.fault(algorithm, device, length) == ""
+    for algorithm, dtype, length in conv_plan.checks(device):
+        assert conv_plan.fault(algorithm, device, dtype, length) == ""
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT", "block FFT through memory"])
-def test_the_check_finds_a_wrong_kernel(algorithm, monkeypatch, caplog) -> None:
+def test_the_check_finds_a_wrong_kernel(algorithm, dtype, monkeypatch, caplog) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    made = conv_plan.plan(algorithm, device, 304, 200, None).kernels
+    made = conv_plan.plan(algorithm, device, dtype, 304, 200, None).kernels
     right = made.forward
     monkeypatch.setattr(made, "forward", lambda *inputs: right(*inputs) * 1.02)
-    length = next(length for name, length in conv_plan.checks(device) if name == algorithm)
-    monkeypatch.delitem(conv_plan._found, (algorithm, device, length), raising=False)
-    assert "y differs" in conv_plan.fault(algorithm, device, length)
+    lengths = [n for *what, n in conv_plan.checks(device) if what == [algorithm, dtype]]
+    place = (algorithm, device, dtype, lengths[0])
+    monkeypatch.delitem(conv_plan._found, place, raising=False)
+    assert "y differs" in conv_plan.fault(*place)
     assert "torch.fft takes over: y differs" in caplog.text
-    assert not conv_plan.works(algorithm, device, length)
+    assert not conv_plan.works(*place)
 
 
 def test_what_a_check_found_is_said_once(monkeypatch, caplog) -> None:
-    place = ("block FFT", torch.device("cpu"), 512)
+    place = ("block FFT", torch.device("cpu"), torch.float16, 512)
     monkeypatch.delitem(conv_plan._found, place, raising=False)
     monkeypatch.setattr(conv_plan, "_compare", lambda *place: "y differs by 1.0e-01")
     found = [conv_plan.fault(*place) for _ in range(2)]
@@ -251,7 +267,8 @@ def test_what_a_check_found_is_said_once(monkeypatch, caplog) -> None:
     (said,) = caplog.records
     assert said.name == "h3lm.flashconv"
     assert said.getMessage() == (
-        "block FFT for rows of 512 is off, torch.fft takes over: y differs by 1.0e-01"
+        "block FFT for rows of 512 of torch.float16 is off, torch.fft takes over: "
+        "y differs by 1.0e-01"
     )
 
 
@@ -269,26 +286,31 @@ def test_the_check_looks_at_every_part_of_a_filter(part: str, monkeypatch) -> No
         return made if kept is None else made._replace(**{name: kept * 1.02})
 
     monkeypatch.setattr(toeplitz_triton, "filter_gradients", wrong)
-    found = conv_plan._compare("Toeplitz blocks", DEVICE, conv_plan.TOEPLITZ_CHECK)
+    found = conv_plan._compare("Toeplitz blocks", DEVICE, torch.bfloat16, conv_plan.TOEPLITZ_CHECK)
     assert found.startswith(f"{part} differs by 2.")
 
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-def test_long_rows_in_the_interpreter() -> None:
-    _check((1, 1, 2100, 2100, 3, "ab"), torch.float16)
+@pytest.mark.parametrize("precision", ["half", "pairs"])
+def test_long_rows_in_the_interpreter(precision: str, monkeypatch) -> None:
+    monkeypatch.setitem(fft_size._PRECISION, torch.float16, precision)
+    allowed = ALLOWED_HALF if precision == "half" else ALLOWED
+    _check((1, 1, 2100, 2100, 3, "ab"), torch.float16, allowed=allowed)
 
 
 @needs_triton
 @pytest.mark.usefixtures("_transforms")
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-def test_turns_that_are_kept_and_gradients_apart(monkeypatch) -> None:
-    from h3lm.flashconv.kernels.fft_size import SIZES
-
-    size = SIZES[512]
+@pytest.mark.parametrize("precision", ["half", "pairs"])
+def test_turns_that_are_kept_and_gradients_apart(precision: str, monkeypatch) -> None:
+    size = fft_size.SIZES[512]
     changed = replace(size, keep=not size.keep, together=not size.together, ahead=not size.ahead)
-    monkeypatch.setitem(SIZES, 512, changed)
-    _check((3, 2, 100, 100, 0, "ab"), torch.float16)
+    monkeypatch.setitem(fft_size.SIZES, 512, changed)
+    monkeypatch.setitem(fft_size._PRECISION, torch.float16, precision)
+    fft_size.size_for.cache_clear()
+    _check((3, 2, 100, 100, 0, "ab"), torch.float16, allowed=ALLOWED_HALF)
+    fft_size.size_for.cache_clear()
 
 
 @needs_triton
@@ -300,7 +322,7 @@ def test_rows_of_very_different_size_keep_their_own_precision() -> None:
     exact = fft.fft_conv(leaves["u"].double(), leaves["f"].double())
     found = fft_library.fft_conv(leaves["u"], leaves["f"]).double()
     for row in (0, 1, 3):
-        assert (found[row] - exact[row]).norm() < 1e-3 * exact[row].norm()
+        assert (found[row] - exact[row]).norm() < 4e-4 * exact[row].norm()
     assert not found[2].any()
 
 
@@ -320,7 +342,7 @@ def test_filters_of_any_scale_and_shape(L: int) -> None:
     assert not found[:, 3].any()
     for channel in (0, 2):
         error = (found[:, channel] - expected[:, channel]).norm() / expected[:, channel].norm()
-        assert error < 1e-3
+        assert error < 4e-4
 
 
 @needs_triton
@@ -332,7 +354,23 @@ def test_nothing_overflows_in_float16_at_its_worst() -> None:
     f = torch.full((1, 512), 1e-4 / 512, device=DEVICE)
     found = fft_library.fft_conv(u, f)
     expected = fft.fft_conv(u.double(), f.double())
-    assert (found.double() - expected).norm() < 1e-3 * expected.norm()
+    assert (found.double() - expected).norm() < 4e-4 * expected.norm()
+
+
+@needs_triton
+@pytest.mark.usefixtures("_transforms")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # of the result
+def test_float16_may_overflow_under_a_gate_but_not_behind_it() -> None:
+    u = torch.full((2, 1, 512), 60000.0, dtype=torch.float16, device=DEVICE)
+    f = torch.full((1, 512), 1e-4 / 512, device=DEVICE)
+    gates = {"pre_gate": u, "post_gate": torch.full_like(u, 1e-3)}
+    gates["post_gate"][1] = 1.0
+    found = fft_library.fft_conv(u, f, **gates)
+    expected = fft.fft_conv(u.double(), f.double(), **{n: x.double() for n, x in gates.items()})
+    assert (found[0].double() - expected[0]).norm() < 4e-4 * expected[0].norm()
+    assert torch.equal(found[1].isinf(), expected[1] > 65520)
+    assert found[1].isinf().any()
 
 
 @pytest.mark.parametrize(
@@ -340,6 +378,8 @@ def test_nothing_overflows_in_float16_at_its_worst() -> None:
     [
         ({}, torch.bfloat16, "triton", "block FFT"),
         ({"length": 8193}, torch.bfloat16, "triton", "through memory"),
+        ({"length": 8192}, torch.bfloat16, "triton", "kernel: block FFT"),
+        ({"length": 4097}, torch.float16, "triton", "through memory"),
         ({"length": 128}, torch.bfloat16, "triton", "Toeplitz"),
         ({"length": 128, "gated": True}, torch.float16, "triton", "block FFT"),
         ({"capability": (8, 6), "lags": 256}, torch.bfloat16, "triton", "Toeplitz"),
@@ -437,7 +477,8 @@ SHORT_ON_A_GPU += [(200, 3, 256, 256, 0, "s"), (64, 300, 129, 50, 0, ""), (65, 2
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", SHORT_ON_A_GPU, ids=str)
 def test_toeplitz_kernel_equals_float64_in_every_gradient(case: Case, dtype: torch.dtype) -> None:
-    _check_twice(case, dtype, ALLOWED_TOEPLITZ)
+    rounded = ALLOWED_HALF if _gated(case) else {}
+    _check_twice(case, dtype, ALLOWED_TOEPLITZ | rounded)
 
 
 def _check_twice(case: Case, dtype: torch.dtype, allowed: dict[torch.dtype, float]) -> None:
@@ -469,9 +510,10 @@ def test_what_is_chosen_here_equals_float64(case: Case) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "L"), [(64, 256), (64, 1024), (16, 8192), (4, 32768)])
-def test_at_most_half_of_the_memory_of_torch_fft(rows: int, L: int) -> None:
-    u = torch.randn(rows, 64, L, device="cuda").bfloat16().requires_grad_()
+def test_at_most_half_of_the_memory_of_torch_fft(rows: int, L: int, dtype: torch.dtype) -> None:
+    u = torch.randn(rows, 64, L, device="cuda").to(dtype).requires_grad_()
     f = torch.randn(64, L, device="cuda").requires_grad_()
     peaks = []
     for backend in ("triton", "torch"):
@@ -512,7 +554,7 @@ def test_any_strides_of_rows_and_channels() -> None:
 
 @pytest.mark.parametrize(("gated", "circular"), [(False, True), (True, False)])
 def test_opcheck_where_torch_fft_takes_over(gated: bool, circular: bool, monkeypatch) -> None:
-    monkeypatch.setattr(conv_plan, "works", lambda algorithm, device, length: False)
+    monkeypatch.setattr(conv_plan, "works", lambda *place: False)
     leaves = _leaves((2, 3, 100, 100, 7, "sab"), torch.float32)
     gates = (leaves["pre_gate"], leaves["post_gate"]) if gated else (None, None)
     inputs = (leaves["u"], leaves["f"], leaves["f_reverse"], leaves["skip"], *gates)

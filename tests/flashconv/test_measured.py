@@ -88,7 +88,8 @@ def _algorithms(monkeypatch):
 
     rows = [
         row(64, 64, 64, (1, 2), (1, 2)),
-        row(64, 4096, 64, (1, 2), (2, 1)),
+        row(64, 4096, 64, (1, 2), (3, 1)),
+        row(256, 4096, 64, (1, 2), (3, 2)),
         row(1024, 1024, 8, (2, 1), (2, 1)),
         row(1024, 1024, 64, (1, 2), (2, 1)),
     ]
@@ -102,6 +103,7 @@ def _algorithms(monkeypatch):
         ({"length": 64}, True, True),
         ({"length": 4096, "lags": 64}, False, True),
         ({"length": 4096, "lags": 64}, True, False),
+        ({"length": 4096, "lags": 256}, True, False),
         ({"length": 4096, "lags": 512}, False, True),  # not as rows of 1024 with 8 rows
         ({"length": 4096, "lags": 512, "rows": 8}, False, False),
         ({"length": 1024, "rows": 64}, False, True),
@@ -113,6 +115,13 @@ def _algorithms(monkeypatch):
 )
 def test_the_faster_algorithm_of_the_nearest_measurement(change, backward, blocks):
     chosen = conv_algorithm(torch.bfloat16, Problem(**change), backward)
+    assert chosen == ("Toeplitz blocks" if blocks else "block FFT")
+
+
+@pytest.mark.usefixtures("_algorithms")
+@pytest.mark.parametrize(("lags", "blocks"), [(64, False), (256, True)])
+def test_transforms_of_float16_are_slower_than_measured(lags, blocks):
+    chosen = conv_algorithm(torch.float16, Problem(length=4096, lags=lags), backward=True)
     assert chosen == ("Toeplitz blocks" if blocks else "block FFT")
 
 

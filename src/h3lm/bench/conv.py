@@ -29,11 +29,13 @@ GRAPHS = (
     "a convolution alike. "
 )
 NOTES = (
-    "Causal convolution of bfloat16 rows with float32 filters as long as they are, random data, "
+    "Causal convolution of half rows with float32 filters as long as they are, random data, "
     "medians of CUDA events in ms; every call makes the filter's spectrum anew, backward makes all "
     "gradients. "
     + GRAPHS
-    + "Floor: bytes of inputs and outputs at the rate of a copy, or the matrix operations "
+    + "float16's products are of pairs, which are as right as float32; its ratios are over what "
+    "torch.fft takes for bfloat16: it computes both in float32. "
+    "Floor: bytes of inputs and outputs at the rate of a copy, or the matrix operations "
     "of the chosen factors at the rate of a large product, both measured in this process, "
     "whichever takes longer. Ratio: forward, and forward + backward, over the fastest peer of this "
     "run. Memory: what forward and backward allocate, over that of torch.fft. Error: of the output "
@@ -53,6 +55,7 @@ LAYER_NOTES = (
     "same step launched call by call from Python. Speed-up: of the former."
 )
 ALLOWED = 4e-3  # relative error in bfloat16
+TWICE, FLOAT32 = 2.0, 2.0**-22  # in float16: of plain PyTorch's, or of float32's rounding
 LAYER_LENGTHS = (1024, 4096, 16384)
 LAYER_ROWS = 8
 MEMORY = "extra GiB"
@@ -60,6 +63,7 @@ LARGE = 2**28  # elements, of which a slow path takes half a second
 GRAPH, GRAPH_BOTH = "forward, graph ms", "both, graph ms"
 MAX_GRAPH_LENGTH = 2048  # of rows that are timed under a graph, too
 
+Case = tuple[int, bool, torch.dtype]  # length, gated, dtype
 Convolve = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 Say = Callable[[str], None]
 
@@ -88,7 +92,11 @@ def run(
     clock = _Clock(minutes)
     wanted = shapes or conv_shapes()
     figure = [] if shapes else figure_shapes()
-    errors = check(sorted({shape.length for shape in wanted + figure}), say)
+    lengths = sorted({shape.length for shape in wanted + figure})
+    half = [(shape.length, gated, torch.float16) for gated in (False, True) for shape in wanted]
+    errors = check(
+        [(n, gated, torch.bfloat16) for n in lengths for gated in (False, True)] + half, say
+    )
     ceilings = Ceilings.measured()
     say(str(ceilings))
     name = f"conv_{measure.gpu_name()}"
@@ -100,9 +108,13 @@ def run(
 
     rows = conv_rows(False)
     path = report.write(name, folder, environment, NOTES, rows)
+    for gated in (False, True):
+        if gated:
+            rows += conv_rows(True)
+        peers = [row for row in rows if row["path"] == "torch.fft"]
+        rows += _collect(_float16_rows(wanted, gated, peers, errors, ceilings), clock, say)
+        report.write(name, folder, environment, NOTES, rows)
     plot(folder / f"{name}.png", wanted, rows)
-    rows += conv_rows(True)
-    report.write(name, folder, environment, NOTES, rows)
     if shapes is None:
         layers = _collect(_layer_rows(), clock, say)
         report.write(f"{name}_layers", folder, environment, LAYER_NOTES, layers)
@@ -134,67 +146,78 @@ def _collect(rows: Iterator[report.Row], clock: _Clock, say: Say) -> list[report
     return done
 
 
-def check(lengths: list[int], say: Say) -> dict[tuple[int, bool], float]:
-    """Errors of the output at each length, plain and gated; compiles the kernels on the way.
+def check(cases: list[Case], say: Say) -> dict[Case, float]:
+    """Errors of the output in each case; compiles the kernels on the way.
 
     Processes side by side fill Triton's cache, so that nothing is compiled while it is timed.
 
     Raises:
         RuntimeError: if an output or a gradient is off by more than it may.
     """
-    cases = [(length, gated) for length in lengths for gated in (False, True)]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
-        found = dict(zip(cases, pool.map(_errors, cases), strict=True))
-    for (length, gated), errors in found.items():
-        worst = max(errors, key=lambda name: errors[name])
-        if not all(error <= ALLOWED for error in errors.values()):
-            raise RuntimeError(
-                f"rows of {length}{', gated' * gated}: {worst} is off by {errors[worst]:.1e}, "
-                f"allowed {ALLOWED:.1e}: nothing is timed"
-            )
     device = torch.device("cuda", torch.cuda.current_device())
-    for algorithm, length in checks(device):
-        if wrong := fault(algorithm, device, length):
-            raise RuntimeError(f"{algorithm}, rows of {length}: {wrong}: nothing is timed")
-    say(f"{len(cases)} cases compared with float64, gradients too: all within {ALLOWED:.1e}")
-    return {case: errors["y"] for case, errors in found.items()}
+    first_uses = [(name, device, dtype, length) for name, dtype, length in checks(device)]
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
+        everything, faults = (
+            pool.map(_errors, cases),
+            pool.map(fault, *zip(*first_uses, strict=True)),
+        )
+        found = dict(zip(cases, everything, strict=True))
+        for (algorithm, _, dtype, length), wrong in zip(first_uses, faults, strict=True):
+            if wrong:
+                raise RuntimeError(
+                    f"{algorithm}, rows of {length} of {dtype}: {wrong}: nothing is timed"
+                )
+    for (length, gated, dtype), errors in found.items():
+        for name, (error, allowed) in errors.items():
+            if not error <= allowed:
+                raise RuntimeError(
+                    f"rows of {length} of {dtype}{', gated' * gated}: {name} is off by "
+                    f"{error:.1e}, allowed {allowed:.1e}: nothing is timed"
+                )
+    say(
+        f"{len(cases)} cases compared with float64, gradients too: bfloat16 within {ALLOWED:.1e}, "
+        f"float16 within {TWICE:g} times plain PyTorch"
+    )
+    return {case: errors["y"][0] for case, errors in found.items()}
 
 
-def _errors(case: tuple[int, bool]) -> dict[str, float]:
-    """Relative errors of output and gradients against float64, on a small problem."""
-    length, gated = case
-    u, f, pre, post, dy = _tensors(Shape(2, 16, length), gated)
+def _errors(case: Case) -> dict[str, tuple[float, float]]:
+    """Relative errors of output and gradients against float64, and what they may be."""
+    length, gated, dtype = case
+    u, f, pre, post, dy = _tensors(Shape(2, 16, length), gated, dtype)
     results = []
-    for exact in (False, True):
+    for exact, backend in ((False, "triton"), (False, "torch"), (True, "torch")):
         given = {"u": u, "f": f, "pre": pre, "post": post}
         leaves = {
             name: (x.double() if exact else x).detach().requires_grad_()
             for name, x in given.items()
             if x is not None
         }
-        backend = "torch" if exact else "triton"
         y = fft_conv(
             leaves["u"], leaves["f"],
             pre_gate=leaves.get("pre"), post_gate=leaves.get("post"), backend=backend,
         )  # fmt: skip
         grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
         results.append({"y": y.detach()} | dict(zip(leaves, grads, strict=True)))
-    found, expected = results
-    return {
-        name: float((found[name].double() - x).norm() / x.norm()) for name, x in expected.items()
-    }
+    *approximate, expected = results
+    errors = {}
+    for name, x in expected.items():
+        error, plain = (float((y[name].double() - x).norm() / x.norm()) for y in approximate)
+        half = dtype == torch.float16
+        errors[name] = error, TWICE * max(plain, FLOAT32) if half else ALLOWED
+    return errors
 
 
 def _tensors(
-    shape: Shape, gated: bool
+    shape: Shape, gated: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """Rows, filter, both gates and a gradient."""
     torch.manual_seed(0)
     size = (shape.rows, shape.channels, shape.length)
 
     def rows() -> Tensor:
-        return torch.randn(size, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(size, device="cuda", dtype=dtype)
 
     decay = torch.exp(-torch.arange(shape.length, device="cuda") * 4.0 / shape.length)
     f = torch.randn(shape.channels, shape.length, device="cuda") * decay
@@ -203,26 +226,56 @@ def _tensors(
 
 
 def _conv_rows(
-    shapes: list[Shape], gated: bool, errors: dict[tuple[int, bool], float], ceilings: Ceilings
+    shapes: list[Shape], gated: bool, errors: dict[Case, float], ceilings: Ceilings
 ) -> Iterator[report.Row]:
     for shape in shapes:
         timed = list(_paths(shape, gated))
         peers = [row for row in timed[1:] if TIME in row]
         for row in timed:
             if row is timed[0]:
-                row |= {"error": errors[shape.length, gated]}
-                row |= _floors(shape, gated, ceilings) | _ratios(row, peers)
+                row |= _beside(row, peers, shape, gated, torch.bfloat16, errors, ceilings)
             yield row
 
 
-def _paths(shape: Shape, gated: bool) -> Iterator[report.Row]:
+def _float16_rows(
+    shapes: list[Shape],
+    gated: bool,
+    peers: list[report.Row],
+    errors: dict[Case, float],
+    ceilings: Ceilings,
+) -> Iterator[report.Row]:
+    for shape in shapes:
+        row = next(_paths(shape, gated, torch.float16))
+        same = {"shape": str(shape), "gated": row["gated"]}
+        found = [peer for peer in peers if peer.items() >= same.items() and TIME in peer]
+        yield row | _beside(row, found, shape, gated, torch.float16, errors, ceilings)
+
+
+def _beside(
+    row: report.Row,
+    peers: list[report.Row],
+    shape: Shape,
+    gated: bool,
+    dtype: torch.dtype,
+    errors: dict[Case, float],
+    ceilings: Ceilings,
+) -> report.Row:
+    """What is said of our row beside times."""
+    found: report.Row = {"error": errors[shape.length, gated, dtype]}
+    return found | _floors(shape, gated, dtype, ceilings) | _ratios(row, peers)
+
+
+def _paths(shape: Shape, gated: bool, dtype: torch.dtype = torch.bfloat16) -> Iterator[report.Row]:
     """Ours first, then its peers."""
-    tensors = _tensors(shape, gated)
+    tensors = _tensors(shape, gated, dtype)
     paths: dict[str, Convolve] = {"h3lm": _by_backend("triton"), "torch.fft": _by_backend("torch")}
     if find_spec("flashfftconv") is not None:
         paths["FlashFFTConv"] = _flash_fft_conv(shape.length)
     for name, convolve in paths.items():
-        row: report.Row = {"shape": str(shape), "gated": "yes" if gated else "no", "path": name}
+        row: report.Row = {
+            "shape": str(shape), "gated": "yes" if gated else "no",
+            "dtype": str(dtype).removeprefix("torch."), "path": name,
+        }  # fmt: skip
         try:
             repeats = 25 if name == "h3lm" else 7 if shape.elements <= LARGE else 3
             yield row | _times(convolve, tensors, repeats)
@@ -277,14 +330,16 @@ def _times(
     return found
 
 
-def _floors(shape: Shape, gated: bool, ceilings: Ceilings) -> report.Row:
+def _floors(shape: Shape, gated: bool, dtype: torch.dtype, ceilings: Ceilings) -> report.Row:
     device = torch.device("cuda")
     problem = Problem(
         length=shape.length, capability=capability(device), lags=shape.length, gated=gated,
         rows=shape.rows,
     )  # fmt: skip
-    algorithms = [conv_algorithm(torch.bfloat16, problem, backward) for backward in (False, True)]
-    sizes = [plan(name, device, shape.length, shape.length, None).size for name in algorithms]
+    algorithms = [conv_algorithm(dtype, problem, backward) for backward in (False, True)]
+    sizes = [
+        plan(name, device, dtype, shape.length, shape.length, None).size for name in algorithms
+    ]
     forward, backward = (conv_work(size, 2 * gated)[i] for i, size in enumerate(sizes))
     return {
         "algorithm": ", ".join(dict.fromkeys(algorithms)),
@@ -320,9 +375,10 @@ def plot(path: Path, shapes: list[Shape], rows: list[report.Row]) -> None:
 
     for row in rows:
         if row["gated"] == "no":
-            shape = sizes[str(row["shape"])]
-            add(str(row["path"]), shape, row.get(TIME))
-            add("roof", shape, row.get("both floor"))
+            shape, half = sizes[str(row["shape"])], row["dtype"] == "float16"
+            add(f"{row['path']}{', float16' * half}", shape, row.get(TIME))
+            if not half:
+                add("roof", shape, row.get("both floor"))
     report.plot_log_log(path, curves, "length", "forward + backward, ps for an element")
 
 

@@ -1,6 +1,6 @@
 """Time every size of the long convolution's kernels: what their tables of sizes were chosen by.
 
-    python -m h3lm.bench.conv_tune [--minutes 3] [--lengths 2048,8192]
+    python -m h3lm.bench.conv_tune [--minutes 3] [--lengths 2048,8192] [--dtype float16]
 
 Kernels are compiled by many processes at once into Triton's cache, and then timed in this one.
 """
@@ -26,18 +26,22 @@ from h3lm.flashconv import fft
 from h3lm.flashconv.filters import Filter
 from h3lm.flashconv.kernels import fft_launch, fft_long, toeplitz_triton
 from h3lm.flashconv.kernels.fft_long import LongRun, LongSize
-from h3lm.flashconv.kernels.fft_size import SIZES, Size
+from h3lm.flashconv.kernels.fft_size import SIZES, Size, precision_of, sizes
 from h3lm.flashconv.kernels.toeplitz_size import Tile, ToeplitzSize
 
 AnySize = Size | LongSize | ToeplitzSize
 Variant = tuple[int, AnySize]
 
 
-def variants() -> Iterator[Variant]:
+def variants(dtype: torch.dtype) -> Iterator[Variant]:
     """Row length and size of everything that is tried, the likeliest first."""
+    precision = precision_of(dtype)
+    if precision == "pairs":
+        yield from _of_pairs()
+        return
     yield from ((length, ToeplitzSize(length - 1)) for length in (256, 512, 1024))
     yield from SIZES.items()
-    yield from ((length, fft_long.size_for(length, True)) for length in _LONG)
+    yield from ((length, fft_long.size_for(length, True, precision)) for length in _LONG)
     for points, size in SIZES.items():
         for change in _CHANGES:
             yield points, replace(size, **change)
@@ -47,6 +51,25 @@ def variants() -> Iterator[Variant]:
                 yield length, LongSize(length // inner.points, inner, **cut)
     for tile in _TILES:
         yield from ((length, ToeplitzSize(length - 1, tile=tile)) for length in (256, 512, 1024))
+
+
+def _of_pairs() -> Iterator[Variant]:
+    """What is tried for float16."""
+    one = sizes("pairs")
+    yield from one.items()
+    long = [8192, *_LONG]
+    yield from ((length, fft_long.size_for(length, True, "pairs")) for length in long)
+    small, wide = one[2048], replace(one[4096], warps=8, together=False)
+    yield from ((n, replace(one[n], together=not one[n].together)) for n in (2048, 4096))
+    yield from ((4096, wide), (4096, LongSize(2, small, stages=2)), (4096, LongSize(2, small, 128)))
+    for length in long:
+        outer = length // small.points
+        yield length, LongSize(outer, small, 128, warps=8, stages=2)
+        yield length, LongSize(outer // 2, wide, stages=2)
+        yield (
+            length,
+            LongSize(outer // 2, replace(wide, warps=4), 128 if outer <= 32 else 64, stages=2),
+        )
 
 
 _LONG = [131072, 16384, 32768, 1048576]
@@ -81,10 +104,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=3.0, help="stop after this long")
     parser.add_argument("--lengths", default="", help="only rows of these lengths")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     arguments = parser.parse_args()
     start = time.monotonic()
     lengths = [int(length) for length in arguments.lengths.split(",") if length]
-    tried = dict.fromkeys(variants())
+    tried = dict.fromkeys(variants(getattr(torch, arguments.dtype)))
     todo = [variant for variant in tried if not lengths or variant[0] in lengths]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
@@ -123,16 +147,19 @@ def _compile(variant: Variant) -> str:
     """Compile a variant by running it; what went wrong, or nothing."""
     length, size = variant
     try:
-        _results(size, *_tensors(2, 16, length))
+        _results(size, *_tensors(2, 16, length, size))
         torch.cuda.synchronize()
     except Exception as error:  # a variant that cannot run is a row of the table
         return f"{type(error).__name__}: {str(error)[:80]}"
     return ""
 
 
-def _tensors(rows: int, channels: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def _tensors(rows: int, channels: int, length: int, size: AnySize) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    u, dy = torch.randn(2, rows, channels, length, device="cuda").bfloat16().unbind()
+    inner = size.inner if isinstance(size, LongSize) else size
+    pairs = isinstance(inner, Size) and inner.precision == "pairs"
+    dtype = torch.float16 if pairs else torch.bfloat16
+    u, dy = torch.randn(2, rows, channels, length, device="cuda").to(dtype).unbind()
     decay = torch.exp(-torch.arange(length, device="cuda") * 4.0 / length)
     return u, dy, torch.randn(channels, length, device="cuda") * decay
 
@@ -148,7 +175,7 @@ def _results(size: AnySize, u: Tensor, dy: Tensor, f: Tensor) -> tuple[Tensor, .
 
 def _errors(length: int, size: AnySize) -> list[float]:
     """Relative errors of the results against float64."""
-    u, dy, f = _tensors(2, 16, length)
+    u, dy, f = _tensors(2, 16, length, size)
     found = _results(size, u, dy, f)
     leaves = [x.double().requires_grad_() for x in (u, f)]
     exact = fft.fft_conv(*leaves)
@@ -165,7 +192,7 @@ def _timed(length: int, size: AnySize) -> str:
     except Exception as error:  # as in `_compile`
         return f"{type(error).__name__}: {str(error)[:80]}"
     rows = max(1, CONV_ELEMENTS // (CORE_CHANNELS * length))
-    u, dy, f = _tensors(rows, CORE_CHANNELS, length)
+    u, dy, f = _tensors(rows, CORE_CHANNELS, length, size)
     kernels = _kernels(size)
     spectrum = kernels.prepare(u, Filter(f), size, True)
 

@@ -11,6 +11,8 @@ from h3lm.bench.measure import median_ms
 # bytes per element in a half dtype: q, k, v, o forward; q, k, v, do, dq, dk, dv backward
 FORWARD_BYTES = 8
 BOTH_BYTES = 22
+# of float16 for one product; those of tf32 are half as fast
+PRODUCTS = {"half": 1, "pairs": 3, "tf32x3": 6}
 
 
 def forward_roof_ms(q: Tensor, k: Tensor, v: Tensor) -> float:
@@ -90,5 +92,7 @@ def _conv_flop(size: Any) -> tuple[float, float]:
     if isinstance(size, LongSize):
         # the inner transforms are of complex rows without zeros, the outer ones padded to 16
         inner, outer = 8 * (size.inner.N1 + size.inner.N2), 4 * max(size.outer, MIN_OUTER)
-        return 2.0 * (inner + outer), 3.0 * (inner + outer)
-    return 8.0 * size.N1 + 16.0 * size.N2, 12.0 * size.N1 + 24.0 * size.N2
+        products = PRODUCTS[size.inner.precision]
+        return 2.0 * products * (inner + outer), 3.0 * products * (inner + outer)
+    each = PRODUCTS[size.precision] * (4.0 * size.N1 + 8.0 * size.N2)
+    return 2.0 * each, 3.0 * each

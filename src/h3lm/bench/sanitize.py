@@ -44,7 +44,7 @@ NOTES = (
 TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "synccheck": ()}
 # Triton starts programs of its own: the tool has to find the one that uses the GPU, and to wait
 FOLLOW = ("--target-processes", "all", "--launch-timeout", "100", "--error-exitcode", "1")
-ALLOWED = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+ALLOWED = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}
 RIGHT = "right, "  # and what was run
 NONE = "none"  # in the place of a tool
 SAME = ("gpu", "driver", "torch", "triton", "compute-sanitizer")  # of runs that share a report
@@ -84,7 +84,11 @@ def problems() -> Iterator[tuple[str, Problem]]:
         yield name, Problem(fft, 3, 2, points - 3, points - 7, 5, "gs")
     yield f"conv: {fft}, 512", Problem(fft, 2, 2, 300, 300, 7, "c")
     yield f"conv: {fft}, float32", Problem(fft, 3, 2, 700, 600, 5, "gs", torch.float32)
+    for length in (1500, 4096):
+        yield f"conv: {fft}, float16", Problem(fft, 3, 2, length, length, 5, "gs", torch.float16)
     memory = f"{fft} through memory"
+    long = Problem(memory, 2, 2, 9000, 9000, 77, "gs", torch.float16)
+    yield f"conv: {memory}, float16", long
     for length in (9000, 40000, 131072):
         yield f"conv: {memory}", Problem(memory, 3, 2, length, length, 0, "g" * (length == 9000))
     yield f"conv: {memory}", Problem(memory, 1, 2, 20011, 20011, 77, "gs")

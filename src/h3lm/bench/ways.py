@@ -2,7 +2,8 @@
 
     python -m h3lm.bench.ways --time --out docs/benchmarks
 
-compares them with float64, times them and leaves reports in a folder;
+compares them with float64, times them and leaves reports in a folder, where runs on like machines
+add up: what no run has timed yet comes first;
 
     python -m h3lm.bench.ways --out docs/benchmarks
 
@@ -15,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,11 +53,13 @@ BLOCKS, TRANSFORMS = "blocks", "transforms"
 # names of GPUs in reports, by generation: the first that was measured is chosen by
 MEASURED = {9: ("nvidia_h200", "nvidia_h100_80gb_hbm3")}
 METHOD_LENGTHS = (256, 512, 1024, 2048, 8192, 32768, 131072)
-FLOAT32_LENGTHS = CHECKED_LENGTHS = (256, 2048, 32768)
+FLOAT32_LENGTHS = (256, 2048, 32768)
 SHORT_LENGTHS = (128, 256, 384, 512, 768, 1024, 2048)
 LONG_LENGTHS, FEW_LAGS = (4096, 65536), (64, 256, 1024)
 FEW_ROWS = 8
-REPEATS = 7
+REPEATS, WARM_UP = 7, 2
+CHECKED_CHANNELS = 16
+SAME = ("gpu", "driver", "torch", "triton")  # of runs that add up
 ALLOWED = {torch.bfloat16: 1e-2, torch.float32: 3e-5}
 
 Say = Callable[[str], None]
@@ -83,6 +86,13 @@ class MethodCase(NamedTuple):
         longer = self.length > MAX_FFT_LENGTH and not self.states
         return [SCAN, CHUNKS, *([WHOLE] if longer else [])]
 
+    def columns(self) -> report.Row:
+        """What says so in a report."""
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."), "d_state": str(self.d_state),
+            "states": _yes(self.states), "length": str(self.length), "rows": str(self.rows),
+        }  # fmt: skip
+
 
 class AlgorithmCase(NamedTuple):
     """A call of `fft_conv`.
@@ -97,6 +107,13 @@ class AlgorithmCase(NamedTuple):
     lags: int
     length: int
     rows: int
+
+    def columns(self) -> report.Row:
+        """What says so in a report."""
+        return {
+            "gated": _yes(self.gated), "lags": str(self.lags), "length": str(self.length),
+            "rows": str(self.rows),
+        }  # fmt: skip
 
 
 def method_cases() -> list[MethodCase]:
@@ -133,53 +150,81 @@ def run(folder: Path, say: Say, minutes: float, only: str = "") -> None:
     """Check and time everything, and write both reports as it goes.
 
     Args:
-        folder: Where they go.
+        folder: Where they go; what they say of a like machine stays until it is timed again.
         say: Called with a line for each case.
         minutes: What is not timed by then is left out.
         only: One of `ALGORITHMS` and `METHODS`; both if empty.
     """
     end = time.monotonic() + 60 * minutes
-    check(say, only)
     chosen = f" --only {only}" if only else ""
     command = f"python -m h3lm.bench.ways --time --minutes {minutes:g}{chosen}"
     environment = measure.environment(command)
-    name = f"conv_{measure.gpu_name()}"
     methods, algorithms = method_cases(), algorithm_cases()
-    for what, notes, rows, count in (
-        (ALGORITHMS, ALGORITHM_NOTES, algorithm_rows(algorithms), len(algorithms)),
-        (METHODS, METHOD_NOTES, method_rows(methods), len(methods)),
-    ):
-        if only not in ("", what):
-            continue
-        done: list[report.Row] = []
-        for row in rows:
-            done.append(row)
-            say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.3g}'}" for k, v in row.items()))
-            left = f" {len(done)} of {count} cases: the clock left out the rest."
-            noted = notes + left * (len(done) < count)
-            report.write(f"{name}_{what}", folder, environment, noted, done)
-            if time.monotonic() > end:
-                say("out of time: the rest is left out")
-                break
+    if only != ALGORITHMS:
+        _add_up(folder, METHODS, METHOD_NOTES, environment, methods, method_rows, end, say)
+    if only != METHODS:
+        notes = ALGORITHM_NOTES
+        _add_up(folder, ALGORITHMS, notes, environment, algorithms, algorithm_rows, end, say)
 
 
-def check(say: Say, only: str = "") -> None:
-    """Compare every way with float64, side by side; that also fills Triton's cache.
+def _add_up(
+    folder: Path,
+    what: str,
+    notes: str,
+    environment: dict[str, str],
+    cases: list[Any],
+    rows: Callable[[Iterable[Any]], Iterator[report.Row]],
+    end: float,
+    say: Say,
+) -> None:
+    """Time cases until a time of `monotonic`, and write the report with each."""
+    name = f"conv_{measure.gpu_name()}_{what}"
+    done = known_rows(folder / f"{name}.json", environment)
+    todo = sorted(cases, key=lambda case: place(case.columns()) in done)
+    for row in rows(checked(todo)):
+        done[place(row)] = row
+        say("  ".join(f"{k} {v if isinstance(v, str) else f'{v:.3g}'}" for k, v in row.items()))
+        found = [done[at] for at in map(place, (case.columns() for case in cases)) if at in done]
+        left = f" {len(found)} of {len(cases)} cases: the clock left out the rest."
+        report.write(name, folder, environment, notes + left * (len(found) < len(cases)), found)
+        if time.monotonic() > end:
+            say("out of time: the rest is left out")
+            break
+
+
+def place(row: report.Row) -> tuple[tuple[str, str], ...]:
+    """What says which case a row is of."""
+    return tuple((k, v) for k, v in row.items() if isinstance(v, str) and k != LAUNCHED)
+
+
+def known_rows(
+    path: Path, environment: dict[str, str]
+) -> dict[tuple[tuple[str, str], ...], report.Row]:
+    """Rows of an earlier report, if it is of a like machine, by their places."""
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    like = all(content["environment"].get(key) == environment.get(key) for key in SAME)
+    return {place(row): row for row in content["rows"]} if like else {}
+
+
+def checked(cases: list[Any]) -> Iterator[Any]:
+    """Cases, each when every way was compared with float64, which fills Triton's cache.
+
+    Many are compared side by side, as many rows as are timed but of few channels: kernels are
+    compiled anew where a number of rows is 1 or no longer a multiple of 16.
 
     Raises:
         RuntimeError: if one is off: a fast wrong one is not timed.
     """
-    cases: list[MethodCase | AlgorithmCase] = []
-    if only != ALGORITHMS:
-        some = [case for case in method_cases() if case.length in CHECKED_LENGTHS]
-        cases += sorted({case._replace(rows=2) for case in some}, key=str)
-    if only != METHODS:
-        cases += sorted({case._replace(rows=min(case.rows, 70)) for case in algorithm_cases()})
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
+    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context)
+    try:
         for case, errors in zip(cases, pool.map(_errors, cases), strict=True):
             refuse_wrong(case, errors)
-    say(f"{len(cases)} cases compared with float64, gradients too")
+            yield case
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def refuse_wrong(case: MethodCase | AlgorithmCase, errors: dict[str, float]) -> None:
@@ -196,38 +241,52 @@ def _errors(case: MethodCase | AlgorithmCase) -> dict[str, float]:
 
 def method_errors(case: MethodCase, device: str = "cuda") -> dict[str, float]:
     """Relative errors of each way, of output and gradient of the rows, on a few channels."""
-    exact = _run_once(case, SCAN, device, exact=True)
+    given = _Given.of(case, device, CHECKED_CHANNELS)
+    exact = _run_once(case, SCAN, given, exact=True)
     return {
         f"{name}, {way}": float((found.double() - expected).norm() / expected.norm())
         for way in case.ways()
         for name, found, expected in zip(
-            ("y", "du"), _run_once(case, way, device), exact, strict=True
+            ("y", "du"), _run_once(case, way, given), exact, strict=True
         )
     }
 
 
-def _run_once(case: MethodCase, way: str, device: str, exact: bool = False) -> list[Tensor]:
-    run, leaves, dy = _call(case, way, device, channels=16, exact=exact)
+def _run_once(case: MethodCase, way: str, given: "_Given", exact: bool = False) -> list[Tensor]:
+    run, leaves = _call(case, way, given, exact)
     y = run()
-    return [y.detach(), torch.autograd.grad(y, leaves, dy)[0]]
+    return [y.detach(), torch.autograd.grad(y, leaves, given.dy.to(y.dtype))[0]]
+
+
+class _Given(NamedTuple):
+    """A system, rows, a state that comes in, and a gradient of the output."""
+
+    ssm: DiagonalSSM
+    u: Tensor
+    state: Tensor
+    dy: Tensor
+
+    @classmethod
+    def of(cls, case: MethodCase, device: str, channels: int) -> "_Given":
+        torch.manual_seed(0)
+        ssm = DiagonalSSM(channels, case.d_state).to(device)
+        size = (case.rows, channels, case.length)
+        u, dy = (torch.randn(size, device=device, dtype=case.dtype) for _ in range(2))
+        modes = (case.rows, channels, case.d_state // 2)
+        return cls(ssm, u, torch.randn(modes, device=device, dtype=torch.complex64), dy)
 
 
 def _call(
-    case: MethodCase, way: str, device: str, channels: int, exact: bool = False
-) -> tuple[Callable[[], Tensor], list[Tensor], Tensor]:
-    """The call, what it has gradients of, and that of its output."""
-    torch.manual_seed(0)
-    ssm = DiagonalSSM(channels, case.d_state)
-    u, dy = torch.randn(2, case.rows, channels, case.length).to(case.dtype)
-    state = torch.randn(case.rows, channels, case.d_state // 2, dtype=torch.complex64)
-    ssm.to(device)
-    u, dy, state = (x.to(device) for x in (u, dy, state))
+    case: MethodCase, way: str, given: _Given, exact: bool = False
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """The call, and what it has gradients of."""
+    u, state = given.u.detach(), given.state
     if exact:
-        u, dy, state = u.double(), dy.double(), state.to(torch.complex128)
-    leaves = [u.requires_grad_(), *ssm.parameters()]
+        u, state = u.double(), state.to(torch.complex128)
+    leaves = [u.requires_grad_(), *given.ssm.parameters()]
 
     def run() -> Tensor:
-        system = ssm.system()
+        system = given.ssm.system()
         if exact:  # of the system as it was rounded
             a, b, c = (x.to(torch.complex128) for x in (system.a, system.b, system.c))
             system = DiagonalSystem(a, b, c, system.skip.double())
@@ -238,24 +297,22 @@ def _call(
             return_final_state=case.states,
         )[0]  # fmt: skip
 
-    return run, leaves, dy
+    return run, leaves
 
 
-def method_rows(cases: list[MethodCase], device: str = "cuda") -> Iterator[report.Row]:
+def method_rows(cases: Iterable[MethodCase], device: str = "cuda") -> Iterator[report.Row]:
     """Time every way of each case."""
     for case in cases:
-        row: report.Row = {
-            "dtype": str(case.dtype).removeprefix("torch."), "d_state": str(case.d_state),
-            "states": _yes(case.states), "length": str(case.length), "rows": str(case.rows),
-        }  # fmt: skip
+        row = case.columns()
         notes = []
+        given = _Given.of(case, device, CORE_CHANNELS)
         for way in case.ways():
-            run, leaves, dy = _call(case, way, device, CORE_CHANNELS)
-            for name, call in _both_ways(run, leaves, dy).items():
+            run, leaves = _call(case, way, given)
+            for name, call in _both_ways(run, leaves, given.dy).items():
                 row[f"{way} {name}"], launched = _graph_ms(call)
                 notes += [f"{way} {name}"] * launched
-            del run, leaves, dy
-            if device == "cuda":
+            del run, leaves
+            if device == "cuda":  # a graph has memory of its own
                 torch.cuda.empty_cache()
         yield row | ({LAUNCHED: ", ".join(notes)} if notes else {})
 
@@ -274,18 +331,17 @@ def _graph_ms(call: Callable[[], object]) -> tuple[float, bool]:
     """Time of a call as a graph, else launched; and whether it was launched."""
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):  # where autograd warms up for a graph
-        launched = measure.median_ms(call, REPEATS, warm_up=2)
+        for _ in range(WARM_UP):
+            call()
+    torch.cuda.synchronize()
     replayed, note = measure.replayed_ms(call, REPEATS)
-    return (launched, True) if note else (replayed, False)
+    return (measure.median_ms(call, REPEATS), True) if note else (replayed, False)
 
 
-def algorithm_rows(cases: list[AlgorithmCase]) -> Iterator[report.Row]:
+def algorithm_rows(cases: Iterable[AlgorithmCase]) -> Iterator[report.Row]:
     """Time blocks and transforms of each case."""
     for case in cases:
-        row: report.Row = {
-            "gated": _yes(case.gated), "lags": str(case.lags), "length": str(case.length),
-            "rows": str(case.rows),
-        }  # fmt: skip
+        row = case.columns()
         tensors = _tensors(case, "cuda", CORE_CHANNELS)
         for way in (BLOCKS, TRANSFORMS):
             run = _Algorithm.of(case, way, tensors)
@@ -296,7 +352,7 @@ def algorithm_rows(cases: list[AlgorithmCase]) -> Iterator[report.Row]:
 
 def algorithm_errors(case: AlgorithmCase, device: str = "cuda") -> dict[str, float]:
     """Relative errors of each way, of output and gradients, on a few channels."""
-    tensors = _tensors(case, device, 16)
+    tensors = _tensors(case, device, CHECKED_CHANNELS)
     u, f, _, *gates = (x.double().requires_grad_() for x in tensors)
     pre, post = gates if case.gated else (None, None)
     y = fft_conv(u, f, pre_gate=pre, post_gate=post, backend="torch")
@@ -337,7 +393,9 @@ class _Algorithm(NamedTuple):
         name = "Toeplitz blocks"
         if way == TRANSFORMS:
             name = "block FFT" if case.length <= MAX_FFT_LENGTH else "block FFT through memory"
-        return cls(plan(name, u.device, case.length, case.lags, None), u, Filter(f), dy, pre, post)
+        return cls(
+            plan(name, u.device, u.dtype, case.length, case.lags, None), u, Filter(f), dy, pre, post
+        )
 
     def forward(self) -> Tensor:
         kernels, size = self.plan

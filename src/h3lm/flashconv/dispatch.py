@@ -27,15 +27,22 @@ TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 96 KB are enough for a half dtype and d_state 64: every GPU from 8.0 on has 99 KB
 LARGE_SHARED = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 HOPPER_SHARED = ((9, 0), (10, 0), (10, 3))
-# rows of half dtypes through the block FFT, in one kernel and with a factor through device memory;
-# with Hopper's shared memory, and with the 99 KB that every GPU from 8.0 on has
-MAX_FFT_LENGTH, MAX_FFT_LENGTH_SMALL = 8192, 2048
+# the longest rows of the block FFT, in one kernel by dtype, and with a factor through device memory
+# for half dtypes; with Hopper's shared memory, and with the 99 KB that every GPU from 8.0 on has
+MAX_FFT_LENGTH = 8192
+FFT_LENGTHS = {
+    torch.bfloat16: (MAX_FFT_LENGTH, 2048),
+    torch.float16: (4096, 1024),
+    torch.float32: (2048, 2048),
+}
 MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL = 1 << 22, 1 << 19
 # lags up to which blocks of a Toeplitz matrix are taken where nothing was measured
 MAX_TOEPLITZ_LAGS = 256
 # where they were: transforms are faster from 2,048 lags on, whose cost for blocks grows with them
 MAX_TIMED_LAGS = 1536
 TIMED_LONG_LENGTH = 65536
+# they were in bfloat16: of float16, transforms take 1.5 to 2.1 times as long up to 1,024 (H200)
+PAIRS_SLOWER = {"transforms": 2.0}
 # a segment of a row is whole tiles of half inputs (two of float32), and at least 8 of them
 SEGMENT_UNIT, MIN_SEGMENT = 4096, 8 * 4096
 MAX_SHARED_ROW = 2048  # up to this length several rows share a tile of 64 chunks
@@ -157,7 +164,7 @@ def _triton_lacks(op: str, device: torch.device, dtype: torch.dtype, problem: Pr
     if op == "h3_step":
         return _step_lacks(dtype, problem)
     if op == "fft_conv":
-        return _fft_lacks(dtype, problem)
+        return fft_lacks(dtype, problem)
     wide = dtype == torch.float32 or problem.num_modes > 32
     if wide and problem.capability not in LARGE_SHARED:
         return "float32 and d_state over 64 need 160 KB of shared memory for a program"
@@ -187,20 +194,26 @@ def _step_lacks(dtype: torch.dtype, problem: Problem) -> str:
     return ""
 
 
-def _fft_lacks(dtype: torch.dtype, problem: Problem) -> str:
+def fft_lacks(dtype: torch.dtype, problem: Problem) -> str:
     """Why the block FFT cannot do it: float32 operands take four times the shared memory."""
     if dtype not in TRITON_DTYPES:
         return "the block FFT takes bfloat16, float16 and float32"
     if dtype == torch.float32 and problem.capability not in HOPPER_SHARED:
         return "the block FFT in float32 needs 224 KB of shared memory for a program"
     if dtype == torch.float32:
-        longest = MAX_FFT_LENGTH_SMALL
+        longest = longest_in_a_program(dtype, problem.capability)
     else:
         large = problem.capability in HOPPER_SHARED
         longest = MAX_LONG_LENGTH if large else MAX_LONG_LENGTH_SMALL
     if problem.length > longest:
         return f"here the block FFT takes rows of up to {longest} of {dtype}, not {problem.length}"
     return ""
+
+
+def longest_in_a_program(dtype: torch.dtype, capability: tuple[int, int] | None) -> int:
+    """The longest rows that the block FFT transforms in one kernel."""
+    large, small = FFT_LENGTHS[dtype]
+    return large if capability in HOPPER_SHARED else small
 
 
 def conv_algorithm(dtype: torch.dtype, problem: Problem, backward: bool = False) -> ConvAlgorithm:
@@ -210,15 +223,14 @@ def conv_algorithm(dtype: torch.dtype, problem: Problem, backward: bool = False)
     bfloat16 has the range for that.
     """
     ranged = dtype == torch.bfloat16 or (dtype == torch.float16 and not problem.gated)
-    if ranged and _blocks_are_faster(problem, "backward" if backward else "forward"):
+    if ranged and _blocks_are_faster(dtype, problem, "backward" if backward else "forward"):
         return "Toeplitz blocks"
-    large = problem.capability in HOPPER_SHARED
-    if problem.length <= (MAX_FFT_LENGTH if large else MAX_FFT_LENGTH_SMALL):
+    if problem.length <= longest_in_a_program(dtype, problem.capability):
         return "block FFT"
     return "block FFT through memory"
 
 
-def _blocks_are_faster(problem: Problem, way: str) -> bool:
+def _blocks_are_faster(dtype: torch.dtype, problem: Problem, way: str) -> bool:
     """Whether Toeplitz blocks are faster than transforms, one way."""
     lags = problem.lags or problem.length
     table = measured.ALGORITHMS.get(_generation(problem))
@@ -231,7 +243,8 @@ def _blocks_are_faster(problem: Problem, way: str) -> bool:
         # Transforms through memory, timed at one length: both ways then grow with the elements
         rows, length = max(1, rows * length // TIMED_LONG_LENGTH), TIMED_LONG_LENGTH
     kinds = ("yes" if problem.gated else "no",)
-    return table.faster(kinds, (lags, length, rows), way) == "blocks"
+    slower = PAIRS_SLOWER if dtype == torch.float16 else None
+    return table.faster(kinds, (lags, length, rows), way, slower) == "blocks"
 
 
 def choose_method(

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from h3lm.flashconv import fft
 from h3lm.flashconv.dispatch import ConvAlgorithm, Problem, capability, conv_algorithm
-from h3lm.flashconv.filters import Filter
+from h3lm.flashconv.filters import Filter, FilterGradients
 
 KEPT_SHARE = 3  # of the rows' memory, one part in so many, for a filter's spectrum until backward
 MAX_KEPT = 8  # lengths of rows for which a kept filter keeps its spectrum
@@ -148,10 +148,10 @@ def _algorithms(u: Tensor, filter: Filter, gated: bool) -> tuple[str, str]:
     forward, backward = _fastest(
         conv_algorithm, u.dtype, capability(u.device), u.shape[-1], lags, gated, len(u)
     )
-    fine = works(forward, u.device, u.shape[-1])
+    fine = works(forward, u.device, u.dtype, u.shape[-1])
     if backward == forward:
         return (forward, forward) if fine else ("torch.fft", "torch.fft")
-    fine_backward = works(backward, u.device, u.shape[-1])
+    fine_backward = works(backward, u.device, u.dtype, u.shape[-1])
     return forward if fine else "torch.fft", backward if fine_backward else "torch.fft"
 
 
@@ -186,7 +186,7 @@ class _Made(NamedTuple):
         """Make it."""
         from h3lm.flashconv.kernels.conv_plan import plan
 
-        made = plan(algorithm, u.device, u.shape[-1], filter.taps, filter.taps_reverse)
+        made = plan(algorithm, u.device, u.dtype, u.shape[-1], filter.taps, filter.taps_reverse)
         return cls(made, made.kernels.prepare(u, filter, made.size, backward))
 
     def is_small(self, u: Tensor) -> bool:
@@ -262,12 +262,34 @@ def _backward(
         du, dpre, sums = kernels.backward(
             dy, u, prepared, size, pre, post, data=data, filters=filters
         )
-        parts = (None, None, None)
+        parts: tuple[Tensor | None, ...] = (None, None, None)
         if sums is not None:
-            parts = kernels.filter_gradients(u, sums, filter, size)
+            parts = _filter_gradients(made, algorithm, sums, filter, dy, u, pre, post)
         # y = post conv, so that its gradient is a forward pass behind another gate
         dpost = kernels.forward(u, prepared, size, pre, dy) if gate and post is not None else None
         return [x for x in (du, *parts, dpre, dpost) if x is not None]
+
+
+def _filter_gradients(
+    made: _Made,
+    algorithm: str,
+    sums: Any,
+    filter: Filter,
+    dy: Tensor,
+    u: Tensor,
+    pre: Tensor | None,
+    post: Tensor | None,
+) -> FilterGradients:
+    """Gradients of a filter's parts; that of a skip by itself where a transform's is not enough."""
+    kernels, size = made.plan
+    skip = filter.skip
+    if skip is None or u.dtype == torch.bfloat16 or not algorithm.startswith("block FFT"):
+        found: FilterGradients = kernels.filter_gradients(u, sums, filter, size)
+        return found
+    from h3lm.flashconv.kernels.skip_gradient import skip_gradient
+
+    found = kernels.filter_gradients(u, sums, filter._replace(skip=None), size)
+    return found._replace(skip=skip_gradient(dy, u, skip, pre, post))
 
 
 def _backward_fake(
@@ -378,7 +400,7 @@ def _run_prepared(
     from h3lm.flashconv.kernels.conv_plan import plan
 
     with _device_of(u):
-        kernels, size = plan(algorithm, u.device, u.shape[-1], taps, taps_reverse)
+        kernels, size = plan(algorithm, u.device, u.dtype, u.shape[-1], taps, taps_reverse)
         u, pre, post = _positions_last(u), _optional(pre), _optional(post)
         return kernels.forward(u, kernels.Prepared(*tensors), size, pre, post)
 

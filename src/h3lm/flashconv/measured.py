@@ -6,6 +6,7 @@ and takes them in.
 
 import json
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,25 @@ class Table:
             measured.sort(key=lambda found: found[0])
         self._nearest = lru_cache(4096)(self._find)
 
-    def faster(self, kinds: tuple[str, ...], sizes: tuple[int, ...], what: str) -> str | None:
-        """The way that won; None if nothing like it was measured."""
+    def faster(
+        self,
+        kinds: tuple[str, ...],
+        sizes: tuple[int, ...],
+        what: str,
+        slower: Mapping[str, float] | None = None,
+    ) -> str | None:
+        """The way that won; None if nothing like it was measured.
+
+        Args:
+            kinds, sizes: Of the call.
+            what: Of the times.
+            slower: Ways that take so many times as long here as where they were measured.
+        """
         row = self._nearest(kinds, sizes)
         if row is None:
             return None
-        return min(self._ways, key=lambda way: float(row[f"{way} {what}"]))
+        factors = slower or {}
+        return min(self._ways, key=lambda way: float(row[f"{way} {what}"]) * factors.get(way, 1.0))
 
     def said(self, kinds: tuple[str, ...], sizes: tuple[int, ...], what: str) -> str:
         """The measurement that `faster` goes by, for people."""

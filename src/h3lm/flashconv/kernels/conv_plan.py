@@ -23,20 +23,22 @@ from torch import Tensor
 from h3lm.flashconv import fft
 from h3lm.flashconv.dispatch import (
     HOPPER_SHARED,
-    MAX_FFT_LENGTH,
-    MAX_FFT_LENGTH_SMALL,
     ConvAlgorithm,
+    Problem,
     capability,
+    fft_lacks,
+    longest_in_a_program,
 )
 from h3lm.flashconv.filters import Filter
-from h3lm.flashconv.kernels.fft_size import SIZES, size_for
+from h3lm.flashconv.kernels.fft_size import SIZES, precision_of, size_for
 from h3lm.ssm.first_use import first_use
 
 logger = logging.getLogger("h3lm.flashconv")
 # length of the rows that they are checked with, and of those of two chunks, of which 64 need others
 TOEPLITZ_CHECK, TWO_CHUNKS = 304, 256
-TOLERANCE = 1e-2  # of bfloat16, whose operands and results are off by 2^-9 each
-_found: dict[tuple[ConvAlgorithm, torch.device, int], str] = {}  # by `fault`
+# bfloat16's operands and results are off by 2^-9 each, float16's results by 2^-12
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}
+_found: dict[tuple[ConvAlgorithm, torch.device, torch.dtype, int], str] = {}  # by `fault`
 
 
 class Plan(NamedTuple):
@@ -47,9 +49,14 @@ class Plan(NamedTuple):
 
 
 def plan(
-    algorithm: str, device: torch.device, length: int, taps: int, taps_reverse: int | None
+    algorithm: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    length: int,
+    taps: int,
+    taps_reverse: int | None,
 ) -> Plan:
-    """What runs for rows of a length and filters of so many taps.
+    """What runs for rows of a dtype and length and filters of so many taps.
 
     Raises:
         ValueError: if the algorithm is unknown, or does not take such rows.
@@ -64,43 +71,50 @@ def plan(
     if algorithm == "block FFT":
         from h3lm.flashconv.kernels import fft_launch
 
-        return Plan(fft_launch, size_for(length))
+        return Plan(fft_launch, size_for(length, precision_of(dtype)))
     if algorithm == "block FFT through memory":
         from h3lm.flashconv.kernels import fft_long
 
-        return Plan(fft_long, fft_long.size_for(length, large))
+        return Plan(fft_long, fft_long.size_for(length, large, precision_of(dtype)))
     raise ValueError(f"no algorithm is called {algorithm!r}")
 
 
-def works(algorithm: ConvAlgorithm, device: torch.device, length: int) -> bool:
+def works(algorithm: ConvAlgorithm, device: torch.device, dtype: torch.dtype, length: int) -> bool:
     """Whether an algorithm may be used; always in the interpreter and inside of a CUDA graph."""
     if device.type != "cuda":
         return True
     if algorithm == "Toeplitz blocks":
         length = TWO_CHUNKS if TWO_CHUNKS // 2 < length <= TWO_CHUNKS else TOEPLITZ_CHECK
     else:
-        length = plan(algorithm, device, length, length, None).size.points
+        length = plan(algorithm, device, dtype, length, length, None).size.points
     if torch.cuda.is_current_stream_capturing():  # nothing can be tried there
-        return not _found.get((algorithm, device, length))
-    return not fault(algorithm, device, length)
+        return not _found.get((algorithm, device, dtype, length))
+    return not fault(algorithm, device, dtype, length)
 
 
-def checks(device: torch.device) -> Iterator[tuple[ConvAlgorithm, int]]:
-    """Algorithms and lengths to call `fault` with: one for each size of their kernels, or so."""
-    large = capability(device) in HOPPER_SHARED
-    most = MAX_FFT_LENGTH if large else MAX_FFT_LENGTH_SMALL
-    yield from (("Toeplitz blocks", length) for length in (TOEPLITZ_CHECK, TWO_CHUNKS))
-    yield from (("block FFT", points) for points in SIZES if points <= most)
-    yield from (("block FFT through memory", most << shift) for shift in (1, 2, 3, 4, 7))
+def checks(device: torch.device) -> Iterator[tuple[ConvAlgorithm, torch.dtype, int]]:
+    """What to call `fault` with: one for each size of the algorithms' kernels, or so."""
+    found = capability(device)
+    for dtype in TOLERANCE:
+        if fft_lacks(dtype, Problem(length=1, capability=found)):
+            continue
+        most = longest_in_a_program(dtype, found)
+        yield from (("block FFT", dtype, points) for points in SIZES if points <= most)
+        if dtype != torch.float32:
+            yield from (("Toeplitz blocks", dtype, n) for n in (TOEPLITZ_CHECK, TWO_CHUNKS))
+            through_memory = [most << shift for shift in (1, 2, 3, 4, 7)]
+            yield from (("block FFT through memory", dtype, n) for n in through_memory)
 
 
-@first_use(logger, "{0} for rows of {2} is off, torch.fft takes over", _found)
-def fault(algorithm: ConvAlgorithm, device: torch.device, length: int) -> str:
+@first_use(logger, "{0} for rows of {3} of {2} is off, torch.fft takes over", _found)
+def fault(algorithm: ConvAlgorithm, device: torch.device, dtype: torch.dtype, length: int) -> str:
     """What is wrong with an algorithm for rows of a length on this machine; empty if it works."""
-    return _compare(algorithm, device, length)
+    return _compare(algorithm, device, dtype, length)
 
 
-def _compare(algorithm: ConvAlgorithm, device: torch.device, length: int) -> str:
+def _compare(
+    algorithm: ConvAlgorithm, device: torch.device, dtype: torch.dtype, length: int
+) -> str:
     """What differs from torch.fft, of a plain filter and of one that reaches both ways."""
     random = torch.Generator(device).manual_seed(0)
 
@@ -108,18 +122,17 @@ def _compare(algorithm: ConvAlgorithm, device: torch.device, length: int) -> str
         return torch.randn(shape, generator=random, device=device)
 
     rows = 70 if length == TWO_CHUNKS else 3
-    u, dy = (normal(rows, 2, length).bfloat16() for _ in range(2))
+    u, dy = (normal(rows, 2, length).to(dtype) for _ in range(2))
     f, back, skip = normal(2, 200), normal(2, 100), normal(2)
     for filter in (Filter(f), Filter(f, back, skip)):
+        lags = filter.taps, filter.taps_reverse
         found, exact = (
-            _everything(
-                *plan(name, device, length, filter.taps, filter.taps_reverse), u, dy, filter
-            )
+            _everything(*plan(name, device, dtype, length, *lags), u, dy, filter)
             for name in (algorithm, "torch.fft")
         )
         for name, expected in exact.items():
             error = float((found[name] - expected).norm() / expected.norm())
-            if not error < TOLERANCE:
+            if not error < TOLERANCE[dtype]:
                 return f"{name} differs by {error:.1e}"
     return ""
 

@@ -34,7 +34,7 @@ def spectrum_kernel(
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Transform a filter, and keep its spectrum as `load_spectrum` reads it, in float16.
+    """Transform a filter, and keep its spectrum as `load_spectrum` reads it.
 
     A whole filter is scaled here: see `load_lags`; with two `halves`, what reaches ahead is its
     imaginary part. Else f is one of the N0 complex rows of a filter of these `exponents` and
@@ -46,7 +46,7 @@ def spectrum_kernel(
     """
     K: tl.constexpr = N1 if REAL else 2 * N1
     channel = tl.program_id(0).to(tl.int64)
-    F, W = load_factors(F_table, W_table, N1, N2, K)
+    factors = load_factors(F_table, W_table, N1, N2, K, PRECISION)
     position = tl.arange(0, K)[:, None] * N2 + tl.arange(0, N2)[None, :]
     everywhere = position >= 0
     zero = tl.program_id(0) >> 31
@@ -69,7 +69,7 @@ def spectrum_kernel(
             )  # fmt: skip
             value *= to_unit(exponent)
             new_re, new_im = to_spectrum(
-                value.to(F.dtype), F, W, 0, zero, N1, N2, REAL, FAST, False, PRECISION
+                value, factors, 0, zero, N1, N2, REAL, FAST, False, PRECISION
             )
             # a lag of -s is t^-s = -i t^(n - s)
             straight, turned = 1.0 - half, half * 1.0
@@ -79,12 +79,17 @@ def spectrum_kernel(
     else:
         value = tl.load(f + channel * f_channel + position, position < taps, 0.0).to(tl.float32)
         exponent = tl.load(exponents + channel // N0)
-        re, im = to_spectrum(value.to(F.dtype), F, W, 0, zero, N1, N2, REAL, FAST, False, PRECISION)
+        re, im = to_spectrum(value, factors, 0, zero, N1, N2, REAL, FAST, False, PRECISION)
         largest_part = tl.load(sums + channel // N0) * to_unit(exponent) / root
     peak = (largest_part.to(tl.int32, bitcast=True) >> 23) & 0xFF
     factor = to_unit(peak) * power_of_two(127 + headroom)
     points = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    tl.store(packed + channel * (N1 * N2) + points, pack(re * factor, im * factor))
+    if PRECISION == "half":
+        tl.store(packed + channel * (N1 * N2) + points, pack(re * factor, im * factor))
+    else:
+        packed += channel * (2 * N1 * N2) + points
+        tl.store(packed, re * factor)
+        tl.store(packed + N1 * N2, im * factor)
     back = power_of_two(exponent) * power_of_two(peak) * power_of_two(127 - headroom)
     tl.store(unscale + channel, back * root)
 
@@ -98,7 +103,7 @@ def filter_gradient_kernel(
 
     A loop, and be it over one channel: see the end of `fft_triton.backward_kernel`.
     """
-    F, W = load_factors(F_table, W_table, N1, N2, N1)
+    factors = load_factors(F_table, W_table, N1, N2, N1, PRECISION)
     points = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     every = halves * channels
     for i in tl.range(tl.program_id(0), every, tl.num_programs(0), num_stages=1):
@@ -115,7 +120,7 @@ def filter_gradient_kernel(
         straight, turned = scale * (1.0 - half), scale * half
         value = from_spectrum(
             straight * re + turned * im, straight * im - turned * re,
-            F, W, 0, zero, N1, N2, True, FAST, False, PRECISION,
+            factors, 0, zero, N1, N2, True, FAST, False, PRECISION,
         )  # fmt: skip
         value *= power_of_two(exponent) * root
         behind = (half == 0) & (points < taps)
@@ -165,7 +170,7 @@ class Prepared(NamedTuple):
     """Filters' spectra as the kernels read them.
 
     Attributes:
-        packed: Words of two float16, int32 (D N0, N1, N2), for half inputs, else float32
+        packed: Words of two float16, int32 (D N0, N1, N2), for precision "half", else float32
             (D N0, 2, N1, N2).
         unscale: What outputs are multiplied with, (D N0,), float32.
     """
@@ -236,7 +241,7 @@ def _quarter_turns(points: int, device: torch.device) -> Tensor:
 
 
 def transform(filter: Filter, size: Size, tables: tuple[Tensor, ...]) -> Prepared:
-    """Spectra of filters in float16."""
+    """Spectra of filters by the kernels."""
     halves = 1 if filter.taps_reverse is None else 2
     prepared = _empty(filter.f, len(filter.f), size)
     _transform(parts(filter), halves, None, None, prepared, size, tables, 1)
@@ -255,7 +260,11 @@ def transform_planes(
 
 
 def _empty(like: Tensor, rows: int, size: Size) -> Prepared:
-    packed = like.new_empty((rows, size.N1, size.N2), dtype=torch.int32)
+    points = (size.N1, size.N2)
+    if size.precision == "half":
+        packed = like.new_empty((rows, *points), dtype=torch.int32)
+    else:
+        packed = like.new_empty((rows, 2, *points), dtype=torch.float32)
     return Prepared(packed, like.new_empty(rows, dtype=torch.float32))
 
 
@@ -269,11 +278,11 @@ def _transform(
     tables: tuple[Tensor, ...],
     outer: int,
 ) -> None:
-    points, fast = outer * size.points, prepared.packed.is_cuda
+    points = outer * size.points
     spectrum_kernel[(len(prepared.packed),)](
         *given, halves, exponents, sums, *prepared, *tables, math.sqrt(points), headroom(points),
-        N0=outer, N1=size.N1, N2=size.N2, REAL=exponents is None, FAST=fast, PRECISION="tf32",
-        num_warps=size.warps,
+        N0=outer, N1=size.N1, N2=size.N2, REAL=exponents is None, FAST=size.fast(prepared.packed),
+        PRECISION=size.precision, num_warps=size.warps,
     )  # fmt: skip
 
 
@@ -289,8 +298,8 @@ def gradients(
     halves = 1 if made.f_reverse is None else 2
     filter_gradient_kernel[(min(D * halves, 2 * multiprocessors(sums.device)),)](
         sums, *made, *tables, D, groups, halves, made.f.shape[1], taps_reverse,
-        math.sqrt(size.points), N1=size.N1, N2=size.N2, FAST=sums.is_cuda, PRECISION="tf32",
-        num_warps=size.warps,
+        math.sqrt(size.points), N1=size.N1, N2=size.N2, FAST=size.fast(sums),
+        PRECISION=size.precision, num_warps=size.warps,
     )  # fmt: skip
     return made if plain else filter.gradients(made.f, made.f_reverse)
 

@@ -28,8 +28,8 @@ def filter_gradients(u: Tensor, sums: Tensor, filter: Filter, size: Size) -> Fil
         filter: The filter.
         size: Of the transform.
     """
-    if u.dtype != torch.float32:
-        return gradients(sums, filter, size, factors(size, torch.float16, u.device, True))
+    if size.precision != "tf32x3":
+        return gradients(sums, filter, size, factors(size, u.device, True))
     total = sums[0] if len(sums) == 1 else sums.sum(0)
     return filter.gradients(*gradients_by_library(total, filter.taps, filter.taps_reverse))
 
@@ -96,9 +96,9 @@ def backward(
 
 def prepare(u: Tensor, filter: Filter, size: Size, backward: bool = False) -> Prepared:
     """The spectrum of a filter, for rows like u and their gradients."""
-    if u.dtype == torch.float32:
+    if size.precision == "tf32x3":
         return prepare_by_library(*filter.folded(), size)
-    return transform(filter, size, factors(size, torch.float16, u.device, True))
+    return transform(filter, size, factors(size, u.device, True))
 
 
 class _Run:
@@ -106,18 +106,17 @@ class _Run:
 
     def __init__(self, u: Tensor, size: Size) -> None:
         B, D, L = u.shape
-        half = u.dtype != torch.float32
         self.rows_per_program, self.groups = rows_per_program(u.device, size, B, D)
-        self.tables = factors(size, torch.float16 if half else torch.float32, u.device, True)
-        self.constants = _constants(size, half, size.points == L, u.is_cuda)
+        self.tables = factors(size, u.device, True)
+        self.constants = _constants(size, size.points == L, size.fast(u))
 
 
 @cache
-def _constants(size: Size, half: bool, even: bool, cuda: bool) -> dict[str, Any]:
+def _constants(size: Size, even: bool, fast: bool) -> dict[str, Any]:
     return {
-        "N1": size.N1, "N2": size.N2, "REAL": True, "HALF": half, "SCALED": half,
-        "EVEN": even, "FAST": half and cuda,
-        "KEEP": half and size.keep, "PRECISION": "tf32" if half else "tf32x3",
+        "N1": size.N1, "N2": size.N2, "REAL": True, "SCALED": size.precision != "tf32x3",
+        "EVEN": even, "FAST": fast, "KEEP": size.keep and size.precision == "half",
+        "PRECISION": size.precision,
         "AHEAD": size.ahead, "num_warps": size.warps, "maxnreg": size.registers,
     }  # fmt: skip
 

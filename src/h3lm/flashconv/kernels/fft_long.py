@@ -7,7 +7,8 @@ A real row of n = N0 m points, l = m l0 + i, becomes N0 complex rows of m points
 with W_N0 at frequencies k0 - 1/4, as in `fft_triton`, kept as two planes of float16. Each of them
 `fft_triton` convolves in place with frequencies k0 + N0 k of the filter; the same step backwards
 gives the row. So a forward pass moves 22 bytes for each element: 2 to find the scale of a row,
-2 + 4 out, 4 + 4 in place, 4 + 2 back, at any length. Half dtypes only.
+2 + 4 out, 4 + 4 in place, 4 + 2 back, at any length. Half dtypes only: rows of float16, whose
+products are of pairs (`fft_triton`), have planes of float32, and move 38 bytes.
 
 A filter takes the same way, float32 into it and out of it. One that reaches ahead, too, has that as
 its imaginary part, see `fft_filter.imaginary_row`.
@@ -22,7 +23,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from h3lm.flashconv.dispatch import MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL
 from h3lm.flashconv.filters import Filter, FilterGradients
@@ -34,8 +34,23 @@ from h3lm.flashconv.kernels.fft_filter import (
     transform_planes,
 )
 from h3lm.flashconv.kernels.fft_launch import rows_per_program
-from h3lm.flashconv.kernels.fft_size import SHIFT, Size, factors, unitary_dft
-from h3lm.flashconv.kernels.fft_triton import exponent_of, power_of_two, to_unit
+from h3lm.flashconv.kernels.fft_size import (
+    SHIFT,
+    Precision,
+    Size,
+    as_operands,
+    factors,
+    unitary_dft,
+)
+from h3lm.flashconv.kernels.fft_triton import (
+    as_loaded,
+    cosine_and_sine,
+    exponent_of,
+    operand,
+    power_of_two,
+    product,
+    to_unit,
+)
 from h3lm.flashconv.kernels.launch import strides
 
 MIN_OUTER = 16  # the matrix units' smallest edge
@@ -48,10 +63,12 @@ class LongSize:
     Attributes:
         outer: N0, of the factor through device memory.
         inner: Size of the transforms of what is left.
-        columns: Points of an inner transform that a program of the outer factor takes.
+        columns: Points of an inner transform that a program of the outer factor takes; blocks of
+            so many, where that has fewer rows than the matrix units need.
         warps: Warps of such a program.
         rows_out: Most rows of the outer factor that it makes on the way to the spectrum.
         rows_in: The same on the way back, where each program makes all turns anew.
+        stages: Tiles of the outer factor in flight, where it is longer than a tile.
     """
 
     outer: int
@@ -60,6 +77,7 @@ class LongSize:
     warps: int = 4
     rows_out: int = 64
     rows_in: int = 64
+    stages: int = 3
 
     @property
     def points(self) -> int:
@@ -71,19 +89,28 @@ class LongSize:
 # measured on an H200, see docs/log.md
 INNER = {1 << 16: Size(64, 32, 4), MAX_LONG_LENGTH: Size(64, 64, 4)}
 SMALL_INNER = {MAX_LONG_LENGTH_SMALL: Size(64, 16, 4)}
+INNER_OF_PAIRS = {MAX_LONG_LENGTH: Size(64, 32, 4, precision="pairs")}
+SMALL_INNER_OF_PAIRS = {MAX_LONG_LENGTH_SMALL: Size(32, 16, 2, precision="pairs")}
 
 
-def size_for(length: int, large: bool) -> LongSize:
+def size_for(length: int, large: bool, precision: Precision) -> LongSize:
     """Factors for rows of a length, on a GPU with as much shared memory as Hopper or with less.
 
     Raises:
-        ValueError: if the row is too long.
+        ValueError: if the row is too long, or for "tf32x3".
     """
+    if precision == "tf32x3":
+        raise ValueError("rows of float32 do not go through memory")
+    inners = INNER if large else SMALL_INNER
+    if precision == "pairs":
+        inners = INNER_OF_PAIRS if large else SMALL_INNER_OF_PAIRS
     points = 1 << (length - 1).bit_length()
-    for most, inner in (INNER if large else SMALL_INNER).items():
+    for most, inner in inners.items():
         if points <= most:
             outer = max(points // inner.points, 2)
-            return LongSize(outer, inner, columns=128 if large and outer <= 16 else 64)
+            columns = 128 if large and outer <= 16 else 64
+            # tiles of pairs are twice as large
+            return LongSize(outer, inner, columns, stages=2 if precision == "pairs" else 3)
     raise ValueError(f"rows of {length} are over what the block FFT was made for")
 
 
@@ -113,12 +140,29 @@ def largest_kernel(
 @triton.jit
 def outer_turns(k0, column, points, FAST: tl.constexpr):
     """Cosine and sine of 2 pi (k0 - 1/4) column / n."""
-    step = column.to(tl.float32) * (6.283185307179586 / points)
-    angle = (k0.to(tl.float32) - 0.25)[:, None] * step[None, :]
-    if FAST:
-        return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
+    k = (k0.to(tl.float32) - 0.25)[:, None]
+    return cosine_and_sine(k, column.to(tl.float32), points, FAST)
+
+
+@triton.jit
+def add_product(
+    sum_, a, a_low, b, b_low, PRECISION: tl.constexpr, WHOLE: tl.constexpr = False
+):  # fmt: skip
+    """sum_ + a b. Of pairs the sum is rounded, not truncated as in the matrix units."""
+    if PRECISION == "pairs":
+        return sum_ + product(a, a_low, b, b_low, PRECISION, WHOLE)
     else:
-        return tl.cos(angle), tl.sin(angle)
+        return tl.dot(a, b, sum_)
+
+
+@triton.jit
+def load_outer(table, at, K: tl.constexpr, PRECISION: tl.constexpr):
+    """Tiles of both parts of W_N0, each followed by the second half of pairs; else by itself."""
+    re, im = tl.load(table + at), tl.load(table + K * K + at)
+    if PRECISION == "pairs":
+        return re, tl.load(table + 2 * K * K + at), im, tl.load(table + 3 * K * K + at)
+    else:
+        return re, re, im, im
 
 
 @triton.jit
@@ -132,19 +176,33 @@ def program_tile(tiles, inner, D, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def in_table(index, block, N0: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """What an index of the outer factor's table stands for: one of N0, and columns, [.., COLUMNS].
+
+    A table has at least K = 16 rows; if N0 is less, they are those of several blocks of columns.
+    """
+    column = tl.arange(0, COLUMNS)[None, :]
+    if K == N0:
+        return index, block * COLUMNS + column
+    else:
+        of_index = (block * (K // N0) + index // N0) * COLUMNS
+        return index % N0, of_index[:, None] + column
+
+
+@triton.jit
 def outward_kernel(
     x, gate, imaginary, exponents, planes, table,
     x_row, x_channel, gate_row, gate_channel, imaginary_row, imaginary_channel,
     D, L, inner, points,
     N0: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    COLUMNS: tl.constexpr, FAST: tl.constexpr,
+    COLUMNS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From rows to the planes of N0 complex rows; TILE of them and some columns here.
 
     `imaginary` makes rows complex: it reaches over all points, and has no gate.
     """
-    tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS)
-    k0, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
+    tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS * (K // N0))
+    out_index = tile * TILE + tl.arange(0, TILE)
     x += row * x_row + channel * x_channel
     if gate is not None:
         gate += row * gate_row + channel * gate_channel
@@ -154,26 +212,30 @@ def outward_kernel(
     re = tl.zeros((TILE, COLUMNS), tl.float32)
     im = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(0, K, DEPTH):
-        l0 = start + tl.arange(0, DEPTH)
-        position = l0[:, None] * inner + column[None, :]
+        index = start + tl.arange(0, DEPTH)
+        l0, column = in_table(index, block, N0, K, COLUMNS)
+        position = l0[:, None] * inner + column
         value = tl.load(x + position, position < L, 0.0).to(tl.float32)
         if gate is not None:
             value *= tl.load(gate + position, position < L, 0.0).to(tl.float32)
-        value = (value * scale).to(tl.float16)
-        factor = table + k0[:, None] * K + l0[None, :]
-        W_re, W_im = tl.load(factor), tl.load(factor + K * K)
-        re = tl.dot(W_re, value, re)
-        im = tl.dot(W_im, value, im)
+        W_re, W_re_low, W_im, W_im_low = load_outer(
+            table, out_index[:, None] * K + index[None, :], K, PRECISION
+        )
+        value = as_loaded(value * scale, x, gate, W_re)
+        WHOLE: tl.constexpr = value.dtype == W_re.dtype
+        value, value_low = operand(value, W_re, PRECISION)
+        re = add_product(re, W_re, W_re_low, value, value_low, PRECISION, WHOLE)
+        im = add_product(im, W_im, W_im_low, value, value_low, PRECISION, WHOLE)
         if imaginary is not None:
-            value = tl.load(imaginary + position, (l0 < N0)[:, None], 0.0)
-            value = (value * scale).to(tl.float16)
-            re = tl.dot(W_im, -value, re)
-            im = tl.dot(W_re, value, im)
+            value = tl.load(imaginary + position) * scale
+            ahead, ahead_low = operand(value, W_re, PRECISION)
+            im = add_product(im, W_re, W_re_low, ahead, ahead_low, PRECISION)
+            re = add_product(re, W_im, W_im_low, -ahead, -ahead_low, PRECISION)
+    k0, column = in_table(out_index, block, N0, K, COLUMNS)
     cos, sin = outer_turns(k0, column, points, FAST)
-    out = planes + ((row * D + channel) * N0 + k0)[:, None] * (2 * inner) + column[None, :]
-    inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
-    tl.store(out, (re * cos + im * sin).to(planes.dtype.element_ty), inside)
-    tl.store(out + inner, (im * cos - re * sin).to(planes.dtype.element_ty), inside)
+    out = planes + ((row * D + channel) * N0 + k0)[:, None] * (2 * inner) + column
+    tl.store(out, (re * cos + im * sin).to(planes.dtype.element_ty))
+    tl.store(out + inner, (im * cos - re * sin).to(planes.dtype.element_ty))
 
 
 @triton.jit
@@ -183,6 +245,7 @@ def inward_kernel(
     D, L, inner, points,
     N0: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr, IMAGINARY: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `outward_kernel`, then y = gate out, and other = factor_of_other out.
 
@@ -190,34 +253,36 @@ def inward_kernel(
     IMAGINARY: the imaginary part of the rows, not the real one. `other` has the strides of y, its
     factor has its own.
     """
-    tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS)
-    l0, column = tile * TILE + tl.arange(0, TILE), block * COLUMNS + tl.arange(0, COLUMNS)
+    tile, block, channel, row = program_tile(K // TILE, inner, D, COLUMNS * (K // N0))
+    out_index = tile * TILE + tl.arange(0, TILE)
     first = (row * D + channel) * N0
     if plane_exponents is None:
         exponent = tl.load(exponents + row * D + channel)
     else:
-        every = tl.arange(0, K)
-        exponent = tl.max(tl.load(plane_exponents + first + every, every < N0, 0), 0)
+        exponent = tl.max(tl.load(plane_exponents + first + tl.arange(0, N0)), 0)
     out = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(0, K, DEPTH):
-        k0 = start + tl.arange(0, DEPTH)
-        at = planes + (first + k0)[:, None] * (2 * inner) + column[None, :]
-        inside = (k0 < N0)[:, None] & (column >= 0)[None, :]
-        re = tl.load(at, inside, 0.0).to(tl.float32)
-        im = tl.load(at + inner, inside, 0.0).to(tl.float32)
+        index = start + tl.arange(0, DEPTH)
+        k0, column = in_table(index, block, N0, K, COLUMNS)
+        at = planes + (first + k0)[:, None] * (2 * inner) + column
+        re = tl.load(at).to(tl.float32)
+        im = tl.load(at + inner).to(tl.float32)
         if plane_exponents is not None:
-            own = tl.load(plane_exponents + first + k0, k0 < N0, 0)
+            own = tl.load(plane_exponents + first + k0)
             weight = power_of_two(tl.maximum(127 + own - exponent, 0))[:, None]
             re, im = re * weight, im * weight
         if IMAGINARY:
             re, im = im, -re
         cos, sin = outer_turns(k0, column, points, FAST)
-        factor = table + k0[None, :] * K + l0[:, None]
-        back = (re * cos - im * sin).to(tl.float16)
-        out = tl.dot(tl.load(factor), back, out)
-        back = (re * sin + im * cos).to(tl.float16)
-        out = tl.dot(tl.load(factor + K * K), back, out)
-    position = l0[:, None] * inner + column[None, :]
+        W_re, W_re_low, W_im, W_im_low = load_outer(
+            table, index[None, :] * K + out_index[:, None], K, PRECISION
+        )
+        back, back_low = operand(re * cos - im * sin, W_re, PRECISION)
+        out = add_product(out, W_re, W_re_low, back, back_low, PRECISION)
+        back, back_low = operand(re * sin + im * cos, W_re, PRECISION)
+        out = add_product(out, W_im, W_im_low, back, back_low, PRECISION)
+    l0, column = in_table(out_index, block, N0, K, COLUMNS)
+    position = l0[:, None] * inner + column
     inside = position < L
     out *= tl.load(unscale + channel * N0) * power_of_two(exponent)
     offsets = row * y_row + channel * y_channel + position
@@ -232,22 +297,21 @@ def inward_kernel(
 
 
 @cache
-def outer_factors(outer: int, device: torch.device) -> Tensor:
-    """W_N0 at frequencies k0 - 1/4 as (part, k0, l0), float16; made in float64.
+def outer_factors(outer: int, device: torch.device, precision: Precision) -> Tensor:
+    """W_N0 at frequencies k0 - 1/4 as (part, k0, l0), by `as_operands`; made in float64.
 
-    Rows and columns behind N0 are zero: they only fill up an edge of 16.
+    Up to an edge of 16 it is repeated along the diagonal, for as many blocks of columns.
     """
-    K = max(outer, MIN_OUTER)
-    W = torch.zeros(K, K, dtype=torch.complex128)
-    W[:outer, :outer] = unitary_dft(outer, SHIFT)
-    return torch.stack([W.real, W.imag]).to(device, torch.float16).contiguous()
+    blocks = max(1, MIN_OUTER // outer)
+    W = torch.block_diag(*[unitary_dft(outer, SHIFT)] * blocks)
+    return as_operands(torch.stack([W.real, W.imag]), precision).to(device)
 
 
 class FilterPlanes(NamedTuple):
     """Partial sums of the filter's gradient, before the outer factor.
 
     Attributes:
-        planes: Of complex rows, (groups, D, N0, 2, m), float16.
+        planes: Of complex rows, (groups, D, N0, 2, m).
         exponents: Of their scales, (groups, D, N0).
     """
 
@@ -340,25 +404,28 @@ class LongRun:
     def __init__(self, u: Tensor, size: LongSize) -> None:
         self.B, self.D, self.L = u.shape
         self.size, self.device = size, u.device
-        self.table = outer_factors(size.outer, u.device)
+        precision = size.inner.precision
+        self.table = outer_factors(size.outer, u.device, precision)
+        self.planes = torch.float16 if precision == "half" else torch.float32
         K = self.table.shape[-1]
         self.rows_out, self.rows_in = min(size.rows_out, K), min(size.rows_in, K)
         self.outer: dict[str, Any] = {
             "N0": size.outer, "K": K, "DEPTH": min(64, K), "COLUMNS": size.columns,
-            "FAST": u.is_cuda, "num_warps": size.warps,
+            "FAST": size.inner.fast(u), "PRECISION": precision, "num_warps": size.warps,
+            "num_stages": size.stages,
         }  # fmt: skip
         self.inner: dict[str, Any] = {
-            "N1": size.inner.N1, "N2": size.inner.N2, "REAL": False, "HALF": True,
-            "SCALED": False, "EVEN": True, "FAST": u.is_cuda, "PRECISION": "tf32",
-            "KEEP": size.inner.keep, "AHEAD": size.inner.ahead, "num_warps": size.inner.warps,
-            "maxnreg": size.inner.registers,
+            "N1": size.inner.N1, "N2": size.inner.N2, "REAL": False,
+            "SCALED": False, "EVEN": True, "FAST": size.inner.fast(u), "PRECISION": precision,
+            "KEEP": size.inner.keep and precision == "half", "AHEAD": size.inner.ahead,
+            "num_warps": size.inner.warps, "maxnreg": size.inner.registers,
         }  # fmt: skip
-        self.columns = self.B * self.D * (size.inner.points // size.columns)
+        self.columns = self.B * self.D * (size.inner.points * size.outer // (size.columns * K))
         self.channels = self.D * size.outer
         self.rows_per_program, self.groups = rows_per_program(
             u.device, size.inner, self.B, self.channels
         )
-        self.tables = factors(size.inner, torch.float16, u.device, False)
+        self.tables = factors(size.inner, u.device, False)
 
     def exponents(self, x: Tensor, gate: Tensor | None, sums: Tensor | None = None) -> Tensor:
         """Exponents of the scales of rows, (B, D); sums of magnitudes if wanted."""
@@ -374,7 +441,7 @@ class LongRun:
     ) -> Tensor:
         """The planes of N0 complex rows for each row, (B, D, N0, 2, m)."""
         shape = (self.B, self.D, self.size.outer, 2, self.size.inner.points)
-        planes = torch.empty(shape, dtype=torch.float16, device=self.device)
+        planes = torch.empty(shape, dtype=self.planes, device=self.device)
         outward_kernel[(self.columns * (self.table.shape[-1] // self.rows_out),)](
             x, gate, imaginary, exponents, planes, self.table,
             *strides(x), *strides(gate), *strides(imaginary),

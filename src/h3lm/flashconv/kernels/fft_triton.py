@@ -29,6 +29,14 @@ For half inputs the operands are float16: a row is scaled by a power of two to a
 a spectrum's largest part to [2^h, 2^(h+1)). All transforms are unitary: no value inside exceeds
 |x|_2 max|H| <= 2 sqrt(n) sqrt(2) 2^(h+1), and h keeps that below 65504. Nothing overflows.
 
+PRECISION says what a product is made of (`fft_size.precision_of`):
+
+    half     one product of float16: the dozen roundings of 2e-4 each that a row meets are below the
+             one of a bfloat16 result
+    pairs    operands are float16 and 2^11 times what is left of them, also float16: 22 bits. Three
+             products of four, so that float16 results are rounded once, and sums are float32's
+    tf32x3   the same with tf32, for float32 rows
+
 The same kernels run complex rows with the ordinary DFT, K = 2 N1, F on (part, l1). Longer rows need
 that, see `fft_long`.
 
@@ -39,6 +47,10 @@ Discrete weighted transforms (the right-angle convolution).
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+
+# of itself that a sum loses in the matrix units at each instruction, 16 products of float16 deep or
+# 8 of tf32: a quarter of a last place, measured on an H200. The interpreter rounds
+SHRINKS = tl.constexpr(0.0 if triton.knobs.runtime.interpret else 2.1e-8)
 
 
 @triton.jit
@@ -124,6 +136,71 @@ def unpack(words):
 
 
 @triton.jit
+def operand(x, like, PRECISION: tl.constexpr):
+    """A tile as an operand beside a factor, followed by the second half of pairs, else by itself.
+
+    What is of a factor's dtype has no second half.
+    """
+    high = x.to(like.dtype)
+    if PRECISION == "pairs" and x.dtype != like.dtype:
+        return high, ((x - high.to(tl.float32)) * 2048.0).to(like.dtype)
+    else:
+        return high, high
+
+
+@triton.jit
+def as_loaded(x, source, gate, like):
+    """A tile in an operand's dtype, if `source` has that, too, and no gate was multiplied."""
+    if gate is None and source.dtype.element_ty == like.dtype:
+        return x.to(like.dtype)
+    else:
+        return x
+
+
+@triton.jit
+def product(a, a_low, b, b_low, PRECISION: tl.constexpr, WHOLE: tl.constexpr = False):
+    """The matrix product a b, float32; see `operand`. WHOLE: b has no second half.
+
+    The matrix units' sums are truncated. All values shrink alike, transform after transform, three
+    times as much as rounding moves them at random; but for "half" it is put back here.
+    """
+    DEPTH: tl.constexpr = a.shape[1]
+    if PRECISION == "pairs":
+        out = tl.dot(a_low, b)
+        if not WHOLE:
+            out = tl.dot(a, b_low, out)
+        out = tl.dot(a, b, out * (1.0 / 2048.0))
+        return out + out * (SHRINKS * (DEPTH // 16))
+    elif PRECISION == "half":
+        return tl.dot(a, b)
+    else:
+        out = tl.dot(a, b, input_precision=PRECISION)
+        return out + out * (SHRINKS * (DEPTH // 8))
+
+
+@triton.jit
+def cosine_and_sine(rows, columns, points, FAST: tl.constexpr):
+    """Of rows columns / points turns, up to one; rows of quarters, columns of integers; tiles."""
+    if FAST:  # absolute error 1e-6, operands are rounded to 2^-11 behind it
+        angle = rows * (columns * (6.283185307179586 / points))
+        return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
+    else:
+        # what is left of quarter turns is exact, at most an eighth: Taylor's series to 3e-8
+        turn = rows * (columns * (1.0 / points))
+        quarters = tl.floor(turn * 4.0 + 0.5)
+        x = (turn - quarters * 0.25) * 6.283185307179586
+        y = x * x
+        cos = 1.0 - y * (0.5 - y * (1 / 24 - y * (1 / 720 - y * (1 / 40320))))
+        sin = x - x * y * (1 / 6 - y * (1 / 120 - y * (1 / 5040 - y * (1 / 362880))))
+        quarter = quarters.to(tl.int32)
+        odd = (quarter & 1) != 0
+        first, second = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+        # cos is negative in quarters 1 and 2, sin in 2 and 3
+        first = tl.where(((quarter + 1) & 2) != 0, -first, first)
+        return first, tl.where((quarter & 2) != 0, -second, second)
+
+
+@triton.jit
 def make_turns(zero, N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr):
     """Cosine and sine of 2 pi k1 l2 / n, or of k1 - 1/4 for real rows.
 
@@ -133,13 +210,8 @@ def make_turns(zero, N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAS
     k1 = (tl.arange(0, N1) + zero).to(tl.float32)
     if REAL:
         k1 -= 0.25
-    angle = (
-        k1[:, None] * (tl.arange(0, N2).to(tl.float32) * (6.283185307179586 / (N1 * N2)))[None, :]
-    )
-    if FAST:  # absolute error 1e-6, operands are rounded to 2^-11 behind it
-        return libdevice.fast_cosf(angle), libdevice.fast_sinf(angle)
-    else:
-        return tl.cos(angle), tl.sin(angle)
+    l2 = tl.arange(0, N2)[None, :].to(tl.float32)
+    return cosine_and_sine(k1[:, None], l2, N1 * N2, FAST)
 
 
 @triton.jit
@@ -169,36 +241,43 @@ def turns(
 
 @triton.jit
 def to_spectrum(
-    x, F, W, kept, zero,
+    x, factors, kept, zero,
     N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Transform a tile of a row, (part, l1) by l2; both parts of the spectrum, float32."""
-    re, im = split_stacked(tl.dot(F, x, input_precision=PRECISION), N1, N2)
+    F, F_low, W, W_low = factors
+    WHOLE: tl.constexpr = x.dtype == F.dtype
+    x, x_low = operand(x, F, PRECISION)
+    re, im = split_stacked(product(F, F_low, x, x_low, PRECISION, WHOLE), N1, N2)
     cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
-    turned = join_columns(re * cos + im * sin, im * cos - re * sin, N1, N2).to(F.dtype)
-    return split_columns(tl.dot(turned, W, input_precision=PRECISION), N1, N2)
+    turned = join_columns(re * cos + im * sin, im * cos - re * sin, N1, N2)
+    turned, turned_low = operand(turned, W, PRECISION)
+    return split_columns(product(turned, turned_low, W, W_low, PRECISION), N1, N2)
 
 
 @triton.jit
 def from_spectrum(
-    re, im, F, W, kept, zero,
+    re, im, factors, kept, zero,
     N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, FAST: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `to_spectrum`, float32."""
-    columns = join_columns(re, im, N1, N2).to(F.dtype)
-    re, im = split_columns(tl.dot(columns, tl.trans(W), input_precision=PRECISION), N1, N2)
+    F, F_low, W, W_low = factors
+    columns, columns_low = operand(join_columns(re, im, N1, N2), W, PRECISION)
+    out = product(columns, columns_low, tl.trans(W), tl.trans(W_low), PRECISION)
+    re, im = split_columns(out, N1, N2)
     cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
-    turned = join_stacked(re * cos - im * sin, re * sin + im * cos, N1, N2).to(F.dtype)
-    return tl.dot(tl.trans(F), turned, input_precision=PRECISION)
+    turned = join_stacked(re * cos - im * sin, re * sin + im * cos, N1, N2)
+    turned, turned_low = operand(turned, F, PRECISION)
+    return product(tl.trans(F), tl.trans(F_low), turned, turned_low, PRECISION)
 
 
 @triton.jit
-def load_spectrum(pointer, channel, N1: tl.constexpr, N2: tl.constexpr, HALF: tl.constexpr):
-    """A filter's spectrum as words of two float16, or as two tiles of float32."""
+def load_spectrum(pointer, channel, N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr):
+    """A filter's spectrum as words of two float16 of "half", else as two tiles of float32."""
     points = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    if HALF:
+    if PRECISION == "half":
         return tl.load(pointer + channel.to(tl.int64) * (N1 * N2) + points), 0
     else:
         base = pointer + channel.to(tl.int64) * (2 * N1 * N2) + points
@@ -206,18 +285,18 @@ def load_spectrum(pointer, channel, N1: tl.constexpr, N2: tl.constexpr, HALF: tl
 
 
 @triton.jit
-def as_parts(first, second, zero, HALF: tl.constexpr):
+def as_parts(first, second, zero, PRECISION: tl.constexpr):
     """Both parts of what `load_spectrum` gave; `zero` as in `turns`, keeps words packed."""
-    if HALF:
+    if PRECISION == "half":
         return unpack(first ^ zero)
     else:
         return first, second
 
 
 @triton.jit
-def keep_parts(re, im, HALF: tl.constexpr):
+def keep_parts(re, im, PRECISION: tl.constexpr):
     """Both parts for `as_parts`, in as few registers as their precision allows."""
-    if HALF:
+    if PRECISION == "half":
         return pack(re, im), 0
     else:
         return re, im
@@ -243,11 +322,18 @@ def to_unit(exponent):
 
 
 @triton.jit
-def load_factors(F_table, W_table, N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr):
-    """F and W, see above."""
+def load_factors(
+    F_table, W_table, N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """F and W, see above, each followed by the second halves of pairs; else by itself."""
     part_k1, row, column = tl.arange(0, 2 * N1), tl.arange(0, K), tl.arange(0, 2 * N2)
-    F = tl.load(F_table + part_k1[:, None] * K + row[None, :])
-    return F, tl.load(W_table + column[:, None] * (2 * N2) + column[None, :])
+    of_F = F_table + part_k1[:, None] * K + row[None, :]
+    of_W = W_table + column[:, None] * (2 * N2) + column[None, :]
+    F, W = tl.load(of_F), tl.load(of_W)
+    if PRECISION == "pairs":
+        return F, tl.load(of_F + 2 * N1 * K), W, tl.load(of_W + 4 * N2 * N2)
+    else:
+        return F, F, W, W
 
 
 @triton.jit(do_not_specialize=["B", "rows_per_program"])
@@ -255,7 +341,7 @@ def forward_kernel(
     u, pre, post, y, other, by, spectrum, unscale, F_table, W_table,
     u_row, u_channel, pre_row, pre_channel, post_row, post_channel, y_row, y_channel,
     by_row, by_channel, B, channels, L, rows_per_program, CONJUGATE: tl.constexpr,
-    N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, HALF: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr,
     SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -268,8 +354,9 @@ def forward_kernel(
     first_row = tl.program_id(0) // channels * rows_per_program
     last_row = tl.minimum(first_row + rows_per_program, B)
 
-    first, second = load_spectrum(spectrum, channel, N1, N2, HALF)
-    F, W = load_factors(F_table, W_table, N1, N2, K)
+    if PRECISION == "half":
+        first, second = load_spectrum(spectrum, channel, N1, N2, PRECISION)
+    factors = load_factors(F_table, W_table, N1, N2, K, PRECISION)
     kept = keep_turns(first_row >> 31, N1, N2, REAL, FAST, KEEP)
     position = tl.arange(0, K)[:, None] * N2 + tl.arange(0, N2)[None, :]
     inside = position < L
@@ -299,14 +386,17 @@ def forward_kernel(
             x = x * to_unit(exponent)
             scale *= power_of_two(exponent)
         re, im = to_spectrum(
-            x.to(F.dtype), F, W, kept, b >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
-        )
-        h_re, h_im = as_parts(first, second, b >> 31, HALF)
+            as_loaded(x, u, pre, factors[0]), factors, kept, b >> 31, N1, N2,
+            REAL, FAST, KEEP, PRECISION,
+        )  # fmt: skip
+        if PRECISION != "half":  # no registers are left to keep it in
+            first, second = load_spectrum(spectrum, channel + (b >> 31), N1, N2, PRECISION)
+        h_re, h_im = as_parts(first, second, b >> 31, PRECISION)
         if CONJUGATE:
             h_im = -h_im
         out = from_spectrum(
             re * h_re - im * h_im, re * h_im + im * h_re,
-            F, W, kept, (b + 2) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION,
+            factors, kept, (b + 2) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION,
         )  # fmt: skip
         out = out * scale
         if other is not None:
@@ -326,7 +416,7 @@ def backward_kernel(
     dy_row, dy_channel, u_row, u_channel, pre_row, pre_channel, post_row, post_channel,
     grad_row, grad_channel, B, channels, L, rows_per_program,
     DATA: tl.constexpr, OUTER: tl.constexpr,
-    N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr, HALF: tl.constexpr,
+    N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr,
     SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
     PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -346,7 +436,7 @@ def backward_kernel(
     first_row = group * rows_per_program
     last_row = tl.minimum(first_row + rows_per_program, B)
 
-    F, W = load_factors(F_table, W_table, N1, N2, K)
+    factors = load_factors(F_table, W_table, N1, N2, K, PRECISION)
     kept = keep_turns(first_row >> 31, N1, N2, REAL, FAST, KEEP)
     position = tl.arange(0, K)[:, None] * N2 + tl.arange(0, N2)[None, :]
     inside = position < L
@@ -379,18 +469,19 @@ def backward_kernel(
             g_exponent = exponent_of(g)
             g = g * to_unit(g_exponent)
         g_re, g_im = to_spectrum(
-            g.to(F.dtype), F, W, kept, b >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
-        )
-        g_first, g_second = keep_parts(g_re, g_im, HALF)
+            as_loaded(g, dy, post, factors[0]), factors, kept, b >> 31, N1, N2,
+            REAL, FAST, KEEP, PRECISION,
+        )  # fmt: skip
+        g_first, g_second = keep_parts(g_re, g_im, PRECISION)
         x, held_x = load_next(held_x, u, u_row, row, last_row, position, inside, EVEN, AHEAD)
         if DATA:
             # words are made into numbers anew at each use: two float32 each would not fit
-            first, second = load_spectrum(spectrum, channel + (b >> 31), N1, N2, HALF)
-            h_re, h_im = as_parts(first, second, b >> 31, HALF)
-            g_re, g_im = as_parts(g_first, g_second, b >> 31, HALF)
+            first, second = load_spectrum(spectrum, channel + (b >> 31), N1, N2, PRECISION)
+            h_re, h_im = as_parts(first, second, b >> 31, PRECISION)
+            g_re, g_im = as_parts(g_first, g_second, b >> 31, PRECISION)
             dx = from_spectrum(
                 g_re * h_re + g_im * h_im, g_im * h_re - g_re * h_im,
-                F, W, kept, (b + 1) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION,
+                factors, kept, (b + 1) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION,
             )  # fmt: skip
             scale = shrink
             if SCALED:
@@ -409,9 +500,10 @@ def backward_kernel(
             x_exponent = exponent_of(x)
             x = x * to_unit(x_exponent)
         z_re, z_im = to_spectrum(
-            x.to(F.dtype), F, W, kept, (b + 2) >> 31, N1, N2, REAL, FAST, KEEP, PRECISION
-        )
-        g_re, g_im = as_parts(g_first, g_second, (b + 1) >> 31, HALF)
+            as_loaded(x, u, pre, factors[0]), factors, kept, (b + 2) >> 31, N1, N2,
+            REAL, FAST, KEEP, PRECISION,
+        )  # fmt: skip
+        g_re, g_im = as_parts(g_first, g_second, (b + 1) >> 31, PRECISION)
         if dy_exponents is not None:
             whose = row * (channels // OUTER) + channel // OUTER
             g_exponent = tl.load(dy_exponents + whose)
@@ -437,7 +529,7 @@ def backward_kernel(
         for _ in tl.range(0, tl.minimum(last_row - first_row, 1), num_stages=1):
             planes = from_spectrum(
                 sum_re * scale, sum_im * scale,
-                F, W, kept, last_row >> 31, N1, N2, REAL, FAST, KEEP, PRECISION,
+                factors, kept, last_row >> 31, N1, N2, REAL, FAST, KEEP, PRECISION,
             )  # fmt: skip
-            tl.store(dplanes + at * (2 * N1 * N2) + position, planes.to(tl.float16))
+            tl.store(dplanes + at * (2 * N1 * N2) + position, planes.to(dplanes.dtype.element_ty))
         tl.store(dexponents + at, exponent)
