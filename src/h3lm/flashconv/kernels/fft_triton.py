@@ -48,9 +48,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-# the part of itself that a sum loses with each instruction of the matrix units, of float16 and tf32:
-# they truncate. Fitted to errors of all sizes on an H200, 0.8 of what emulated truncation takes.
-# The interpreter rounds
+# the part of itself that a sum loses with each instruction of the matrix units, which truncate: of
+# float16 and of tf32, fitted to errors of all sizes on an H200. The interpreter rounds
 SHRINKS = tl.constexpr(0.0 if triton.knobs.runtime.interpret else 2.65e-8)
 SHRINKS_TF32 = tl.constexpr(0.0 if triton.knobs.runtime.interpret else 2.85e-8)
 
