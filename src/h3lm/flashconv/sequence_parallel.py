@@ -197,7 +197,7 @@ class Received:
         """A part that was received before, or else is now."""
         if name not in self.parts:
             self.parts[name] = receive()
-        return self.parts[name]
+        return self.parts[name].detach()  # or what an operator returns would hold its graph here
 
 
 @dataclass(frozen=True)
