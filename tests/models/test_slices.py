@@ -113,8 +113,37 @@ def test_a_compiled_block_is_cut_only_where_something_is_sent(alone, monkeypatch
         assert "layer_norm_backward" in piece
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_block_is_not_cut_at_the_buckets_of_ddp(alone, monkeypatch):
+    config = H3Config(
+        vocab_size=8, hidden_size=512, num_hidden_layers=1, num_attention_heads=2, d_state=4,
+        mixers="h3",
+    )  # fmt: skip
+    model = H3ForCausalLM(config).train()  # each product's weight is more than DDP's first bucket
+    share_rows(model, alone)
+    pieces = []
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f: compiler(f, backend=lambda g, _: pieces.append(g) or g.forward)
+    )
+    compile_model(model, "blocks")
+    ids = torch.randint(0, 8, (1, 16))
+    call = torch.nn.parallel.DistributedDataParallel(model)
+    call(ids, labels=ids, shift_labels=ids, num_items_in_batch=torch.tensor(16)).loss.backward()
+    assert len(pieces) == 2  # in front of what others are sent, and behind it
+
+
 def test_recomputed_blocks_ask_nobody_again(alone, monkeypatch):
     asked: list[str] = []
+    kept: list[torch.Tensor] = []
+    part = sequence_parallel.Received.part
+
+    def noting(self: Any, *given: Any) -> torch.Tensor:
+        found = part(self, *given)
+        kept[:] = [*kept, *(x for x in self.parts.values() if not any(x is k for k in kept))]
+        return found
+
+    monkeypatch.setattr(sequence_parallel.Received, "part", noting)
     for name in ("_gather", "_to_neighbour"):
         inner = getattr(sequence_parallel, name)
 
@@ -134,6 +163,7 @@ def test_recomputed_blocks_ask_nobody_again(alone, monkeypatch):
     gradients = []
     for recomputed in (False, True):
         asked.clear()
+        kept.clear()
         model.zero_grad()
         if recomputed:
             new = "activation_checkpointing_enable"  # in transformers 5.23
@@ -143,6 +173,8 @@ def test_recomputed_blocks_ask_nobody_again(alone, monkeypatch):
         # lengths once, and in each layer a state and k's last values, and the gradients of both
         assert sorted(asked) == ["_gather"] * 5 + ["_to_neighbour"] * 4
         gradients.append([p.grad.clone() for p in model.parameters()])
+    assert len(kept) == 4  # a state and k's last values of each layer, and no graph of a block
+    assert not any(part.requires_grad for part in kept)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 

@@ -486,7 +486,9 @@ def _prepare(model: H3ForCausalLM, job: Job, recomputed: int, gathered: bool) ->
         return model
     if job.way == "seq":
         share_rows(model, distributed.group.WORLD)
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, bucket_cap_mb=job.mesh.bucket_mb
+    )
 
 
 class _Step:

@@ -197,7 +197,7 @@ class Received:
         """A part that was received before, or else is now."""
         if name not in self.parts:
             self.parts[name] = receive()
-        return self.parts[name]
+        return self.parts[name].detach()  # or what an operator returns would hold its graph here
 
 
 @dataclass(frozen=True)
@@ -267,8 +267,8 @@ class _Slice:
     def reach(self, system: DiagonalSystem, slowest: float | None = None) -> int | None:
         """For how many positions a state is felt; None for ever.
 
-        Behind it the slowest mode has decayed below the square of a rounding error. It is whole
-        units: rows of another length the kernels do not take.
+        Behind it the slowest mode has decayed to a sixteenth of a rounding error of what it was. It
+        is whole units: rows of another length the kernels do not take.
         """
         if slowest is None:
             slowest = float(slowest_decay(system))
@@ -276,7 +276,7 @@ class _Slice:
             return None
         steps = 1.0
         if slowest > 0:
-            steps += 2 * math.log(torch.finfo(system.a.real.dtype).eps) / math.log(slowest)
+            steps += math.log(torch.finfo(system.a.real.dtype).eps / 16) / math.log(slowest)
         return UNIT * math.ceil(steps / UNIT)
 
     def felt(self, reach: int | None) -> int:
