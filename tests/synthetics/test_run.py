@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,11 +14,28 @@ from h3lm.errors import UserError
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.synthetics import plots, unfinished
-from h3lm.synthetics.ensemble import Ensemble, Member, Recipe, Standing, _Trainer
+from h3lm.synthetics.ensemble import (
+    Ensemble,
+    Member,
+    Recipe,
+    Standing,
+    _Trainer,
+    sizes_on_a_gpu,
+)
 from h3lm.synthetics.fused_step import fuse
 from h3lm.synthetics.fused_step import trace as trace_step
+from h3lm.synthetics.prepare import prepared
 from h3lm.synthetics.report import CURVE_POINTS, Report, Run
-from h3lm.synthetics.run import Plan, live_line, model_config, plan, run, state_floats
+from h3lm.synthetics.run import (
+    Job,
+    Plan,
+    _assemble,
+    live_line,
+    model_config,
+    plan,
+    run,
+    state_floats,
+)
 from h3lm.synthetics.settings import MIXERS_BY_DEFAULT, SETTINGS, Setting
 from h3lm.synthetics.tasks import AssociativeRecall, MultiQueryRecall
 from h3lm.synthetics.trace import trace
@@ -277,6 +295,22 @@ def test_a_step_that_does_not_compile_runs_as_it_is(monkeypatch, caplog):
     assert x.tolist() == [1, 1]
 
 
+@pytest.mark.slow
+def test_steps_are_compiled_ahead_by_processes_and_one_that_fails_is_said(tmp_path, caplog):
+    assert sizes_on_a_gpu(25) == [25, 13, 7]
+    assert sizes_on_a_gpu(3) == [3]
+    wanted = tuple(("recipe", seed, SMALL.recipe) for seed in range(9))
+    fine, broken = (Job("recall", SMALL, m, wanted, "cpu", tmp_path) for m in ("h3", "h4"))
+    assert len(_assemble(fine, 5)) == 5
+    with prepared([fine, broken], lambda job: len(job.wanted), _assemble) as ready:
+        assert not ready(fine, 0.0)
+        assert ready(fine, 60.0)
+        assert not caplog.text
+        assert ready(broken, 60.0)
+        assert ready(replace(fine), 0.0)
+    assert "not compiled ahead: UserError: unknown mixer 'h4'" in caplog.text
+
+
 def test_several_steps_at_once_are_the_same_training(monkeypatch):
     monkeypatch.setattr("h3lm.synthetics.ensemble._AT_ONCE", 2)
     one, other = (_Trainer(Ensemble(maker(dropout=0.1), [member(0)], CPU)) for _ in range(2))
@@ -423,6 +457,7 @@ def test_reports_of_several_folders_become_one_without_training(finished, tmp_pa
         run(chosen, tmp_path / "all", others=[tmp_path / "none"])
 
 
+@pytest.mark.slow
 def test_what_the_time_cut_short_is_kept_and_marked_until_it_is_finished(tmp_path, monkeypatch):
     clock = itertools.count()  # a second for each look at it: five and a bit
     monkeypatch.setattr("h3lm.synthetics.run.time", SimpleNamespace(time=lambda: next(clock)))
@@ -709,6 +744,9 @@ def test_live_line_prints_seldom_where_there_is_no_terminal(capsys):
 def not_compiled(monkeypatch):
     """Steps are captured as they are: to compile takes half a minute."""
     monkeypatch.setattr("h3lm.synthetics.ensemble.fuse", lambda work, tensors: work)
+    monkeypatch.setattr(
+        "h3lm.synthetics.run.prepared", lambda *_: nullcontext(lambda job, seconds: True)
+    )
 
 
 @pytest.mark.gpu
@@ -725,6 +763,22 @@ def test_captured_steps_on_a_gpu_train_as_steps_on_the_cpu(mixer, not_compiled):
         assert [step for step, _, _ in one.curve] == [step for step, _, _ in other.curve]
         losses = [loss for _, loss, _ in one.curve]
         assert losses == pytest.approx([loss for _, loss, _ in other.curve], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_what_was_given_up_goes_on_on_a_gpu(not_compiled):
+    def members():
+        return [member(seed, epochs=6, stop_at=None) for seed in (0, 1)]
+
+    cuda, through, cut, rest = torch.device("cuda"), members(), members(), members()
+    Ensemble(maker(), through, cuda).train()
+    ensemble = Ensemble(maker(), cut, cuda)
+    looks = iter([False] * 2 + [True])
+    ensemble.train(stop=lambda: next(looks))
+    assert ensemble.standing.step == 6
+    Ensemble(maker(), rest, cuda).train(start=ensemble.standing)
+    for one, other in zip(rest, through, strict=True):
+        assert numbers(one.curve) == pytest.approx(numbers(other.curve), rel=1e-3)
 
 
 @pytest.mark.gpu

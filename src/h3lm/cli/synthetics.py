@@ -46,7 +46,7 @@ def synthetics(
     ] = None,
     workers: Annotated[
         int,
-        Option(min=0, help="Trainings side by side; 0: one on each core, or four on each GPU."),
+        Option(min=0, help="Trainings side by side; 0: one on each core, or eight on each GPU."),
     ] = 0,
     minutes: Annotated[
         float,

@@ -160,6 +160,14 @@ class Standing(NamedTuple):
         return Standing(self.step, stops, curves, *tensors)
 
 
+def sizes_on_a_gpu(models: int) -> list[int]:
+    """Numbers of places that an ensemble may have on a GPU, where each is a program of its own."""
+    sizes = [models]
+    while sizes[-1] > _FEW:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes
+
+
 class Ensemble:
     """Models of one shape, as rows of a parameter matrix.
 
@@ -175,8 +183,8 @@ class Ensemble:
         self.members, self.device = members, device
         models = {seed: make(seed) for seed in dict.fromkeys(member.seed for member in members)}
         first = models[members[0].seed]
-        self._config: H3Config = first.config
-        if self._config.residual_dropout:
+        self.config: H3Config = first.config
+        if self.config.residual_dropout:
             raise ValueError("ensembles know dropout of the embedding and of attention only")
         rows = {seed: _flatten(_Logits(model)) for seed, model in models.items()}
         self._template = _Logits(first).to(device)
@@ -227,7 +235,7 @@ class Ensemble:
         self, models: int, rows: int, length: int, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """New factors of dropout, zero or 1/(1 - p), for one step."""
-        config, found = self._config, {}
+        config, found = self.config, {}
 
         def draw(name: str, rate: float, *shape: int) -> None:
             if rate:
@@ -295,6 +303,11 @@ class Ensemble:
             self.unfinished, self.standing = trainer.standing()
         return True
 
+    def prepare(self) -> None:
+        """Compile and capture its step, as training does first, for the compiler's cache."""
+        with TURN, self.on_stream():
+            _Trainer(self)
+
     @contextmanager
     def on_stream(self) -> Iterator[None]:
         """Work on the ensemble's stream of its GPU; nothing on a CPU."""
@@ -303,7 +316,7 @@ class Ensemble:
 
     def model(self, index: int) -> H3ForCausalLM:
         """One of the models, on its own, on the CPU."""
-        model = H3ForCausalLM(copy.deepcopy(self._config))
+        model = H3ForCausalLM(copy.deepcopy(self.config))
         parts = self.flat[index].detach().cpu().split(self._sizes)
         state = {
             name.removeprefix("model."): part.view(shape)
@@ -537,13 +550,10 @@ class _Trainer:
 
     def _places(self) -> int:
         """How many places the models that still train are best given."""
-        places, left = len(self.live), sum(self._going_on())
+        left = sum(self._going_on())
         if self.ensemble.stream is None:
             return left
-        # on a GPU each number of places is a program of its own
-        while places > _FEW and left <= (half := -(-places // 2)):
-            places = half
-        return places
+        return min(size for size in sizes_on_a_gpu(len(self.live)) if size >= left)
 
     def run(self, count: int) -> int:
         """Take up to `count` steps; how many."""
