@@ -22,12 +22,15 @@ from h3lm.ssm.fused_operators import operators_fault
 from h3lm.ssm.fused_parameters import parameters_fault
 
 PACKAGES = ("h3lm", "torch", "triton", "transformers", "accelerate", "safetensors", "datasets")
-# A fast path may be twice as wrong as plain PyTorch in the same dtype, plus rounding of the result
+# A fast path may be twice as wrong as plain PyTorch in the same dtype, or as rounding once, where
+# PyTorch does not round
 MAX_RATIO = 2.0
 HEADS = {"h3_core, head_dim 2": 2, "h3_core, head_dim 8": 8}
 PACKED = "h3_core, packed"
 CHUNKS = "ssm_conv, fft_chunks"
-FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+FLOOR = {torch.float32: 5e-7, torch.bfloat16: 1.67e-3, torch.float16: 2.1e-4}
+# Where that is not met yet (docs/numerics.md): transforms, and Hopper's forward pass for heads of 8
+WIDER_FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,12 @@ def run_check(op: str, dtype: torch.dtype, backend: str, device: torch.device) -
     exact = _exact(op)
     fast = _run(op, dtype, backend, device)
     plain = fast if backend == "torch" else _run(op, dtype, "torch", device)
+    wider = op in ("fft_conv", CHUNKS) or (backend == "gluon" and op in HEADS)
+    floor = (WIDER_FLOOR if wider else FLOOR)[dtype]
     errors, allowed = [], []
     for a, b, c in zip(fast, plain, exact, strict=True):
         errors.append(_relative(a, c))
-        allowed.append(MAX_RATIO * max(FLOOR[dtype], _relative(b, c) if b is not a else 0.0))
+        allowed.append(MAX_RATIO * max(floor, _relative(b, c) if b is not a else 0.0))
     worst = max(range(len(errors)), key=lambda i: _excess(errors[i], allowed[i]))
     return Check(f"{op} {backend} {_short(dtype)}", errors[worst], allowed[worst])
 
