@@ -39,7 +39,7 @@ needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 # inputs' dtype once. What stays float32 may be as wrong as if it had been rounded so, too; for
 # float32 inputs that is the order of sums.
 MAX_RATIO = 2.0
-ROUNDED_ONCE = {torch.float32: 2e-7, torch.float16: 2.1e-4, torch.bfloat16: 1.67e-3}
+ROUNDED_ONCE = {torch.float32: 5e-7, torch.float16: 2.1e-4, torch.bfloat16: 1.67e-3}
 
 Run = Callable[..., tuple[Tensor, H3State | None]]
 
@@ -103,11 +103,19 @@ def _everything(
     return {n: (torch.view_as_real(g) if g.is_complex() else g).detach() for n, g in found.items()}
 
 
+def _ratios(backend: str, dtype: torch.dtype, head_dim: int) -> dict[str, float]:
+    """Forward passes that round w and operators to bfloat16, for their speed."""
+    if dtype != torch.bfloat16:
+        return {}
+    allowed = {("triton", 1): {"o": 2.6, "end x": 2.6}, ("gluon", 8): {"o": 3.2, "end x": 2.7}}
+    return allowed.get((backend, head_dim), {})
+
+
 def _check(
     run: Run, leaves: dict[str, Tensor], final: bool, dtype: torch.dtype, head_dim: int = 1,
-    bounds: Tensor | None = None, ratios: dict[str, float] | None = None,
+    bounds: Tensor | None = None, backend: str = "",
 ) -> None:  # fmt: skip
-    """Compare with float64; `ratios` of names are allowed in place of `MAX_RATIO`."""
+    """Compare with float64; what a backend is allowed in place of `MAX_RATIO` says `_ratios`."""
 
     def plain(
         q: Tensor, k: Tensor, v: Tensor, operators: ChunkOperators, state: H3State | None
@@ -127,7 +135,7 @@ def _check(
     for name, expected in exact.items():
         size = max(float(expected.norm()), terms.get(name, 0.0)) + 1e-30
         error, of_plain = (float((x[name].double() - expected).norm()) for x in (found, beside))
-        ratio = (ratios or {}).get(name, MAX_RATIO)
+        ratio = _ratios(backend, dtype, head_dim).get(name, MAX_RATIO)
         allowed = ratio * max(of_plain / size, ROUNDED_ONCE[dtype])
         assert error / size <= allowed, f"{name}: error {error / size:.1e}, allowed {allowed:.1e}"
 
@@ -324,7 +332,7 @@ def _poisoned():
 def test_kernel_equals_float64_in_every_gradient(backend: str, case: tuple) -> None:
     *shape, dtype, state = case
     leaves = _leaves(*shape, dtype, state)
-    _check(_kernel(backend, True), leaves, True, dtype)
+    _check(_kernel(backend, True), leaves, True, dtype, backend=backend)
     first, second = (_everything(_kernel(backend, True), leaves, True, dtype) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
 
@@ -388,9 +396,7 @@ def test_heads_of_several_channels_in_every_gradient(backend: str, case: tuple) 
     *shape, dtype, state, head_dim = case
     leaves = _leaves(*shape, dtype, state, head_dim)
     run = _kernel(backend, True, head_dim)
-    # Hopper's forward pass rounds s, w and operators to bfloat16
-    ratios = {"o": 2.7, "end x": 2.7} if backend == "gluon" else {}
-    _check(run, leaves, True, dtype, head_dim, ratios=ratios)
+    _check(run, leaves, True, dtype, head_dim, backend=backend)
     first, second = (_everything(run, leaves, True, dtype) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
 
@@ -403,7 +409,7 @@ def _check_packed(
     L = sum(lengths)
     leaves = _leaves(1, D, L, modes, n_taps, dtype, state, head_dim, len(lengths))
     run = _kernel("triton", True, head_dim, bounds)
-    _check(run, leaves, True, dtype, head_dim, bounds)
+    _check(run, leaves, True, dtype, head_dim, bounds, "triton")
     if repeat:
         first, second = (_everything(run, leaves, True, dtype) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
@@ -448,7 +454,7 @@ def test_any_strides_of_rows_and_channels(backend: str) -> None:
     leaves = _leaves(3, 4, 512, 32, 64, torch.bfloat16, False)
     for name in "qkv":  # (D, B, L) in memory, beside each other
         leaves[name] = leaves[name].transpose(0, 1).contiguous().transpose(0, 1)
-    _check(_kernel(backend, False), leaves, False, torch.bfloat16)
+    _check(_kernel(backend, False), leaves, False, torch.bfloat16, backend=backend)
 
 
 def _thirds(backend: str, outermost: bool, head_dim: int = 1) -> Run:
@@ -486,7 +492,7 @@ def test_q_k_and_v_in_one_tensor(outermost: bool, head_dim: int) -> None:
 @pytest.mark.parametrize("backend", ["triton", pytest.param("gluon", marks=needs_hopper)])
 def test_q_k_and_v_in_one_tensor_by_each_kernel(backend: str, case: tuple, outermost: bool) -> None:
     leaves = _leaves(*case, 32, 64, torch.bfloat16, True)
-    _check(_thirds(backend, outermost), leaves, True, torch.bfloat16)
+    _check(_thirds(backend, outermost), leaves, True, torch.bfloat16, backend=backend)
 
 
 def test_q_k_and_v_in_one_tensor_are_the_call_with_three() -> None:
@@ -762,6 +768,6 @@ def test_few_channels_in_segments(backend: str, L: int) -> None:
     dtype = torch.bfloat16
     leaves = _leaves(1, 3, L, 32, 64, dtype, True)
     assert segments(3, L, multiprocessors(DEVICE)) > 1
-    _check(_kernel(backend, True), leaves, True, dtype)
+    _check(_kernel(backend, True), leaves, True, dtype, backend=backend)
     first, second = (_everything(_kernel(backend, True), leaves, True, dtype) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"

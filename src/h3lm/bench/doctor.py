@@ -29,7 +29,8 @@ HEADS = {"h3_core, head_dim 2": 2, "h3_core, head_dim 8": 8}
 PACKED = "h3_core, packed"
 CHUNKS = "ssm_conv, fft_chunks"
 FLOOR = {torch.float32: 5e-7, torch.bfloat16: 1.67e-3, torch.float16: 2.1e-4}
-# Where that is not met yet (docs/numerics.md): transforms, and Hopper's forward pass for heads of 8
+# Where that is not met (docs/numerics.md): transforms, and outputs of forward passes that round w
+# and operators to bfloat16
 WIDER_FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
@@ -95,10 +96,11 @@ def run_check(op: str, dtype: torch.dtype, backend: str, device: torch.device) -
     exact = _exact(op)
     fast = _run(op, dtype, backend, device)
     plain = fast if backend == "torch" else _run(op, dtype, "torch", device)
-    wider = op in ("fft_conv", CHUNKS) or (backend == "gluon" and op in HEADS)
-    floor = (WIDER_FLOOR if wider else FLOOR)[dtype]
+    transformed = op in ("fft_conv", CHUNKS)
+    quick = dtype == torch.bfloat16 and backend == ("gluon" if op in HEADS else "triton")
     errors, allowed = [], []
-    for a, b, c in zip(fast, plain, exact, strict=True):
+    for i, (a, b, c) in enumerate(zip(fast, plain, exact, strict=True)):
+        floor = (WIDER_FLOOR if transformed or (quick and i == 0) else FLOOR)[dtype]
         errors.append(_relative(a, c))
         allowed.append(MAX_RATIO * max(floor, _relative(b, c) if b is not a else 0.0))
     worst = max(range(len(errors)), key=lambda i: _excess(errors[i], allowed[i]))

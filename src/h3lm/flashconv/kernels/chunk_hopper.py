@@ -328,7 +328,8 @@ def forward_kernel(
 ):  # fmt: skip
     """Forward pass; strides and the length are multiples of 16.
 
-    STAGES: 2, or 1 where a program has one tile: then a third program fits on a multiprocessor.
+    STAGES: 2, or 1 where a program has one tile: then M and P take the place of F_0 and F_1, and
+    four programs fit on a multiprocessor.
     """
     CHUNKS: gl.constexpr = C // ROWS
     dtype: gl.constexpr = k.dtype.element_ty
@@ -368,11 +369,13 @@ def forward_kernel(
     K_c = to_shared(
         K + channel * N * T, state_row[:, None] * T + time[None, :], None, per_unit, INSIDE
     )
-    if o is not None:
+    out_of = column[:, None] * N + state_column[None, :]
+    if STAGES == 1:
+        M_c = F0._reinterpret(INSIDE, [T, T], SQUARE)
+        P_c = F1._reinterpret(INSIDE, [T, N], SQUARE)
+    elif o is not None:
         M_c = to_shared(M + channel * T * T, lower_at, lower, None, INSIDE)
-        P_c = to_shared(
-            P + channel * N * T, column[:, None] * N + state_column[None, :], None, unit, INSIDE
-        )
+        P_c = to_shared(P + channel * N * T, out_of, None, unit, INSIDE)
     largest_of_warps = gl.allocate_shared_memory(gl.int32, [2, 4, 32], PER_WARP)
     decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     weights = weights_into_states(K + channel * N * T, modes, N) * per_unit
@@ -444,10 +447,13 @@ def forward_kernel(
         first_im = scaled(first_im, scale_of(exponent))
 
         z = warpgroup_mma(K_c, w.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if o is not None:
+        if o is not None and STAGES > 1:
             y = warpgroup_mma(M_c, w.permute((1, 0)), zero, use_acc=False, is_async=True)
             z = warpgroup_mma_wait(1, deps=[z])
         else:
+            if o is not None:  # all have read F_0 and F_1
+                load_operator(M_c, M + channel * T * T, lower_at, lower, None)
+                load_operator(P_c, P + channel * N * T, out_of, None, unit)
             z = warpgroup_mma_wait(0, deps=[z])
         z_re, z_im = split_states(z, N, C, MODES_4)
         total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
@@ -480,11 +486,15 @@ def forward_kernel(
             x_tile = k_tile._reinterpret(INSIDE, [C, N], SQUARE)
             x_tile.permute((1, 0)).store(x.to(INSIDE))
             gate = q_tile.permute((1, 0)).load(mma)
+            if STAGES == 1:
+                async_copy.wait_group(0)
             publish()
+            if STAGES == 1:
+                y = warpgroup_mma(M_c, w.permute((1, 0)), zero, use_acc=False, is_async=True)
             y = warpgroup_mma(P_c, x_tile.permute((1, 0)), y, is_async=True)
             y = warpgroup_mma_wait(0, deps=[y])
-            y *= unscale * gate.to(gl.float32)
-            q_tile.permute((1, 0)).store(y.to(dtype))
+            out = (y * gate.to(gl.float32)).to(dtype)
+            q_tile.permute((1, 0)).store(times_power(out, unscale))
             gl.thread_barrier()
             position = tile * (CHUNKS * T)
             mask, _ = tile_masks(
@@ -493,6 +503,15 @@ def forward_kernel(
             o_base = tile_base(o, source, channel, begin + position, o_row, o_channel)
             o_at = in_tile_offsets(row_in_tile, inner, o_row, ROWS)
             store_tile(q_tile, o_base + o_at, mask, COPY_4, EVEN)
+
+
+@gluon.jit
+def times_power(x, factor):
+    """A tile in bfloat16 times a power of two, which is exact: two numbers in one operation."""
+    return gl.inline_asm_elementwise(
+        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [x, factor.to(gl.bfloat16)],
+        dtype=gl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -913,8 +932,8 @@ def backward_kernel(
             next_ds_tile.permute((1, 0)).store(next_ds.to(dtype))
             dv_tile.permute((1, 0)).store((dw * s).to(dtype))
             d_out = do_tile.permute((1, 0)).load(mma).to(gl.float32)
-            d_out *= unscale_of(first_of(exponents))
-            dq_tile.permute((1, 0)).store((y * d_out).to(dtype))
+            d_q = times_power((y * d_out).to(dtype), unscale_of(first_of(exponents)))
+            dq_tile.permute((1, 0)).store(d_q)
             if dcarry is not None:
                 if tile == 0:
                     store_dcarry(dcarry, ds, tile_row, channel, B, D, ROWS, mma)

@@ -203,8 +203,9 @@ def forward_kernel(
     CHUNKS: tl.constexpr = C // ROWS
     GROUPS: tl.constexpr = C // 8
     dtype: tl.constexpr = k.dtype.element_ty
-    SCALED: tl.constexpr = dtype != tl.float32
-    INSIDE: tl.constexpr = tl.float16 if SCALED else tl.float32
+    # bfloat16 needs no scale, which would take a tenth of the time here
+    SCALED: tl.constexpr = dtype == tl.float16
+    INSIDE: tl.constexpr = dtype
     channel = tl.program_id(0) % D
     first_row = tl.program_id(0) // D * rows_per_program
     i = tl.arange(0, T)

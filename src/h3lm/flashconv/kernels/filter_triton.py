@@ -95,7 +95,7 @@ def filter_kernel(
     square = i[:, None] * T + i[None, :]
     F_at = F + channel * (BLOCKS * T * T) + square
     dtype: tl.constexpr = k.dtype.element_ty
-    SPLIT: tl.constexpr = dtype != tl.float32
+    SPLIT: tl.constexpr = dtype == tl.float16
     F0 = turned(halves(tl.load(F_at), dtype, SPLIT))
     F1 = turned(halves(tl.load(F_at + T * T), dtype, SPLIT))
     F2 = F1
