@@ -13,6 +13,11 @@ registers: nearly all there are, so that what a thread carries through the loop 
 As nothing else runs beside it on a multiprocessor, that program makes the short filter's product
 for the next tile while it ends one, and goes on to other channels where each has but one tile.
 
+Inputs are bfloat16, and so are F, which meets k as it lies, and ds. What else products take is made
+here and kept in float16, with M, K and P beside it: w and x share a power of two as their scale in
+a tile, dy and g another. The forward pass finds it before it stores w. The backward pass stores
+with the scales of the tile before, and looks while it waits whether they were too large.
+
 A buffer that threads wrote and a product reads next needs a proxy fence in every writing thread,
 then a barrier. Buffers are used in place where all their readers are done: w over v, x over k,
 o over q.

@@ -17,6 +17,10 @@ Without F, s = k; without v or q, that gate is 1; without o, only states are mad
 Matrices lie [time or state, chunk], see `tile`. One program owns a channel and some rows of the
 batch, walks their tiles in order, and carries the state in registers.
 
+With float16 inputs, what is made between products has a power of two as its scale in a tile, and
+operators are split in two halves. With bfloat16 ones that is kept in float16 so backwards, but for
+F and ds, which meet k. The launch for the tensors' gradients finds the scales of each program.
+
 Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 2 and Proposition 2.
 """
 

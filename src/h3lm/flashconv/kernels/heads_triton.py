@@ -22,6 +22,9 @@ and from right to left, with g the gradient of the state behind the chunk:
     dw_ij = M^T dy_ij + K^T g_ij;   ds_i = sum_j dw_ij v_j;   dv_j = sum_i dw_ij s_i
     dM = sum dy^T w;   dK = sum g^T w;   g <- conj(decay) g + P^T dy
 
+With half inputs, what is made between products is kept in float16, times a power of two that never
+grows along a program's walk; s has the dtype of the inputs, but float32 for float16 ones.
+
 Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 1, with heads as in appendix D.
 """
 
