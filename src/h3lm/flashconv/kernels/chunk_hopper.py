@@ -130,17 +130,26 @@ INSIDE = gl.constexpr(gl.float16)  # of what is between products, with a scale
 
 
 @gluon.jit
+def larger_halves(x):
+    """The larger of each two neighbours in the rows of a matrix; a chain of them takes long."""
+    a, b = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    return gl.maximum(a, b)
+
+
+@gluon.jit
 def per_thread_4(x):
     """The largest magnitude that each thread of one warpgroup has of a tile, [threads]."""
     x = gl.permute(gl.reshape(gl.abs(x), [4, 2, 8, 8, 4, 2]), (0, 2, 4, 1, 3, 5))
-    return place(gl.max(gl.reshape(x, [128, 32]), 1), THREADS_4)
+    x = larger_halves(larger_halves(larger_halves(gl.reshape(x, [128, 32]))))
+    return place(gl.max(x, 1), THREADS_4)
 
 
 @gluon.jit
 def per_thread_8(x):
     """`per_thread_4` for two warpgroups."""
     x = gl.permute(gl.reshape(gl.abs(x), [4, 2, 8, 2, 4, 4, 2]), (3, 0, 2, 5, 1, 4, 6))
-    return place(gl.max(gl.reshape(x, [256, 16]), 1), THREADS_8)
+    x = larger_halves(larger_halves(gl.reshape(x, [256, 16])))
+    return place(gl.max(x, 1), THREADS_8)
 
 
 @gluon.jit
