@@ -63,7 +63,8 @@ class H3Trainer(Trainer):
         clock: The run's clock.
         speed: Its figures.
         data: What tells the prepared data apart; see `RunPoint`.
-        recomputed: How many blocks are recomputed, the first ones, if `args` asks for it.
+        recomputed: How many blocks are recomputed, the first ones, if `args` asks for it; else
+            all are.
         arguments: As for `Trainer`.
     """
 
@@ -80,7 +81,7 @@ class H3Trainer(Trainer):
         clock: Clock,
         speed: Speed,
         data: str,
-        recomputed: int,
+        recomputed: int | None = None,
         **arguments: Any,
     ) -> None:
         self.recipe, self.valid, self.data = recipe, valid, data
@@ -133,7 +134,8 @@ class H3Trainer(Trainer):
         if is_sharded(self.model):
             # Autocast only: what is prepared once is not wrapped in DDP afterwards
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
-        keep_activations(self.model, self.recomputed)
+        if self.recomputed is not None:
+            keep_activations(self.model, self.recomputed)
         if recipe.compile is not None:
             compile_model(self.model, recipe.compile)
         self.mesh.share_rows(self.model, self.args.device)
