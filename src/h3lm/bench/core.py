@@ -27,9 +27,9 @@ NOTES = (
     "ms, of calls that the host has queued while the GPU waits; in a graph: one of ten calls that "
     "are captured and replayed together. "
     "Roof: a kernel with 3 reads and 1 write of the same tensors in this process; forward and "
-    "backward against 22 bytes per element. Operators were made beforehand, F in bfloat16, the "
-    "others in float16; forward saves tile states; backward makes every gradient. Memory: what "
-    "forward and backward allocate over the bytes of q, k, v, o and their gradients."
+    "backward against 22 bytes per element. Operators were made beforehand, in bfloat16; forward "
+    "saves tile states; backward makes every gradient. Memory: what forward and backward allocate "
+    "over the bytes of q, k, v, o and their gradients."
 )
 EXPONENTS = (
     "Powers of length L (4 rows, 768 channels, the four longest) and of width D (4 rows of 16,384) "
@@ -190,8 +190,8 @@ def _operators(channels: int, head_dim: int = 1) -> ChunkOperators:
         taps = ShiftSSM(channels).taps().cuda()
         made = DiagonalSSM(channels // head_dim).cuda().system().chunk_operators(taps)
     assert made.F is not None
-    half = {name: getattr(made, name).half().contiguous() for name in "MKP"}
-    return replace(made, F=made.F.bfloat16().contiguous(), **half)
+    half = {name: getattr(made, name).bfloat16().contiguous() for name in "MKPF"}
+    return replace(made, **half)
 
 
 def _kernel_row(

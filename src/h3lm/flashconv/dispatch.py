@@ -46,7 +46,7 @@ PAIRS_SLOWER = {"transforms": 2.0}
 # a segment of a row is whole tiles of half inputs (two of float32), and at least 8 of them
 SEGMENT_UNIT, MIN_SEGMENT = 4096, 8 * 4096
 MAX_SHARED_ROW = 2048  # up to this length several rows share a tile of 64 chunks
-GLUON_DTYPES = (torch.bfloat16,)
+GLUON_DTYPES = (torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("h3lm.flashconv")
 
@@ -319,7 +319,7 @@ def _gluon_lacks(op: str, dtype: torch.dtype, problem: Problem) -> str:
     if problem.packed:
         return "the Hopper kernel takes no cu_seqlens"
     if dtype not in GLUON_DTYPES:
-        return "the Hopper kernel takes bfloat16"
+        return "the Hopper kernel takes bfloat16 and float16"
     heads = problem.head_dim > 1
     if problem.num_modes != 32 or (problem.n_taps > 64 and not heads):
         return "the Hopper kernel takes d_state 64 and up to 64 taps"

@@ -60,9 +60,8 @@ def h3_core(
 
     Forward and backward, any device. State and accumulation are float32 for half inputs.
     L may be 0, 1, odd, prime or millions; memory grows linearly with it.
-    On a GPU the kernels make what is between products in float16, with a scale for each tile: only
-    the response 2 |Re(c a^t b)| + |skip| of a system must stay below 65504. For float16 inputs so
-    must the gradient of s.
+    On a GPU the kernels round operands of products to the dtype of q: in float16 s = taps * k, the
+    products s v and q do, and the states, must stay below 65504; bfloat16 has no such limit.
 
     Args:
         q, k, v: (B, D, L), float32, bfloat16, float16 or float64, one dtype; L contiguous is

@@ -13,11 +13,6 @@ registers: nearly all there are, so that what a thread carries through the loop 
 As nothing else runs beside it on a multiprocessor, that program makes the short filter's product
 for the next tile while it ends one, and goes on to other channels where each has but one tile.
 
-Inputs are bfloat16, and so are F, which meets k as it lies, and ds. What else products take is made
-here and kept in float16, with M, K and P beside it: w and x share a power of two as their scale in
-a tile, dy and g another. The forward pass finds it before it stores w. The backward pass stores
-with the scales of the tile before, and looks while it waits whether they were too large.
-
 A buffer that threads wrote and a product reads next needs a proxy fence in every writing thread,
 then a barrier. Buffers are used in place where all their readers are done: w over v, x over k,
 o over q.
@@ -46,36 +41,25 @@ from h3lm.flashconv.kernels.launch import (
     strides,
 )
 from h3lm.flashconv.kernels.tile import (
-    HEADROOM,
     T,
     add_conjugate_products,
-    change_of,
     chunk_of_column,
-    exponent_of,
     group_starts,
     group_states,
     group_states_reversed,
     group_totals,
     join_states,
-    largest_gain,
     load_complex,
     load_row_states,
     mode_of_row,
     part_of_row,
-    place,
     place_all,
     power8,
-    scale_of,
-    scaled,
     segment_of,
     shift_left,
     split_groups,
     split_states,
     store_complex,
-    unit_of_states,
-    unscale_of,
-    weights_into_states,
-    weights_out_of_states,
 )
 
 C = gl.constexpr(64)
@@ -117,82 +101,6 @@ ALL_GROUPS_8 = gl.constexpr(  # [32 modes, 8 groups, (re, im)]
     )
 )
 TOTALS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]))
-THREADS_4 = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one number of each
-THREADS_8 = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
-PER_WARP = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
-WARPS_4 = gl.constexpr(  # a number of each warp, all of them in each thread
-    gl.DistributedLinearLayout([[1, 0], [2, 0]], [[0, 0]] * 5, [[0, 0]] * 2, [], [4, 1])
-)
-WARPS_8 = gl.constexpr(
-    gl.DistributedLinearLayout([[1, 0], [2, 0], [4, 0]], [[0, 0]] * 5, [[0, 0]] * 3, [], [8, 1])
-)
-INSIDE = gl.constexpr(gl.float16)  # of what is between products, with a scale
-
-
-@gluon.jit
-def larger_halves(x):
-    """The larger of each two neighbours in the rows of a matrix; a chain of them takes long."""
-    a, b = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-    return gl.maximum(a, b)
-
-
-@gluon.jit
-def per_thread_4(x):
-    """The largest magnitude that each thread of one warpgroup has of a tile, [threads]."""
-    x = gl.permute(gl.reshape(gl.abs(x), [4, 2, 8, 8, 4, 2]), (0, 2, 4, 1, 3, 5))
-    x = larger_halves(larger_halves(larger_halves(gl.reshape(x, [128, 32]))))
-    return place(gl.max(x, 1), THREADS_4)
-
-
-@gluon.jit
-def per_thread_8(x):
-    """`per_thread_4` for two warpgroups."""
-    x = gl.permute(gl.reshape(gl.abs(x), [4, 2, 8, 2, 4, 4, 2]), (3, 0, 2, 5, 1, 4, 6))
-    x = larger_halves(larger_halves(gl.reshape(x, [256, 16])))
-    return place(gl.max(x, 1), THREADS_8)
-
-
-@gluon.jit
-def states_per_thread_4(re, im, zero_modes):
-    """The same of a complex vector [32], as `MODES_4` spreads it."""
-    x = zero_modes + gl.maximum(gl.abs(re), gl.abs(im))[:, None]
-    x = gl.reshape(gl.permute(gl.reshape(x, [32, 2, 4]), (0, 2, 1)), [128, 2])
-    return place(gl.max(x, 1), THREADS_4)
-
-
-@gluon.jit
-def states_per_thread_8(re, im, zero_modes):
-    """The same of a complex vector [32], as `MODES_8` spreads it."""
-    x = zero_modes + gl.maximum(gl.abs(re), gl.abs(im))[:, None]
-    x = gl.permute(gl.reshape(x, [4, 8, 2, 4]), (2, 0, 1, 3))
-    return place(gl.reshape(x, [256]), THREADS_8)
-
-
-@gluon.jit
-def keep_largest(buffer, x):
-    """Leave the largest of a warp's numbers >= 0 in shared memory, from one of each thread."""
-    bits = x.to(gl.int32, bitcast=True)  # in their order
-    bits = gl.inline_asm_elementwise(
-        "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,r", [bits],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-    buffer.store(gl.reshape(bits, buffer.shape))
-
-
-@gluon.jit
-def largest(buffer, layout: gl.constexpr):
-    """The largest of what all warps have left."""
-    bits = buffer.slice(0, 1, 1).load(layout)
-    return gl.max(gl.max(bits, 1), 0).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def unit_of(K, modes):
-    """`unit_of_states` of a channel; 1 where operators are float16 already, and copied."""
-    if K.dtype.element_ty == gl.float16:
-        return 1.0, 1.0
-    else:
-        return unit_of_states(weights_into_states(K, modes, N))
 
 
 @gluon.jit
@@ -216,26 +124,25 @@ def upper_toeplitz(row, column):
 
 
 @gluon.jit
-def load_operator(buffer, pointer, index, mask, factor):
+def load_operator(buffer, pointer, index, mask):
     """An operator [64, 64] into shared memory, from elements at `pointer + index`, 0 where masked.
 
-    Of the right dtype it is copied: it is there when the first tile is waited for. Else it is
-    rounded, times a factor if there is one (then nothing is masked).
+    Of the right dtype it is copied: it is there when the first tile is waited for.
     """
     if pointer.dtype.element_ty == buffer.dtype:
         async_copy.async_copy_global_to_shared(buffer, pointer + index, mask=mask)
         async_copy.commit_group()
-    elif factor is None:
-        buffer.store(gl.load(pointer + index, mask, 0.0).to(buffer.dtype))
+    elif mask is None:
+        buffer.store(gl.load(pointer + index).to(buffer.dtype))
     else:
-        buffer.store((gl.load(pointer + index).to(gl.float32) * factor).to(buffer.dtype))
+        buffer.store(gl.load(pointer + index, mask, 0.0).to(buffer.dtype))
 
 
 @gluon.jit
-def to_shared(pointer, index, mask, factor, dtype: gl.constexpr):
+def to_shared(pointer, index, mask, dtype: gl.constexpr):
     """`load_operator` into a buffer of its own."""
     buffer = gl.allocate_shared_memory(dtype, [T, T], SQUARE)
-    load_operator(buffer, pointer, index, mask, factor)
+    load_operator(buffer, pointer, index, mask)
     return buffer
 
 
@@ -377,23 +284,17 @@ def forward_kernel(
     state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
     lower_at, lower = lower_toeplitz(column, time)
     upper_at, upper = upper_toeplitz(column, time)
-    F0 = to_shared(F + channel * 2 * T * T, lower_at, lower, None, dtype)
-    F1 = to_shared(F + channel * 2 * T * T + T * T, upper_at, upper, None, dtype)
-    unit, per_unit = unit_of(K + channel * N * T, modes)
-    K_c = to_shared(
-        K + channel * N * T, state_row[:, None] * T + time[None, :], None, per_unit, INSIDE
-    )
+    F0 = to_shared(F + channel * 2 * T * T, lower_at, lower, dtype)
+    F1 = to_shared(F + channel * 2 * T * T + T * T, upper_at, upper, dtype)
+    K_c = to_shared(K + channel * N * T, state_row[:, None] * T + time[None, :], None, dtype)
     out_of = column[:, None] * N + state_column[None, :]
     if STAGES == 1:
-        M_c = F0._reinterpret(INSIDE, [T, T], SQUARE)
-        P_c = F1._reinterpret(INSIDE, [T, N], SQUARE)
+        M_c = F0._reinterpret(dtype, [T, T], SQUARE)
+        P_c = F1._reinterpret(dtype, [T, N], SQUARE)
     elif o is not None:
-        M_c = to_shared(M + channel * T * T, lower_at, lower, None, INSIDE)
-        P_c = to_shared(P + channel * N * T, out_of, None, unit, INSIDE)
-    largest_of_warps = gl.allocate_shared_memory(gl.int32, [2, 4, 32], PER_WARP)
+        M_c = to_shared(M + channel * T * T, lower_at, lower, dtype)
+        P_c = to_shared(P + channel * N * T, out_of, None, dtype)
     decay_re, decay_im = load_complex(decay + channel * N, modes, None)
-    weights = weights_into_states(K + channel * N * T, modes, N) * per_unit
-    gain = largest_gain(weights, decay_re, decay_im)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
     chunk_im = decay_im[:, None]
@@ -431,34 +332,9 @@ def forward_kernel(
         if carry is not None:
             if (tile + begin == 0) & (tile_row < B):
                 s += load_carry(carry, source, channel, B, D, ROWS, mma)
-        if ROWS == 1:
-            if tile == 0:
-                given_re, given_im = load_row_states(start, tile_row, channel, B, D, modes, 1)
-                x_re = given_re[0] * per_unit
-                x_im = given_im[0] * per_unit
-            first_re = (x_re,)
-            first_im = (x_im,)
-            if tile_states is not None:
-                saved_at = ((tile_row.to(gl.int64) * D + channel) * tiles + tile) * N
-                store_complex(tile_states + saved_at, modes, x_re * unit, x_im * unit, tile_row < B)
-        else:
-            first_re, first_im = load_row_states(start, tile_row, channel, B, D, modes, ROWS)
-            first_re = scaled(first_re, per_unit)
-            first_im = scaled(first_im, per_unit)
-        s *= v_values.to(gl.float32)
-        bound = gain * per_thread_4(s)
-        for r in gl.static_range(ROWS):
-            of_row = states_per_thread_4(first_re[r], first_im[r], zero_modes)
-            bound = gl.maximum(bound, of_row)
-        keep_largest(largest_of_warps.index(step % 2), bound)
-        gl.thread_barrier()
-        exponent = exponent_of(2.0 * largest(largest_of_warps.index(step % 2), WARPS_4))
-        unscale = unscale_of(exponent)
-        w = v_tile._reinterpret(INSIDE, [C, T], SQUARE)
-        w.permute((1, 0)).store((s * scale_of(exponent)).to(INSIDE))
+        v_tile.permute((1, 0)).store((s * v_values.to(gl.float32)).to(dtype))
         publish()
-        first_re = scaled(first_re, scale_of(exponent))
-        first_im = scaled(first_im, scale_of(exponent))
+        w = v_tile
 
         z = warpgroup_mma(K_c, w.permute((1, 0)), zero, use_acc=False, is_async=True)
         if o is not None and STAGES > 1:
@@ -466,17 +342,27 @@ def forward_kernel(
             z = warpgroup_mma_wait(1, deps=[z])
         else:
             if o is not None:  # all have read F_0 and F_1
-                load_operator(M_c, M + channel * T * T, lower_at, lower, None)
-                load_operator(P_c, P + channel * N * T, out_of, None, unit)
+                load_operator(M_c, M + channel * T * T, lower_at, lower)
+                load_operator(P_c, P + channel * N * T, out_of, None)
             z = warpgroup_mma_wait(0, deps=[z])
         z_re, z_im = split_states(z, N, C, MODES_4)
         total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
+        if ROWS == 1:
+            if tile == 0:
+                given_re, given_im = load_row_states(start, tile_row, channel, B, D, modes, 1)
+                x_re = given_re[0]
+                x_im = given_im[0]
+            first_re = (x_re,)
+            first_im = (x_im,)
+            if tile_states is not None:
+                saved_at = ((tile_row.to(gl.int64) * D + channel) * tiles + tile) * N
+                store_complex(tile_states + saved_at, modes, x_re, x_im, tile_row < B)
+        else:
+            first_re, first_im = load_row_states(start, tile_row, channel, B, D, modes, ROWS)
         start_re, start_im, last_re, last_im = group_starts(
             all_groups_4(total_re), all_groups_4(total_im), first_re, first_im,
             group_re, group_im, group, zero_modes, 8, ROWS, False,
         )  # fmt: skip
-        last_re = scaled(last_re, unscale)
-        last_im = scaled(last_im, unscale)
         x_re = last_re[0]
         x_im = last_im[0]
         states_re, states_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
@@ -488,27 +374,23 @@ def forward_kernel(
                     for r in gl.static_range(ROWS):
                         row_at = ((tile_row + r).to(gl.int64) * D + channel) * N
                         given = tile_row + r < B
-                        store_complex(
-                            end + row_at, modes, last_re[r] * unit, last_im[r] * unit, given
-                        )
+                        store_complex(end + row_at, modes, last_re[r], last_im[r], given)
                 else:
                     end_at, here = end_addresses(
                         tile, tile_row, full_chunks, channel, B, D, ROWS, mma
                     )
-                    gl.store(end + end_at, x * (unscale * unit), here)
+                    gl.store(end + end_at, x, here)
         if o is not None:
-            x_tile = k_tile._reinterpret(INSIDE, [C, N], SQUARE)
-            x_tile.permute((1, 0)).store(x.to(INSIDE))
+            k_tile.permute((1, 0)).store(x.to(dtype))
             gate = q_tile.permute((1, 0)).load(mma)
             if STAGES == 1:
                 async_copy.wait_group(0)
             publish()
             if STAGES == 1:
                 y = warpgroup_mma(M_c, w.permute((1, 0)), zero, use_acc=False, is_async=True)
-            y = warpgroup_mma(P_c, x_tile.permute((1, 0)), y, is_async=True)
+            y = warpgroup_mma(P_c, k_tile.permute((1, 0)), y, is_async=True)
             y = warpgroup_mma_wait(0, deps=[y])
-            out = (y * gate.to(gl.float32)).to(dtype)
-            q_tile.permute((1, 0)).store(times_power(out, unscale))
+            q_tile.permute((1, 0)).store((y * gate.to(gl.float32)).to(dtype))
             gl.thread_barrier()
             position = tile * (CHUNKS * T)
             mask, _ = tile_masks(
@@ -517,15 +399,6 @@ def forward_kernel(
             o_base = tile_base(o, source, channel, begin + position, o_row, o_channel)
             o_at = in_tile_offsets(row_in_tile, inner, o_row, ROWS)
             store_tile(q_tile, o_base + o_at, mask, COPY_4, EVEN)
-
-
-@gluon.jit
-def times_power(x, factor):
-    """A tile in bfloat16 times a power of two, which is exact: two numbers in one operation."""
-    return gl.inline_asm_elementwise(
-        "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [x, factor.to(gl.bfloat16)],
-        dtype=gl.bfloat16, is_pure=True, pack=2,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -611,38 +484,19 @@ def unknown(index):
 
 
 @gluon.jit
-def pair(first, second):
-    """Two small numbers in one register; they are taken out of it where they are used."""
-    return (first << 16) | second
-
-
-@gluon.jit
-def first_of(numbers):
-    """The first number of a `pair`."""
-    return unknown(numbers) >> 16
-
-
-@gluon.jit
-def second_of(numbers):
-    """The second."""
-    return unknown(numbers) & 0xFFFF
-
-
-@gluon.jit
-def load_operators(F0, F1, K_c, M_c, P_c, F, K, M, P, channel, modes):
+def load_operators(F0, F1, K_c, M_c, P_c, F, K, M, P, channel):
     """Operators of a channel: of the right dtype they are copied, and there when tiles are."""
-    unit, per_unit = unit_of(K + channel * N * T, modes)
     column = unknown(gl.arange(0, C, gl.SliceLayout(1, COPY_8)))
     time = gl.arange(0, T, gl.SliceLayout(0, COPY_8))
     state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
     state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
     lower_at, lower = lower_toeplitz(column, time)
     upper_at, upper = upper_toeplitz(column, time)
-    load_operator(F0, F + channel * 2 * T * T, lower_at, lower, None)
-    load_operator(F1, F + channel * 2 * T * T + T * T, upper_at, upper, None)
-    load_operator(K_c, K + channel * N * T, state_row[:, None] * T + time[None, :], None, per_unit)
-    load_operator(M_c, M + channel * T * T, lower_at, lower, None)
-    load_operator(P_c, P + channel * N * T, column[:, None] * N + state_column[None, :], None, unit)
+    load_operator(F0, F + channel * 2 * T * T, lower_at, lower)
+    load_operator(F1, F + channel * 2 * T * T + T * T, upper_at, upper)
+    load_operator(K_c, K + channel * N * T, state_row[:, None] * T + time[None, :], None)
+    load_operator(M_c, M + channel * T * T, lower_at, lower)
+    load_operator(P_c, P + channel * N * T, column[:, None] * N + state_column[None, :], None)
 
 
 @gluon.jit
@@ -703,14 +557,14 @@ def backward_kernel(
     )  # fmt: skip
     F0 = gl.allocate_shared_memory(dtype, [T, T], SQUARE)
     F1 = gl.allocate_shared_memory(dtype, [T, T], SQUARE)
-    K_c = gl.allocate_shared_memory(INSIDE, [N, T], SQUARE)
-    M_c = gl.allocate_shared_memory(INSIDE, [T, T], SQUARE)
-    P_c = gl.allocate_shared_memory(INSIDE, [T, N], SQUARE)
-    load_operators(F0, F1, K_c, M_c, P_c, F, K, M, P, channel, modes)
-    w_tile = gl.allocate_shared_memory(INSIDE, [C, T], SQUARE)
-    dy_tile = gl.allocate_shared_memory(INSIDE, [C, T], SQUARE)
-    x_tile = gl.allocate_shared_memory(INSIDE, [C, N], SQUARE)
-    g_tile = gl.allocate_shared_memory(INSIDE, [C, N], SQUARE)
+    K_c = gl.allocate_shared_memory(dtype, [N, T], SQUARE)
+    M_c = gl.allocate_shared_memory(dtype, [T, T], SQUARE)
+    P_c = gl.allocate_shared_memory(dtype, [T, N], SQUARE)
+    load_operators(F0, F1, K_c, M_c, P_c, F, K, M, P, channel)
+    w_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
+    dy_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
+    x_tile = gl.allocate_shared_memory(dtype, [C, N], SQUARE)
+    g_tile = gl.allocate_shared_memory(dtype, [C, N], SQUARE)
     ds_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
     next_ds_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)  # ds one chunk on
     dq_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
@@ -718,8 +572,6 @@ def backward_kernel(
     dv_tile = gl.allocate_shared_memory(dtype, [C, T], SQUARE)
     x_totals = gl.allocate_shared_memory(gl.float32, [N // 2, 8, 2], TOTALS)
     g_totals = gl.allocate_shared_memory(gl.float32, [N // 2, 8, 2], TOTALS)
-    largest_x = gl.allocate_shared_memory(gl.int32, [STAGES, 8, 32], PER_WARP)
-    largest_g = gl.allocate_shared_memory(gl.int32, [STAGES, 8, 32], PER_WARP)
     lower = (
         gl.arange(0, T, gl.SliceLayout(1, mma))[:, None]
         >= gl.arange(0, T, gl.SliceLayout(0, mma))[None, :]
@@ -737,13 +589,6 @@ def backward_kernel(
         group_re, group_im = power8(decay_re, decay_im)
         chunk_re = decay_re[:, None]
         chunk_im = decay_im[:, None]
-        unit, per_unit = unit_of(K + channel * N * T, modes)
-        weights = weights_into_states(K + channel * N * T, modes, N) * per_unit
-        gain_x = exponent_of(largest_gain(weights, decay_re, decay_im)) + 1
-        weights = weights_out_of_states(P + channel * N * T, modes, N) * unit
-        gain_g = exponent_of(largest_gain(weights, decay_re, decay_im)) + 1
-        gains = pair(gain_x, gain_g)
-        exponents = pair(64, 64)  # scales never grow, so that sums shrink where one changes
         g_re = gl.zeros([N // 2], gl.float32, vector)
         g_im = g_re
         ds_carry = gl.zeros([T, 8], gl.float32, TIMES_8)
@@ -771,8 +616,8 @@ def backward_kernel(
             q_tile = q_tiles.index(stage)
             do_tile = do_tiles.index(stage)
             if ROWS == 1:
-                first_re = (next_re * per_unit,)
-                first_im = (next_im * per_unit,)
+                first_re = (next_re,)
+                first_im = (next_im,)
                 # empty tiles may lie behind the last one of a segment
                 behind_last = tile == tiles - 1
                 if SEGMENTED:
@@ -785,8 +630,6 @@ def backward_kernel(
                     if (tile == last_tile) & (full_chunks == (last_tile + 1) * CHUNKS):
                         row_at = (tile_row.to(gl.int64) * D + channel) * N
                         g_re, g_im = load_complex(dend + row_at, modes, tile_row < B)
-                        g_re *= unit
-                        g_im *= unit
                 behind_re = (g_re,)
                 behind_im = (g_im,)
             else:
@@ -795,66 +638,22 @@ def backward_kernel(
                 behind_re, behind_im = load_row_states(
                     dend, tile_row, channel, behind, D, modes, ROWS
                 )
-                first_re = scaled(first_re, per_unit)
-                first_im = scaled(first_im, per_unit)
-                behind_re = scaled(behind_re, unit)
-                behind_im = scaled(behind_im, unit)
             if ONE_TILE:
                 async_copy.wait_group(0)
                 publish()
                 s = filtered(F0, F1, k_tile, h_tile, zero)
             d_out = do_tile.permute((1, 0)).load(mma).to(gl.float32)
-            dy = d_out * q_tile.permute((1, 0)).load(mma).to(gl.float32)
+            gate = q_tile.permute((1, 0)).load(mma).to(gl.float32)
+            dy_tile.permute((1, 0)).store((gate * d_out).to(dtype))
             v_values = v_tile.permute((1, 0)).load(mma)
             if ONE_TILE:
                 s = warpgroup_mma_wait(0, deps=[s])
             if carry is not None:
                 if (tile + begin == 0) & (tile_row < B):
                     s += load_carry(carry, source, channel, B, D, ROWS, mma)
-            w = s * v_values.to(gl.float32)
-            of_x = (first_of(gains) << 23).to(gl.float32, bitcast=True) * per_thread_8(w)
-            of_g = (second_of(gains) << 23).to(gl.float32, bitcast=True) * per_thread_8(dy)
-            for r in gl.static_range(ROWS):
-                of_row = states_per_thread_8(first_re[r], first_im[r], zero_modes)
-                of_x = gl.maximum(of_x, of_row)
-                of_row = states_per_thread_8(behind_re[r], behind_im[r], zero_modes)
-                of_g = gl.maximum(of_g, of_row)
-            if dend is not None:  # comes in behind a row's last full chunk, within the tile or not
-                if tile == last_tile:
-                    end_re, end_im = load_row_states(dend, tile_row, channel, B, D, modes, ROWS)
-                    for r in gl.static_range(ROWS):
-                        of_row = states_per_thread_8(end_re[r], end_im[r], zero_modes)
-                        of_g = gl.maximum(of_g, of_row * unit)
-            keep_largest(largest_x.index(stage), of_x)
-            keep_largest(largest_g.index(stage), of_g)
-            w_tile.permute((1, 0)).store((w * scale_of(first_of(exponents))).to(INSIDE))
-            dy_tile.permute((1, 0)).store((dy * scale_of(second_of(exponents))).to(INSIDE))
+            w_tile.permute((1, 0)).store((s * v_values.to(gl.float32)).to(dtype))
+            s_half = s.to(dtype)
             publish()
-            # seldom: with the scales of the tile before, the largest would not fit
-            exponent_x, exponent_g = first_of(exponents), second_of(exponents)
-            needed_x = exponent_of(2.0 * largest(largest_x.index(stage), WARPS_8))
-            needed_g = exponent_of(2.0 * largest(largest_g.index(stage), WARPS_8))
-            if (needed_x > exponent_x) | (needed_g > exponent_g):
-                before = exponent_x + exponent_g
-                exponent_x = gl.where(needed_x > exponent_x, needed_x + HEADROOM, exponent_x)
-                exponent_g = gl.where(needed_g > exponent_g, needed_g + HEADROOM, exponent_g)
-                exponents = pair(exponent_x, exponent_g)
-                change = change_of(before, exponent_x + exponent_g)
-                sum_M *= change
-                sum_K *= change
-                sum_P *= change
-                sum_re *= change
-                sum_im *= change
-                d_out = do_tile.permute((1, 0)).load(mma).to(gl.float32)
-                dy = d_out * q_tile.permute((1, 0)).load(mma).to(gl.float32)
-                w = s * v_tile.permute((1, 0)).load(mma).to(gl.float32)
-                w_tile.permute((1, 0)).store((w * scale_of(first_of(exponents))).to(INSIDE))
-                dy_tile.permute((1, 0)).store((dy * scale_of(second_of(exponents))).to(INSIDE))
-                publish()
-            first_re = scaled(first_re, scale_of(first_of(exponents)))
-            first_im = scaled(first_im, scale_of(first_of(exponents)))
-            behind_re = scaled(behind_re, scale_of(second_of(exponents)))
-            behind_im = scaled(behind_im, scale_of(second_of(exponents)))
 
             # the states before, and the gradients behind, each chunk
             z = warpgroup_mma(K_c, w_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -889,7 +688,7 @@ def backward_kernel(
                     end_at, here = end_addresses(
                         tile, tile_row, full_chunks, channel, B, D, ROWS, mma
                     )
-                    p += gl.load(dend + end_at, here, 0.0) * (scale_of(second_of(exponents)) * unit)
+                    p += gl.load(dend + end_at, here, 0.0)
             z_re, z_im = split_states(z, N, C, MODES_8)
             total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
             x_totals.store(gl.join(total_re, total_im))
@@ -903,29 +702,26 @@ def backward_kernel(
                 group_re, group_im, group, zero_modes, 8, ROWS, False,
             )  # fmt: skip
             x_re, x_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
-            x_tile.permute((1, 0)).store(join_states(x_re, x_im, N, C, mma).to(INSIDE))
+            x_tile.permute((1, 0)).store(join_states(x_re, x_im, N, C, mma).to(dtype))
             totals_re, totals_im = all_groups_8(g_totals)
             start_re, start_im, last_re, last_im = group_starts(
                 totals_re, totals_im, behind_re, behind_im,
                 group_re, -group_im, group, zero_modes, 8, ROWS, True,
             )  # fmt: skip
-            last_re = scaled(last_re, unscale_of(second_of(exponents)))
-            last_im = scaled(last_im, unscale_of(second_of(exponents)))
             g_re = last_re[0]
             g_im = last_im[0]
             grads_re, grads_im = group_states_reversed(
                 start_re, start_im, p_re, p_im, chunk_re, -chunk_im
             )
-            g_tile.permute((1, 0)).store(join_states(grads_re, grads_im, N, C, mma).to(INSIDE))
+            g_tile.permute((1, 0)).store(join_states(grads_re, grads_im, N, C, mma).to(dtype))
             sum_re, sum_im = add_conjugate_products(sum_re, sum_im, x_re, x_im, grads_re, grads_im)
             if dstart is not None:
                 if tile == 0:
                     for r in gl.static_range(ROWS):
                         row_at = ((tile_row + r).to(gl.int64) * D + channel) * N
                         store_complex(
-                            dstart + row_at, modes, last_re[r] * per_unit, last_im[r] * per_unit,
-                            tile_row + r < B,
-                        )  # fmt: skip
+                            dstart + row_at, modes, last_re[r], last_im[r], tile_row + r < B
+                        )
             publish()
 
             dw = warpgroup_mma(
@@ -939,15 +735,13 @@ def backward_kernel(
             sum_K = warpgroup_mma(g_tile.permute((1, 0)), w_tile, sum_K, is_async=True)
             y, dw = warpgroup_mma_wait(3, deps=[y, dw])
             # v and do are read again: kept in registers they spill
-            dw *= unscale_of(second_of(exponents))
             ds = dw * v_tile.permute((1, 0)).load(mma).to(gl.float32)
             ds_tile.permute((1, 0)).store(ds.to(dtype))
             next_ds, ds_carry = shift_left(ds, ds_carry, group_of_times, C, ROWS, TIMES_8, mma)
             next_ds_tile.permute((1, 0)).store(next_ds.to(dtype))
-            dv_tile.permute((1, 0)).store((dw * s).to(dtype))
+            dv_tile.permute((1, 0)).store((dw * s_half.to(gl.float32)).to(dtype))
             d_out = do_tile.permute((1, 0)).load(mma).to(gl.float32)
-            d_q = times_power((y * d_out).to(dtype), unscale_of(first_of(exponents)))
-            dq_tile.permute((1, 0)).store(d_q)
+            dq_tile.permute((1, 0)).store((y * d_out).to(dtype))
             if dcarry is not None:
                 if tile == 0:
                     store_dcarry(dcarry, ds, tile_row, channel, B, D, ROWS, mma)
@@ -998,9 +792,8 @@ def backward_kernel(
         if ONE_TILE:
             if next_channel < D:
                 gl.thread_barrier()  # all have read the operators
-                load_operators(F0, F1, K_c, M_c, P_c, F, K, M, P, next_channel, modes)
+                load_operators(F0, F1, K_c, M_c, P_c, F, K, M, P, next_channel)
 
-        unscale_x, unscale_g = unscale_of(first_of(exponents)), unscale_of(second_of(exponents))
         i = unknown(gl.arange(0, T, gl.SliceLayout(1, mma)))[:, None]
         j = gl.arange(0, T, gl.SliceLayout(0, mma))[None, :]
         state_i = part_of_row(i) * (N // 2) + mode_of_row(i)
@@ -1008,12 +801,10 @@ def backward_kernel(
         wide = walk.to(gl.int64) * (T * T)
         gl.store(dF + 2 * wide + i * T + j, gl.where(i >= j, sum_F, 0.0))
         gl.store(dF + 2 * wide + T * T + i * T + j, gl.where(i >= j, 0.0, sum_F))
-        gl.store(dM + wide + i * T + j, sum_M * unscale_x * unscale_g)
-        gl.store(dK + wide + state_i * T + j, sum_K * unscale_x * unscale_g * per_unit)
-        gl.store(dP + wide + i * N + state_j, sum_P * unscale_x * unscale_g * unit)
-        sum_re = gl.sum(sum_re, 1) * unscale_x * unscale_g
-        sum_im = gl.sum(sum_im, 1) * unscale_x * unscale_g
-        store_complex(ddecay + walk * N, modes, sum_re, sum_im, None)
+        gl.store(dM + wide + i * T + j, sum_M)
+        gl.store(dK + wide + state_i * T + j, sum_K)
+        gl.store(dP + wide + i * N + state_j, sum_P)
+        store_complex(ddecay + walk * N, modes, gl.sum(sum_re, 1), gl.sum(sum_im, 1), None)
         if ONE_TILE:
             channel = next_channel
             walk += gl.num_programs(0)

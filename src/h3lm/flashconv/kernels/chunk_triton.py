@@ -17,10 +17,6 @@ Without F, s = k; without v or q, that gate is 1; without o, only states are mad
 Matrices lie [time or state, chunk], see `tile`. One program owns a channel and some rows of the
 batch, walks their tiles in order, and carries the state in registers.
 
-With float16 inputs, what is made between products has a power of two as its scale in a tile, and
-operators are split in two halves. With bfloat16 ones that is kept in float16 so backwards, but for
-F and ds, which meet k. The launch for the tensors' gradients finds the scales of each program.
-
 Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 2 and Proposition 2.
 """
 
@@ -41,7 +37,6 @@ from h3lm.flashconv.kernels.launch import (
     saved_slots,
     saved_states_shape,
     segment_length,
-    splits,
     strides,
     tile_chunks,
 )
@@ -49,33 +44,21 @@ from h3lm.flashconv.kernels.tile import (
     T,
     add_conjugate_products,
     chunk_of_column,
-    exponent_of,
     group_starts,
     group_states,
     group_states_reversed,
     group_totals,
-    halves,
     join_states,
-    largest_element,
-    largest_gain,
     load_complex,
     load_row_states,
     mode_of_row,
-    multiply,
     part_of_row,
     power8,
-    scale_of,
-    scaled,
     shift_left,
     span_of,
     split_groups,
     split_states,
     store_complex,
-    turned,
-    unit_of_states,
-    unscale_of,
-    weights_into_states,
-    weights_out_of_states,
 )
 
 # of a launch, the best on an H200; three programs fit on a multiprocessor with so many registers
@@ -148,31 +131,15 @@ def filter_inputs(
     BLOCKS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Short filter s = F_0 k_c + F_1 k_{c-1} + F_2 k_{c-2}, and k of the chunks before."""
-    s = multiply(F0, (tl.trans(k_tile),), tl.zeros([T, k_tile.shape[0]], tl.float32), PRECISION)
+    s = tl.dot(F0, tl.trans(k_tile), input_precision=PRECISION)
     last = load_before(k_at, 1, position, before, valid, length, EVEN)
-    s = multiply(F1, (tl.trans(last),), s, PRECISION)
+    s = tl.dot(F1, tl.trans(last), s, input_precision=PRECISION)
     if BLOCKS > 2:
         early = load_before(k_at, 2, position, before, valid, length, EVEN)
-        s = multiply(F2, (tl.trans(early),), s, PRECISION)
+        s = tl.dot(F2, tl.trans(early), s, input_precision=PRECISION)
     else:
         early = last
     return s, last, early
-
-
-@triton.jit
-def largest_state(re, im):
-    """The largest part of the states of all rows."""
-    bound = 0.0
-    for r in tl.static_range(len(re)):
-        bound = tl.maximum(bound, tl.max(tl.maximum(tl.abs(re[r]), tl.abs(im[r])), 0))
-    return bound
-
-
-@triton.jit
-def decay_of_tile(group_re, group_im):
-    """The largest decay over a tile of 64 chunks, or more of it."""
-    re, im = power8(group_re, group_im)
-    return tl.sqrt(tl.max(re * re + im * im, 0))
 
 
 @triton.jit
@@ -195,7 +162,7 @@ def forward_kernel(
     B, D, L, rows_per_program, tiles, slots, total, segments,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
-    REVERSED: tl.constexpr, EARLY: tl.constexpr, SPLIT: tl.constexpr,
+    REVERSED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Forward pass; a tile holds ROWS rows of C / ROWS chunks.
 
@@ -207,9 +174,6 @@ def forward_kernel(
     CHUNKS: tl.constexpr = C // ROWS
     GROUPS: tl.constexpr = C // 8
     dtype: tl.constexpr = k.dtype.element_ty
-    # bfloat16 needs no scale, which would take a tenth of the time here
-    SCALED: tl.constexpr = dtype == tl.float16
-    INSIDE: tl.constexpr = dtype
     channel = tl.program_id(0) % D
     first_row = tl.program_id(0) // D * rows_per_program
     i = tl.arange(0, T)
@@ -222,31 +186,18 @@ def forward_kernel(
     group = tl.arange(0, GROUPS)[None, :]
     zero = tl.zeros([N // 2, GROUPS], tl.float32)
 
-    modes = tl.arange(0, N // 2)
     K_c, P_c = load_state_operators(K, P, channel, N)
-    unit = 1.0
-    per_unit = 1.0
-    if SCALED:
-        weights = weights_into_states(K + channel * N * T, modes, N)
-        unit, per_unit = unit_of_states(weights)
-    K_c = halves(K_c.to(tl.float32) * per_unit, INSIDE, SPLIT)
-    P_c = halves(P_c.to(tl.float32) * unit, INSIDE, SPLIT)
     if o is not None:
-        M_c = halves(load_square(M, channel), INSIDE, SPLIT)
+        M_c = load_square(M, channel)
     if F is not None:
-        F0 = halves(load_square(F, channel * BLOCKS), dtype, SPLIT)
-        F1 = halves(load_square(F, channel * BLOCKS + 1), dtype, SPLIT)
-        F2 = F1
-        if BLOCKS > 2:
-            F2 = halves(load_square(F, channel * BLOCKS + 2), dtype, SPLIT)
+        F0 = load_square(F, channel * BLOCKS)
+        F1 = load_square(F, channel * BLOCKS + 1)
+        F2 = load_square(F, channel * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
+    modes = tl.arange(0, N // 2)
     decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
     chunk_im = decay_im[:, None]
-    if SCALED:
-        gain = largest_gain(weights * per_unit, decay_re, decay_im)
-        left = decay_of_tile(group_re, group_im)
-    unscale = 1.0
     if EARLY:
         source, _, begin, _, _ = span_of(first_row, B, L, total, segments, bounds, SEGMENTED)
         k_tile = tl.load(
@@ -264,10 +215,6 @@ def forward_kernel(
         valid = (tile_row + row_in_tile < B)[:, None]
         saved_at = first_saved(tile_row, channel, begin, D, slots, bounds, C)
         given_re, given_im = load_row_states(start, tile_row, channel, B, D, modes, ROWS)
-        if SCALED:
-            given_re = scaled(given_re, per_unit)
-            given_im = scaled(given_im, per_unit)
-            largest_x = largest_state(given_re, given_im)
         x_re = given_re[0]
         x_im = given_im[0]
         for tile in range(0, tiles):
@@ -316,36 +263,24 @@ def forward_kernel(
                 if not EARLY:
                     v_tile = load_tile(v_at, mask, EVEN)
                 w *= tl.trans(v_tile).to(tl.float32)
+            w = w.to(dtype)
 
+            z = tl.dot(K_c, w, input_precision=PRECISION)
+            z_re, z_im = split_states(z, N, C, None)
+            total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
             if ROWS == 1:
                 first_re = (x_re,)
                 first_im = (x_im,)
                 if tile_states is not None:
                     saved = tile_states + (saved_at + tile) * N
-                    store_complex(saved, modes, x_re * unit, x_im * unit, tile_row < B)
+                    store_complex(saved, modes, x_re, x_im, tile_row < B)
             else:
                 first_re = given_re
                 first_im = given_im
-            if SCALED:
-                largest_w = gain * largest_element(w)
-                exponent = exponent_of(largest_x + largest_w)
-                if ROWS == 1:  # a bound is faster than to look
-                    largest_x = left * largest_x + largest_w
-                w *= scale_of(exponent)
-                first_re = scaled(first_re, scale_of(exponent))
-                first_im = scaled(first_im, scale_of(exponent))
-                unscale = unscale_of(exponent)
-            w = halves(w, INSIDE, False)
-            z = multiply(K_c, w, tl.zeros([N, C], tl.float32), PRECISION)
-            z_re, z_im = split_states(z, N, C, None)
-            total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
             start_re, start_im, last_re, last_im = group_starts(
                 split_groups(total_re, C), split_groups(total_im, C), first_re, first_im,
                 group_re, group_im, group, zero, GROUPS, ROWS, False,
             )  # fmt: skip
-            if SCALED:
-                last_re = scaled(last_re, unscale)
-                last_im = scaled(last_im, unscale)
             x_re = last_re[0]
             x_im = last_im[0]
             states_re, states_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
@@ -353,9 +288,6 @@ def forward_kernel(
 
             if end is not None:
                 if tile == last_tile:
-                    if SCALED:
-                        last_re = scaled(last_re, unit)
-                        last_im = scaled(last_im, unit)
                     for r in tl.static_range(ROWS):
                         row_at = ((tile_row + r).to(tl.int64) * D + channel) * N
                         if chunks == (last_tile + 1) * CHUNKS:
@@ -364,9 +296,7 @@ def forward_kernel(
                             )
                         else:
                             here = (tile * CHUNKS + in_row == chunks) & (row_in_tile == r)
-                            end_state = tl.sum(tl.where(here[None, :], x, 0.0), 1) * (
-                                unscale * unit
-                            )
+                            end_state = tl.sum(tl.where(here[None, :], x, 0.0), 1)
                             tl.store(end + row_at + state_offset, end_state, tile_row + r < B)
             if EARLY:
                 over = tile == tiles - 1
@@ -380,10 +310,8 @@ def forward_kernel(
                 )
                 k_tile = tl.load(k_at)
             if o is not None:
-                y = multiply(M_c, w, tl.zeros([T, C], tl.float32), PRECISION)
-                y = multiply(P_c, halves(x, INSIDE, False), y, PRECISION)
-                if SCALED:
-                    y *= unscale
+                y = tl.dot(M_c, w, input_precision=PRECISION)
+                y = tl.dot(P_c, x.to(dtype), y, input_precision=PRECISION)
                 if q is not None:
                     q_at = tile_at(
                         q, source, channel, q_row, q_channel, first, inner, row_in_tile, ROWS
@@ -398,12 +326,12 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["B", "rows_per_program", "tiles", "slots", "segments"])
 def backward_kernel(
     q, k, v, do, dq, dk, dv, F, M, K, P, decay, carry, start, tile_states, bounds, dend,
-    dF, dM, dK, dP, ddecay, dcarry, dstart, exponents,
+    dF, dM, dK, dP, ddecay, dcarry, dstart,
     q_row, q_channel, k_row, k_channel, v_row, v_channel, do_row, do_channel, d_row, d_channel,
     B, D, L, rows_per_program, tiles, slots, total, segments,
     N: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, SEGMENTED: tl.constexpr,
-    DATA: tl.constexpr, FILTER: tl.constexpr, SYSTEM: tl.constexpr, SPLIT: tl.constexpr,
+    DATA: tl.constexpr, FILTER: tl.constexpr, SYSTEM: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the tensors (DATA), of F (FILTER), of M, K, P and the decay (SYSTEM).
 
@@ -414,8 +342,6 @@ def backward_kernel(
     CHUNKS: tl.constexpr = C // ROWS
     GROUPS: tl.constexpr = C // 8
     dtype: tl.constexpr = k.dtype.element_ty
-    SCALED: tl.constexpr = dtype != tl.float32
-    INSIDE: tl.constexpr = tl.float16 if SCALED else tl.float32
     program = tl.program_id(0)
     channel = program % D
     first_row = program // D * rows_per_program
@@ -430,26 +356,17 @@ def backward_kernel(
     group_of_rows = tl.zeros([T, GROUPS], tl.int32) + group
     zero = tl.zeros([N // 2, GROUPS], tl.float32)
 
-    M_c = halves(load_square(M, channel), INSIDE, SPLIT)
-    modes = tl.arange(0, N // 2)
+    M_c = load_square(M, channel)
     K_c, P_c = load_state_operators(K, P, channel, N)
-    unit = 1.0
-    per_unit = 1.0
-    if SCALED:
-        weights = weights_into_states(K + channel * N * T, modes, N)
-        unit, per_unit = unit_of_states(weights)
-    K_c = halves(K_c.to(tl.float32) * per_unit, INSIDE, SPLIT)
-    P_c = halves(P_c.to(tl.float32) * unit, INSIDE, SPLIT)
     if F is not None:
-        F0 = halves(load_square(F, channel * BLOCKS), dtype, SPLIT)
-        F1 = halves(load_square(F, channel * BLOCKS + 1), dtype, SPLIT)
-        F2 = F1
-        if BLOCKS > 2:
-            F2 = halves(load_square(F, channel * BLOCKS + 2), dtype, SPLIT)
+        F0 = load_square(F, channel * BLOCKS)
+        F1 = load_square(F, channel * BLOCKS + 1)
+        F2 = load_square(F, channel * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
         sum_F = tl.zeros([T, T], tl.float32)
         sum_F1 = sum_F
         lower = i[:, None] >= i[None, :]
         reach: tl.constexpr = (BLOCKS - 1) * T  # of a carry
+    modes = tl.arange(0, N // 2)
     decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
@@ -459,16 +376,6 @@ def backward_kernel(
     sum_P = tl.zeros([T, N], tl.float32)
     sum_re = zero
     sum_im = zero
-    exponent_x = 64
-    exponent_g = 64
-    if SCALED:
-        if DATA:
-            gain_x = largest_gain(weights * per_unit, decay_re, decay_im)
-            weights = weights_out_of_states(P + channel * N * T, modes, N)
-            gain_g = largest_gain(weights * unit, decay_re, decay_im)
-        else:
-            exponent_x = tl.load(exponents + 2 * program)
-            exponent_g = tl.load(exponents + 2 * program + 1)
 
     for block in range(0, rows_per_program // ROWS):
         tile_row = first_row + block * ROWS
@@ -521,9 +428,9 @@ def backward_kernel(
                     v, source, channel, v_row, v_channel, first, inner, row_in_tile, ROWS
                 )
                 v_tile = tl.trans(load_tile(v_at, mask, EVEN))
-                w = s * v_tile.to(tl.float32)
+                w = (s * v_tile.to(tl.float32)).to(dtype)
             else:
-                w = s
+                w = s.to(dtype)
             do_at = tile_at(
                 do, source, channel, do_row, do_channel, first, inner, row_in_tile, ROWS
             )
@@ -533,21 +440,27 @@ def backward_kernel(
                     q, source, channel, q_row, q_channel, first, inner, row_in_tile, ROWS
                 )
                 q_tile = tl.trans(load_tile(q_at, mask, EVEN))
-                dy = q_tile.to(tl.float32) * do_tile.to(tl.float32)
+                dy = (q_tile.to(tl.float32) * do_tile.to(tl.float32)).to(dtype)
             else:
-                dy = do_tile.to(tl.float32)
+                dy = do_tile
 
+            z = tl.dot(K_c, w, input_precision=PRECISION)
+            p = tl.dot(tl.trans(P_c), dy, input_precision=PRECISION)
+            if dend is not None:
+                if tile == last_tile:
+                    row = tile_row + row_in_tile
+                    here = (tile * CHUNKS + in_row == full_chunks) & (row < B)
+                    end_at = ((row.to(tl.int64) * D + channel) * N)[None, :] + state_offset[:, None]
+                    p += tl.load(dend + end_at, here[None, :], 0.0)
             if ROWS == 1:
                 saved = tile_states + (saved_at + tile) * N
                 x_re, x_im = load_complex(saved, modes, tile_row < B)
-                first_re = (x_re * per_unit,)
-                first_im = (x_im * per_unit,)
+                first_re = (x_re,)
+                first_im = (x_im,)
                 if dend is not None:  # empty tiles may lie behind the last: they leave zeros
                     if (tile == last_tile) & (full_chunks == (last_tile + 1) * CHUNKS):
                         row_at = (tile_row.to(tl.int64) * D + channel) * N
                         g_re, g_im = load_complex(dend + row_at, modes, tile_row < B)
-                        g_re *= unit
-                        g_im *= unit
                 behind_re = (g_re,)
                 behind_im = (g_im,)
             else:
@@ -556,43 +469,7 @@ def backward_kernel(
                 behind_re, behind_im = load_row_states(
                     dend, tile_row, channel, behind, D, modes, ROWS
                 )
-                if SCALED:
-                    first_re = scaled(first_re, per_unit)
-                    first_im = scaled(first_im, per_unit)
-                    behind_re = scaled(behind_re, unit)
-                    behind_im = scaled(behind_im, unit)
-            if SCALED:
-                if DATA:  # scales never grow
-                    bound_x = gain_x * largest_element(w) + largest_state(first_re, first_im)
-                    bound_g = gain_g * largest_element(dy) + largest_state(behind_re, behind_im)
-                    if dend is not None:  # comes in behind a row's last full chunk
-                        if tile == last_tile:
-                            end_re, end_im = load_row_states(
-                                dend, tile_row, channel, B, D, modes, ROWS
-                            )
-                            bound_g += largest_state(end_re, end_im) * unit
-                    exponent_x = tl.maximum(exponent_x, exponent_of(bound_x))
-                    exponent_g = tl.maximum(exponent_g, exponent_of(bound_g))
-                w *= scale_of(exponent_x)
-                dy *= scale_of(exponent_g)
-                first_re = scaled(first_re, scale_of(exponent_x))
-                first_im = scaled(first_im, scale_of(exponent_x))
-                behind_re = scaled(behind_re, scale_of(exponent_g))
-                behind_im = scaled(behind_im, scale_of(exponent_g))
-            w = halves(w, INSIDE, False)
-            dy = halves(dy, INSIDE, SPLIT)
 
-            z = multiply(K_c, w, tl.zeros([N, C], tl.float32), PRECISION)
-            p = multiply(turned(P_c), dy, tl.zeros([N, C], tl.float32), PRECISION)
-            if dend is not None:
-                if tile == last_tile:
-                    row = tile_row + row_in_tile
-                    here = (tile * CHUNKS + in_row == full_chunks) & (row < B)
-                    end_at = ((row.to(tl.int64) * D + channel) * N)[None, :] + state_offset[:, None]
-                    d_end = tl.load(dend + end_at, here[None, :], 0.0)
-                    if SCALED:
-                        d_end *= scale_of(exponent_g) * unit
-                    p += d_end
             z_re, z_im = split_states(z, N, C, None)
             total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
             start_re, start_im, _, _ = group_starts(
@@ -600,7 +477,7 @@ def backward_kernel(
                 group_re, group_im, group, zero, GROUPS, ROWS, False,
             )  # fmt: skip
             states_re, states_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
-            x = halves(join_states(states_re, states_im, N, C, None), INSIDE, False)
+            x = join_states(states_re, states_im, N, C, None).to(dtype)
 
             p_re, p_im = split_states(p, N, C, None)
             total_re, total_im = group_totals(p_re, p_im, chunk_re, -chunk_im, True)
@@ -608,15 +485,12 @@ def backward_kernel(
                 split_groups(total_re, C), split_groups(total_im, C), behind_re, behind_im,
                 group_re, -group_im, group, zero, GROUPS, ROWS, True,
             )  # fmt: skip
-            if SCALED:
-                last_re = scaled(last_re, unscale_of(exponent_g))
-                last_im = scaled(last_im, unscale_of(exponent_g))
             g_re = last_re[0]
             g_im = last_im[0]
             grads_re, grads_im = group_states_reversed(
                 start_re, start_im, p_re, p_im, chunk_re, -chunk_im
             )
-            g = halves(join_states(grads_re, grads_im, N, C, None), INSIDE, False)
+            g = join_states(grads_re, grads_im, N, C, None).to(dtype)
             if SYSTEM:
                 sum_re, sum_im = add_conjugate_products(
                     sum_re, sum_im, states_re, states_im, grads_re, grads_im
@@ -626,29 +500,24 @@ def backward_kernel(
                     for r in tl.static_range(ROWS):
                         row_at = ((tile_row + r).to(tl.int64) * D + channel) * N
                         store_complex(
-                            dstart + row_at, modes, last_re[r] * per_unit, last_im[r] * per_unit,
-                            tile_row + r < B,
-                        )  # fmt: skip
+                            dstart + row_at, modes, last_re[r], last_im[r], tile_row + r < B
+                        )
 
             if DATA and q is not None:
-                y = multiply(M_c, w, tl.zeros([T, C], tl.float32), PRECISION)
-                y = multiply(P_c, x, y, PRECISION)
-                if SCALED:
-                    y *= unscale_of(exponent_x)
+                y = tl.dot(M_c, w, input_precision=PRECISION)
+                y = tl.dot(P_c, x, y, input_precision=PRECISION)
                 store_tile(
                     tile_at(dq, source, channel, d_row, d_channel, first, inner, row_in_tile, ROWS),
                     tl.trans((y * do_tile.to(tl.float32)).to(dtype)),
                     mask,
                     EVEN,
                 )
-            dw = multiply(turned(M_c), dy, tl.zeros([T, C], tl.float32), PRECISION)
-            dw = multiply(turned(K_c), g, dw, PRECISION)
-            if SCALED:
-                dw *= unscale_of(exponent_g)
+            dw = tl.dot(tl.trans(M_c), dy, input_precision=PRECISION)
+            dw = tl.dot(tl.trans(K_c), g, dw, input_precision=PRECISION)
             if SYSTEM:
-                sum_M = multiply(dy, turned(w), sum_M, PRECISION)
-                sum_K = multiply(g, turned(w), sum_K, PRECISION)
-                sum_P = multiply(dy, turned(x), sum_P, PRECISION)
+                sum_M = tl.dot(dy, tl.trans(w), sum_M, input_precision=PRECISION)
+                sum_K = tl.dot(g, tl.trans(w), sum_K, input_precision=PRECISION)
+                sum_P = tl.dot(dy, tl.trans(x), sum_P, input_precision=PRECISION)
             if v is not None:
                 if DATA:
                     store_tile(
@@ -678,14 +547,15 @@ def backward_kernel(
                         sum_F1 = tl.dot(ds, k_before, sum_F1, input_precision=PRECISION)
                 if DATA:
                     next_ds, ds_carry = shift_left(dw, ds_carry, group_of_rows, C, ROWS, None, None)
-                    d_k = tl.zeros([T, C], tl.float32)
-                    d_k = multiply(turned(F0), (ds,), d_k, PRECISION)
-                    d_k = multiply(turned(F1), (next_ds.to(dtype),), d_k, PRECISION)
+                    d_k = tl.dot(tl.trans(F0), ds, input_precision=PRECISION)
+                    d_k = tl.dot(tl.trans(F1), next_ds.to(dtype), d_k, input_precision=PRECISION)
                     if BLOCKS > 2:
                         next_ds, ds_carry2 = shift_left(
                             next_ds, ds_carry2, group_of_rows, C, ROWS, None, None
                         )
-                        d_k = multiply(turned(F2), (next_ds.to(dtype),), d_k, PRECISION)
+                        d_k = tl.dot(
+                            tl.trans(F2), next_ds.to(dtype), d_k, input_precision=PRECISION
+                        )
                     store_tile(
                         tile_at(
                             dk, source, channel, d_row, d_channel, first, inner, row_in_tile, ROWS
@@ -705,18 +575,7 @@ def backward_kernel(
     wide_program = program.to(tl.int64)
     square = i[:, None] * T + i[None, :]
     row = part_of_row(state) * (N // 2) + mode_of_row(state)
-    if DATA and SCALED:
-        tl.store(exponents + 2 * program, exponent_x)
-        tl.store(exponents + 2 * program + 1, exponent_g)
     if SYSTEM:
-        if SCALED:
-            unscale_x = unscale_of(exponent_x)
-            unscale_g = unscale_of(exponent_g)
-            sum_M = sum_M * unscale_x * unscale_g
-            sum_K = sum_K * unscale_x * unscale_g * per_unit
-            sum_P = sum_P * unscale_x * unscale_g * unit
-            sum_re = sum_re * unscale_x * unscale_g
-            sum_im = sum_im * unscale_x * unscale_g
         tl.store(dM + wide_program * T * T + square, sum_M)
         tl.store(dK + wide_program * N * T + row[:, None] * T + i[None, :], sum_K)
         tl.store(dP + wide_program * N * T + i[:, None] * N + row[None, :], sum_P)
@@ -767,16 +626,16 @@ def forward(
     shape = saved_states_shape(k, D, N // 2, segments, bounds) if save_states else (0,)
     states = k.new_empty(shape, dtype=torch.float32)
     even = walk.is_even(B, L, C) and total == segments * L and bounds is None
-    slim = k.dtype == torch.bfloat16 and N <= 64 and filter_blocks(operators) <= 2
+    slim = k.element_size() == 2 and N <= 64 and filter_blocks(operators) <= 2
     forward_kernel[(D * walk.programs_per_channel,)](
-        q, k, v, o if with_output else None, *operators, carry, start,
+        q, k, v, o if with_output else None, *operators.rounded(k.dtype), carry, start,
         end if with_end else None,
         states if states.numel() else None, bounds,
         *strides(q), *strides(k), *strides(v), *strides(o if with_output else None),
         B, D, L, walk.rows_per_program, walk.tiles, slots, total, segments,
         N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
         PRECISION=product_precision(k.dtype), EVEN=even, SEGMENTED=segments > 1,
-        REVERSED=leftwards, EARLY=slim and even and not leftwards, SPLIT=splits(k, operators),
+        REVERSED=leftwards, EARLY=slim and even and not leftwards,
         **(FORWARD if slim else BACKWARD),
     )  # fmt: skip
     return o, end, states
@@ -808,22 +667,21 @@ def backward(
     walk = plan(B, D, L, C, slots=2 * multiprocessors(k.device), packed=bounds is not None)
     slots = saved_slots(walk, total, C, bounds)
     grads = Gradients.empty(q, k, v, operators, carry, start, walk, segments, into)
-    # one launch for each kind of sum: together they do not fit in the registers; the first one
-    # finds the scales of each program for the others
-    exponents = k.new_empty(D * walk.programs_per_channel, 2, dtype=torch.int32)
+    rounded = operators.rounded(k.dtype)
+    # one launch for each kind of sum: together they do not fit in the registers
     for part in ("DATA", "FILTER", "SYSTEM"):
         if part == "FILTER" and operators.F is None:
             continue
         asked = {name: name == part for name in ("DATA", "FILTER", "SYSTEM")}
         backward_kernel[(D * walk.programs_per_channel,)](
-            q, k, v, do, grads.q, grads.k, grads.v, *operators, carry, start,
+            q, k, v, do, grads.q, grads.k, grads.v, *rounded, carry, start,
             states if states.numel() else None, bounds, dend,
-            grads.F, grads.M, grads.K, grads.P, grads.decay, grads.carry, grads.start, exponents,
+            grads.F, grads.M, grads.K, grads.P, grads.decay, grads.carry, grads.start,
             *strides(q), *strides(k), *strides(v), *strides(do), *strides(grads.k),
             B, D, L, walk.rows_per_program, walk.tiles, slots, total, segments,
             N=N, C=C, ROWS=walk.rows_per_tile, BLOCKS=filter_blocks(operators),
             PRECISION=product_precision(k.dtype),
             EVEN=walk.is_even(B, L, C) and total == segments * L and bounds is None,
-            SEGMENTED=segments > 1, SPLIT=splits(k, operators), **asked, **BACKWARD,
+            SEGMENTED=segments > 1, **asked, **BACKWARD,
         )  # fmt: skip
     return grads.summed()

@@ -20,17 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.kernels.launch import CHUNK_LENGTH, multiprocessors, product_precision, strides
-from h3lm.flashconv.kernels.tile import T, halves, multiply, turned
+from h3lm.flashconv.kernels.tile import T
 
 C = tl.constexpr(64)
 # of a launch, the best on an H200
 FORWARD = {"num_warps": 4, "num_stages": 3}
-LONG_FORWARD = FORWARD | {"num_stages": 2}  # three blocks in halves leave less shared memory
-
-
-def between(dtype: torch.dtype) -> torch.dtype:
-    """Of s and its gradient, from float16 inputs wider: their range may be, and their error is."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @dataclass(frozen=True)
@@ -94,25 +88,21 @@ def filter_kernel(
     i = tl.arange(0, T)
     square = i[:, None] * T + i[None, :]
     F_at = F + channel * (BLOCKS * T * T) + square
-    dtype: tl.constexpr = k.dtype.element_ty
-    SPLIT: tl.constexpr = dtype == tl.float16
-    F0 = turned(halves(tl.load(F_at), dtype, SPLIT))
-    F1 = turned(halves(tl.load(F_at + T * T), dtype, SPLIT))
-    F2 = F1
-    if BLOCKS > 2:
-        F2 = turned(halves(tl.load(F_at + 2 * T * T), dtype, SPLIT))
+    F0 = tl.trans(tl.load(F_at))
+    F1 = tl.trans(tl.load(F_at + T * T))
+    F2 = tl.trans(tl.load(F_at + 2 * T * T)) if BLOCKS > 2 else F1
     for tile in range(tl.program_id(0) // D * tiles, (tl.program_id(0) // D + 1) * tiles):
         number = tile * C + tl.arange(0, C)
         row, owner, chunk, begin, length = spans_of(number, bounds, sequence, total, count, per_row)
         position = chunk[:, None] * T + i[None, :]
         k_base = (k + row * k_row + channel.to(tl.int64) * k_channel + begin)[:, None]
         k_tile = load_chunks(k_base, position, length[:, None], EVEN)
-        y = multiply((k_tile,), F0, tl.zeros([C, T], tl.float32), PRECISION)
+        y = tl.dot(k_tile, F0, input_precision=PRECISION)
         before = load_chunks(k_base, position - T, length[:, None], False)
-        y = multiply((before,), F1, y, PRECISION)
+        y = tl.dot(before, F1, y, input_precision=PRECISION)
         if BLOCKS > 2:
             before = load_chunks(k_base, position - 2 * T, length[:, None], False)
-            y = multiply((before,), F2, y, PRECISION)
+            y = tl.dot(before, F2, y, input_precision=PRECISION)
         mask = (position >= 0) & (position < length[:, None])
         if carry is not None:
             carry_at = ((owner * D + channel) * ((BLOCKS - 1) * T))[:, None] + position
@@ -132,8 +122,6 @@ def filter_backward_kernel(
     i = tl.arange(0, T)
     square = i[:, None] * T + i[None, :]
     F_at = F + channel * (BLOCKS * T * T) + square
-    dtype: tl.constexpr = k.dtype.element_ty
-    SPLIT: tl.constexpr = dtype != tl.float32
     sum_0 = tl.zeros([T, T], tl.float32)
     sum_1 = sum_0
     sum_2 = sum_0
@@ -146,20 +134,18 @@ def filter_backward_kernel(
         k_base = (k + row * k_row + channel.to(tl.int64) * k_channel + begin)[:, None]
         ds_base = (ds + (row * D + channel) * total + begin)[:, None]
         ds_tile = load_chunks(ds_base, position, inside, EVEN)
-        half = halves(ds_tile, dtype, False)
-        F_0 = halves(tl.load(F_at), dtype, SPLIT)
-        d_k = multiply(half, F_0, tl.zeros([C, T], tl.float32), PRECISION)
+        turned = tl.trans(ds_tile)
+        d_k = tl.dot(ds_tile, tl.load(F_at), input_precision=PRECISION)
         k_tile = load_chunks(k_base, position, inside, EVEN)
-        sum_0 = multiply(turned(half), (k_tile,), sum_0, PRECISION)
+        sum_0 = tl.dot(turned, k_tile, sum_0, input_precision=PRECISION)
         for m in tl.static_range(1, BLOCKS):
             after = load_chunks(ds_base, position + m * T, inside, False)
-            F_m = halves(tl.load(F_at + m * T * T), dtype, SPLIT)
-            d_k = multiply(halves(after, dtype, False), F_m, d_k, PRECISION)
+            d_k = tl.dot(after, tl.load(F_at + m * T * T), d_k, input_precision=PRECISION)
         before = load_chunks(k_base, position - T, inside, False)
-        sum_1 = multiply(turned(half), (before,), sum_1, PRECISION)
+        sum_1 = tl.dot(turned, before, sum_1, input_precision=PRECISION)
         if BLOCKS > 2:
             before = load_chunks(k_base, position - 2 * T, inside, False)
-            sum_2 = multiply(turned(half), (before,), sum_2, PRECISION)
+            sum_2 = tl.dot(turned, before, sum_2, input_precision=PRECISION)
         dk_at = dk + ((row * D + channel) * total + begin)[:, None] + position
         tl.store(dk_at, d_k.to(dk.dtype.element_ty), mask)
         if dcarry is not None:
@@ -189,7 +175,7 @@ def _is_even(chunks: Chunks, length: int, each: int, programs: int) -> bool:
 def forward(
     k: Tensor, filters: Tensor, carry: Tensor | None, bounds: Tensor | None = None
 ) -> Tensor:
-    """S = taps * k, contiguous, float32 for float16 inputs: it is rounded once more in a product.
+    """S = taps * k, contiguous.
 
     Args:
         k: (B, D, L), positions contiguous.
@@ -198,15 +184,14 @@ def forward(
         bounds: Where packed sequences begin and end, (sequences + 1,), int32; then B is 1.
     """
     B, D, L = k.shape
-    blocks = filters.shape[1]
-    s = k.new_empty(B, D, L, dtype=between(k.dtype))
+    s = k.new_empty(B, D, L)
     chunks = Chunks.of(B, L, bounds)
     each, programs = _tiles(chunks, D, 8 * multiprocessors(k.device))
     filter_kernel[(D * programs,)](
-        k, s, filters, carry, bounds, chunks.sequence, *strides(k),
+        k, s, filters.to(k.dtype), carry, bounds, chunks.sequence, *strides(k),
         D, L, each, chunks.count, chunks.per_row,
-        BLOCKS=blocks, EVEN=_is_even(chunks, L, each, programs),
-        PRECISION=product_precision(k.dtype), **(FORWARD if blocks == 2 else LONG_FORWARD),
+        BLOCKS=filters.shape[1], EVEN=_is_even(chunks, L, each, programs),
+        PRECISION=product_precision(k.dtype), **FORWARD,
     )  # fmt: skip
     return s
 
@@ -223,7 +208,7 @@ def backward(
     # a row shorter than what a carry reaches leaves the rest of it without effect
     dcarry = None if carry is None else torch.zeros_like(carry)
     filter_backward_kernel[(D * programs,)](
-        k, ds, dk, filters, dF, dcarry, bounds, chunks.sequence, *strides(k),
+        k, ds, dk, filters.to(k.dtype), dF, dcarry, bounds, chunks.sequence, *strides(k),
         D, L, each, chunks.count, chunks.per_row,
         BLOCKS=filters.shape[1], EVEN=_is_even(chunks, L, each, programs),
         PRECISION=product_precision(k.dtype), num_warps=4, num_stages=1,

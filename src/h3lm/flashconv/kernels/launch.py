@@ -10,14 +10,12 @@ from torch import Tensor
 from h3lm.flashconv.dispatch import SEGMENT_UNIT
 
 CHUNK_LENGTH = 64
-SPLIT_MEMORY = 200 << 10  # of a program with `splits`
 
 
 class Operators(NamedTuple):
     """Chunk operators as kernels take them: contiguous, real, any floating dtype.
 
-    Kernels round them: next to bfloat16 inputs F to bfloat16, like k, the others to float16, like
-    what they multiply, which is made inside and has a scale. Their gradients are float32.
+    They are rounded to the dtype of the inputs inside the kernels; their gradients are float32.
 
     Attributes:
         F: (D, 2 or 3, T, T), or None without a short filter. F_0 is lower triangular, of two
@@ -35,6 +33,11 @@ class Operators(NamedTuple):
     K: Tensor
     P: Tensor
     decay: Tensor
+
+    def rounded(self, dtype: torch.dtype) -> "Operators":
+        """The matrices in the dtype of the inputs; the decay stays float32."""
+        F = None if self.F is None else self.F.to(dtype)
+        return Operators(F, self.M.to(dtype), self.K.to(dtype), self.P.to(dtype), self.decay)
 
 
 def filter_blocks(operators: Operators) -> int:
@@ -112,28 +115,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; no limit elsewhere (the interpreter)."""
-    if device.type != "cuda":
-        return 1 << 30
-    found = torch.cuda.get_device_properties(device)
-    return found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-
-
 def product_precision(dtype: torch.dtype) -> str:
     """Precision of products: float32 inputs get float32 products, not tf32."""
     return "ieee" if dtype == torch.float32 else "tf32"
-
-
-def splits(k: Tensor, operators: Operators) -> bool:
-    """Whether kernels split operators in two halves, the second what rounding leaves.
-
-    float16 inputs would be twice as wrong as their last place without it; of bfloat16 ones only F
-    is rounded to bfloat16. For large states or long filters shared memory does not suffice.
-    """
-    slim = operators.K.shape[1] <= 64 and filter_blocks(operators) <= 2
-    return k.dtype == torch.float16 and slim and shared_memory(k.device) >= SPLIT_MEMORY
 
 
 def rows_of_walk(k: Tensor, segments: int, bounds: Tensor | None) -> int:

@@ -19,7 +19,7 @@ from h3lm.ssm.first_use import first_use
 from h3lm.ssm.operators import lower_toeplitz
 
 logger = logging.getLogger("h3lm.flashconv")
-TOLERANCE = 1e-2  # both round to bfloat16, 2^-9 each time: one those of heads at every step
+TOLERANCE = 1e-2  # both round operands to bfloat16, 2^-9 each
 
 
 def hopper_kernels(device: torch.device, heads: bool = False) -> ModuleType | None:

@@ -29,8 +29,6 @@ except ImportError:  # an older or trimmed Triton: then only `layout=None` is us
     gl = None
 
 T = tl.constexpr(64)
-NO_SCALE = tl.constexpr(141)  # `exponent_of` numbers whose scale is 1
-HEADROOM = tl.constexpr(3)  # in powers of two, for larger numbers in later tiles
 
 
 @triton.jit
@@ -97,127 +95,6 @@ def power8(re, im):
     for _ in tl.static_range(3):
         re, im = re * re - im * im, 2.0 * re * im
     return re, im
-
-
-@triton.jit
-def exponent_of(bound):
-    """Number of the scale that keeps numbers up to `bound` below 2^15, so that float16 has them.
-
-    Where the bound is no number, that of 1: what is right elsewhere in the tile stays so.
-    """
-    exponent = bound.to(tl.int32, bitcast=True) >> 23
-    return tl.where(exponent == 255, NO_SCALE, tl.maximum(exponent, 64))
-
-
-@triton.jit
-def scale_of(exponent):
-    """The scale, a power of two."""
-    return ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def unscale_of(exponent):
-    """Its inverse."""
-    return ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def change_of(before, after):
-    """A scale divided by the one before, at most 1; the arguments are sums of numbers of scales."""
-    return (tl.maximum(127 + before - after, 0) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def largest_weights(re, im, last: tl.constexpr):
-    """The modulus of each mode's largest weight, from where those of a chunk's first input are.
-
-    Weights are powers: none is larger than that of the first and of the `last` input.
-    """
-    re = tl.maximum(tl.abs(tl.load(re)), tl.abs(tl.load(re + last))).to(tl.float32)
-    im = tl.maximum(tl.abs(tl.load(im)), tl.abs(tl.load(im + last))).to(tl.float32)
-    return tl.sqrt(re * re + im * im)
-
-
-@triton.jit
-def weights_into_states(K, modes, N: tl.constexpr):
-    """`largest_weights` of K of a channel."""
-    return largest_weights(K + modes * T, K + (modes + N // 2) * T, T - 1)
-
-
-@triton.jit
-def weights_out_of_states(P, modes, N: tl.constexpr):
-    """`largest_weights` of P^T, backwards."""
-    return largest_weights(P + modes, P + modes + N // 2, (T - 1) * N)
-
-
-@triton.jit
-def unit_of_states(weights):
-    """The power of two in which states are counted, and its inverse.
-
-    Times an input they are about as large as it, so that float16 has K and P whatever the system.
-    """
-    exponent = tl.minimum(tl.maximum(tl.max(weights, 0).to(tl.int32, bitcast=True) >> 23, 27), 227)
-    unit = (exponent << 23).to(tl.float32, bitcast=True)
-    return unit, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def largest_gain(weights, decay_re, decay_im):
-    """At most so many times as large as its largest input is what a tile adds to a state; or 1.
-
-    Args:
-        weights: `largest_weights`.
-        decay_re, decay_im: Decay over a chunk.
-    """
-    left = 1.0 - tl.sqrt(decay_re * decay_re + decay_im * decay_im)
-    chunks = 1.0 / tl.maximum(left, 1.0 / 64)
-    return tl.maximum(tl.max(weights * chunks, 0) * T, 1.0)
-
-
-@triton.jit
-def halves(x, dtype: tl.constexpr, SPLIT: tl.constexpr):
-    """A matrix in a dtype, as a tuple, with what that leaves of it if it is to be SPLIT."""
-    rounded = x.to(dtype)
-    if SPLIT:
-        return rounded, (x.to(tl.float32) - rounded.to(tl.float32)).to(dtype)
-    else:
-        return (rounded,)
-
-
-@triton.jit
-def turned(x):
-    """The transposes of `halves`."""
-    if len(x) > 1:
-        return tl.trans(x[0]), tl.trans(x[1])
-    else:
-        return (tl.trans(x[0]),)
-
-
-@triton.jit
-def multiply(x, y, sum, PRECISION: tl.constexpr):
-    """The product of two matrices, each as `halves` returns it, added to a sum."""
-    sum = tl.dot(x[0], y[0], sum, input_precision=PRECISION)
-    if len(x) > 1:
-        sum = tl.dot(x[1], y[0], sum, input_precision=PRECISION)
-    if len(y) > 1:
-        sum = tl.dot(x[0], y[1], sum, input_precision=PRECISION)
-    return sum
-
-
-@triton.jit
-def scaled(vectors, scale):
-    """A tuple of vectors, times a number."""
-    out = (vectors[0] * scale,)
-    for r in tl.static_range(1, len(vectors)):
-        out = out + (vectors[r] * scale,)
-    return out
-
-
-@triton.jit
-def largest_element(x):
-    """The largest magnitude in a matrix."""
-    bits = tl.abs(x).to(tl.int32, bitcast=True)  # in their order, and faster to compare
-    return tl.max(tl.reshape(bits, [x.numel], can_reorder=True), 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
