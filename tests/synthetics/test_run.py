@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import multiprocessing
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -303,6 +304,7 @@ def test_steps_are_compiled_ahead_by_processes_and_one_that_fails_is_said(tmp_pa
     wanted = tuple(("recipe", seed, SMALL.recipe) for seed in range(9))
     fine, broken = (Job("recall", SMALL, m, wanted, "cpu", tmp_path) for m in ("h3", "h4"))
     assert len(_assemble(fine, 5)) == 5
+    others = set(multiprocessing.active_children())
     with prepared([fine, broken], lambda job: len(job.wanted), _assemble) as ready:
         assert not ready(fine, 0.0)
         assert ready(fine, 60.0)
@@ -310,6 +312,9 @@ def test_steps_are_compiled_ahead_by_processes_and_one_that_fails_is_said(tmp_pa
         assert ready(broken, 60.0)
         assert ready(replace(fine), 0.0)
     assert "not compiled ahead: UserError: unknown mixer 'h4'" in caplog.text
+    for process in set(multiprocessing.active_children()) - others:
+        process.join(60)
+        assert not process.is_alive()
 
 
 def test_several_steps_at_once_are_the_same_training(monkeypatch):
