@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import multiprocessing
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -30,6 +31,7 @@ from h3lm.synthetics.run import (
     Job,
     Plan,
     _assemble,
+    _place,
     live_line,
     model_config,
     plan,
@@ -302,6 +304,7 @@ def test_steps_are_compiled_ahead_by_processes_and_one_that_fails_is_said(tmp_pa
     wanted = tuple(("recipe", seed, SMALL.recipe) for seed in range(9))
     fine, broken = (Job("recall", SMALL, m, wanted, "cpu", tmp_path) for m in ("h3", "h4"))
     assert len(_assemble(fine, 5)) == 5
+    others = set(multiprocessing.active_children())
     with prepared([fine, broken], lambda job: len(job.wanted), _assemble) as ready:
         assert not ready(fine, 0.0)
         assert ready(fine, 60.0)
@@ -309,6 +312,9 @@ def test_steps_are_compiled_ahead_by_processes_and_one_that_fails_is_said(tmp_pa
         assert ready(broken, 60.0)
         assert ready(replace(fine), 0.0)
     assert "not compiled ahead: UserError: unknown mixer 'h4'" in caplog.text
+    for process in set(multiprocessing.active_children()) - others:
+        process.join(60)
+        assert not process.is_alive()
 
 
 def test_several_steps_at_once_are_the_same_training(monkeypatch):
@@ -500,13 +506,83 @@ def test_what_the_time_cut_short_is_kept_and_marked_until_it_is_finished(tmp_pat
     assert all(r.finished for r in report.runs)
 
 
+def given_up_at_the_first_look(monkeypatch):
+    clock = itertools.count()  # the fourth look at it, behind an epoch, is too late
+    monkeypatch.setattr("h3lm.synthetics.run.time", SimpleNamespace(time=lambda: next(clock)))
+
+
+QUICK = replace(SMALL, num_train=32, test_lengths=(), recipe=Recipe(epochs=4))
+
+
+def test_a_call_for_fewer_models_leaves_the_others_where_they_stand(tmp_path, monkeypatch):
+    chosen = Plan({"recall": QUICK}, ("s4d",), seeds=(0, 1, 2))
+    given_up_at_the_first_look(monkeypatch)
+    run(chosen, tmp_path, lambda line: None, minutes=0.04)
+    assert len(list((tmp_path / "unfinished").iterdir())) == 1
+    given_up_at_the_first_look(monkeypatch)
+    run(replace(chosen, seeds=(0,)), tmp_path, lambda line: None, minutes=0.04)
+    files = sorted((tmp_path / "unfinished").iterdir())
+    assert [unfinished.step_of(file) for file in files] == [2, 1]
+    monkeypatch.undo()
+    run(replace(chosen, seeds=(2,)), tmp_path, lambda line: None)
+    said = []
+    run(chosen, tmp_path, said.append)
+    assert said[:2] == [
+        "recall s4d: 1 model(s) on cpu from step 2",
+        "recall s4d: 1 model(s) on cpu from step 1",
+    ]
+    assert all(r.finished for r in Report.open(tmp_path).runs)
+    assert not any((tmp_path / "unfinished").iterdir())
+
+
+def test_what_fails_behind_a_training_leaves_it_where_it_stood(tmp_path, monkeypatch):
+    chosen = Plan({"recall": QUICK}, ("s4d",), seeds=(0, 1))
+    given_up_at_the_first_look(monkeypatch)
+    run(chosen, tmp_path, lambda line: None, minutes=0.04)
+    monkeypatch.undo()
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    for place in ("run._score_longer", "run._outcome", "run.Report.write"):
+        monkeypatch.setattr(f"h3lm.synthetics.{place}", fail)
+        with pytest.raises(MemoryError):
+            run(chosen, tmp_path, lambda line: None)
+        monkeypatch.undo()
+    said = []
+    run(chosen, tmp_path, said.append)
+    assert said[0] == "recall s4d: 2 model(s) on cpu from step 1"
+    assert not any((tmp_path / "unfinished").iterdir())
+
+
+def test_the_best_model_of_all_jobs_of_a_mixer_is_kept(tmp_path):
+    better, worse = (
+        Run("recall", "h3", "recipe", seed, 5e-4, 9, 9, accuracy, accuracy, 1.0, {}, [])
+        for seed, accuracy in ((0, 0.9), (1, 0.2))
+    )
+    report, job = Report(tmp_path / "report.json"), Job("recall", SMALL, "h3", (), "cpu", tmp_path)
+    for runs, name in (([better], "good"), ([worse], "bad"), ([better], "again")):
+        found = tmp_path / "models" / f".{name}"
+        (found / "model").mkdir(parents=True)
+        (found / "model" / "weights").write_text(name)
+        (found / "trace.png").write_text(name)
+        is_best = report.would_be_best("recall", "h3", runs)
+        report.add("recall", "h3", runs, {})
+        _place(job, found, is_best)
+        (left,) = (tmp_path / "models").iterdir()
+        expected = "good" if name == "bad" else name
+        assert (left / "weights").read_text() == expected
+        assert (tmp_path / "trace-recall.png").read_text() == expected
+
+
 def test_a_file_that_trainings_cannot_go_on_from_is_refused(tmp_path):
     chosen = Plan({"recall": SMALL}, ("h3",), seeds=(0,))
     recipe = SMALL.recipe
-    unfinished.keep(
-        tmp_path, "recall", "h3", [("recipe", 0, recipe)],
-        Standing(3, [9], [[(3, 1.0, 0.0)]], *torch.zeros(3, 1, 5), torch.zeros(1, 1)), None,
-    )  # fmt: skip
+    standing = Standing(3, [9], [[(3, 1.0, 0.0)]], *torch.zeros(3, 1, 5), torch.zeros(1, 1))
+    models = [("recipe", 0, recipe)]
+    written = unfinished.write(tmp_path, "recall", "h3", models, models, standing, None)
+    assert not list((tmp_path / "unfinished").glob("*.pt"))
+    unfinished.settle(written)
     with pytest.raises(UserError, match=r"recall-h3-recipe-0-0.0005-3.pt holds models of another"):
         run(chosen, tmp_path, lambda line: None)
     (file,) = (tmp_path / "unfinished").iterdir()

@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
+from h3lm.ssm import real_modes
 from h3lm.ssm.fused_parameters import bilinear, can_discretize
 from h3lm.ssm.hints import SSM_HINT, ParameterHint, SSMModule
 from h3lm.ssm.hippo import diagonal_eigenvalues
 from h3lm.ssm.operators import DiagonalSystem
+from h3lm.ssm.real_modes import Pair, split, times
 
 DISCRETIZATIONS = ("bilinear", "zoh")
 
@@ -152,6 +154,12 @@ class DiagonalSSM(SSMModule):
             a, b = _discretized(*given, self.discretization)
         C = torch.view_as_complex(self.C.contiguous())
         return DiagonalSystem(a=a, b=b, c=C, skip=self.D)
+
+    def real_modes(self) -> tuple[Pair, Pair]:
+        """A and b c of `system`, (H, N/2), in real numbers."""
+        A = -torch.exp(self.log_neg_A_real), self.A_imag
+        a, b = real_modes.discretize(A, torch.exp(self.log_dt), self.discretization)
+        return a, times(times(b, split(self.B)), split(self.C))
 
     def extra_repr(self) -> str:
         """Sizes and rules, for print."""

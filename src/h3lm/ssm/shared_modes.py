@@ -9,10 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from h3lm.ssm import real_modes
 from h3lm.ssm.diagonal import DISCRETIZATIONS, discretize
 from h3lm.ssm.hints import SSM_HINT, ParameterHint, SSMModule
 from h3lm.ssm.hippo import diagonal_eigenvalues
 from h3lm.ssm.operators import DiagonalSystem
+from h3lm.ssm.real_modes import Pair, split, times
 
 
 class TiedDiagonalSSM(SSMModule):
@@ -95,6 +97,12 @@ class TiedDiagonalSSM(SSMModule):
         a, b = discretize(A, torch.ones_like(A), torch.exp(self.log_dt), self.discretization)
         return DiagonalSystem(a=a, b=b, c=_complex(self.C), skip=self.D)
 
+    def real_modes(self) -> tuple[Pair, Pair]:
+        """A and b c of `system`, (H, N/2), in real numbers."""
+        A = -torch.exp(self.log_neg_A_real), self.A_imag
+        a, b = real_modes.discretize(A, torch.exp(self.log_dt), self.discretization)
+        return a, times(b, split(self.C))
+
     def extra_repr(self) -> str:
         """Sizes and rules, for print."""
         return (
@@ -157,6 +165,12 @@ class SharedModesSSM(SSMModule):
         c = _complex(self.C) * (torch.expm1(A) / A) / 2
         a = torch.exp(A).expand(self.num_systems, -1)
         return DiagonalSystem(a=a, b=torch.ones_like(a), c=c, skip=self.D)
+
+    def real_modes(self) -> tuple[Pair, Pair]:
+        """A, (1, N), and b c, (H, N), of `system`, in real numbers."""
+        A = -torch.exp(self.log_neg_A_real[None]), torch.exp(self.log_A_imag[None])
+        a, grown = real_modes.hold(A)
+        return a, times(split(self.C / 2), real_modes.over(grown, A))
 
     def extra_repr(self) -> str:
         """Sizes, for print."""

@@ -7,10 +7,12 @@ in the compiler's cache in seconds.
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from typing import TypeVar
 
 import torch._inductor.config
@@ -40,8 +42,13 @@ def prepared(
     """
     cores = os.cpu_count() or 1
     workers = max(1, min(len(jobs), cores // _CORES_EACH))
+    processes = get_context("spawn")
+    over = processes.Event()
     pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(cores // workers,)
+        workers,
+        mp_context=processes,
+        initializer=_begin,
+        initargs=(cores // workers, over),
     )
     first = {id(job): pool.submit(_prepare, assemble, job, size(job)) for job in jobs}
     for job in jobs:
@@ -63,14 +70,18 @@ def prepared(
     try:
         yield ready
     finally:
-        processes = list(pool._processes.values())
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:  # what they still compile is of no use to anyone
-            process.terminate()
+        over.set()
 
 
-def _begin(threads: int) -> None:
+def _begin(threads: int, over: Event) -> None:
     torch._inductor.config.compile_threads = threads
+
+    def end() -> None:
+        over.wait()
+        os._exit(0)  # what is still compiled is of no use to anyone
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _prepare(assemble: Callable[[J, int], Ensemble], job: J, places: int) -> None:

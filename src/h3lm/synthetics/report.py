@@ -81,6 +81,11 @@ class Run:
         return cls(**fields | {"test_loss": _or_nan(fields["test_loss"]), "curve": curve})
 
 
+def merit(finished: bool, accuracy: float, test_loss: float) -> tuple[bool, float, float]:
+    """By what the best of several models is chosen: the largest."""
+    return finished, _or_least(accuracy), _or_least(-test_loss)
+
+
 class Report:
     """Everything that was run in a folder, and its tables."""
 
@@ -137,6 +142,14 @@ class Report:
         """Take up the runs of a setting and mixer."""
         self._take(runs)
         self.sizes[f"{setting} {mixer}"] = size
+
+    def would_be_best(self, setting: str, mixer: str, runs: list[Run]) -> bool:
+        """Whether none of the runs held is better than the best of these."""
+        held = [r for r in self.runs if (r.setting, r.mixer) == (setting, mixer)]
+        first, second = (
+            [merit(r.finished, r.accuracy, r.test_loss) for r in group] for group in (runs, held)
+        )
+        return not second or max(first) >= max(second)
 
     def merge(self, other: "Report") -> None:
         """Take up what another report holds and this one lacks."""

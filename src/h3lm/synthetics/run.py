@@ -29,7 +29,7 @@ from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.synthetics import unfinished
 from h3lm.synthetics.ensemble import TURN, Ensemble, Look, Member, Recipe
 from h3lm.synthetics.prepare import prepared
-from h3lm.synthetics.report import Report, Run
+from h3lm.synthetics.report import Report, Run, merit
 from h3lm.synthetics.settings import SETTINGS, TO_THE_END, Setting
 from h3lm.synthetics.tasks import Baseline, Dataset, Task, check_known, make_task
 
@@ -211,10 +211,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job leaves for the report."""
+    """What a job leaves for the report, and files to be put in place once that is written.
+
+    Attributes:
+        runs: Its models.
+        size: Parameters of one, floats of its state.
+        standing: Where those stand that were given up.
+        best: Folder with the best model and its picture.
+    """
 
     runs: list[Run]
     size: dict[str, int]
+    standing: unfinished.Pending
+    best: Path
 
 
 def run(
@@ -277,12 +286,15 @@ def run(
             cut.append(f"{job.name} {job.mixer}")
         if outcome is None:
             continue
+        is_best = report.would_be_best(job.name, job.mixer, outcome.runs)
         report.add(job.name, job.mixer, outcome.runs, outcome.size)
         came.append(job)
         call = _describe_call(came, devices)
         report.calls = calls if call in calls else [*calls, call]
         _measure_baselines(report, job.name, job.setting)
         report.write()
+        unfinished.settle(outcome.standing)
+        _place(job, outcome.best, is_best)
         say(f"{job.name} {job.mixer}: {report.summary(job.name, job.mixer)}")
     if report.runs:
         report.write()
@@ -404,9 +416,11 @@ def _do(job: Job, progress: Say | None) -> Outcome | None:
             return None
         with TURN:
             left = [job.wanted[i] for i in ensemble.unfinished]
-            unfinished.keep(job.out, job.name, job.mixer, left, ensemble.standing, job.given_up)
+            standing = unfinished.write(
+                job.out, job.name, job.mixer, job.wanted, left, ensemble.standing, job.given_up
+            )
             longer = _score_longer(ensemble, job.setting)
-            return _outcome(job, ensemble.members, longer)
+            return _outcome(job, ensemble.members, longer, standing)
     finally:
         torch.set_num_threads(threads)
 
@@ -430,18 +444,26 @@ def _assemble(job: Job, places: int) -> Ensemble:
     return Ensemble(make, members, torch.device(job.device))
 
 
-def _outcome(job: Job, members: list[Member], longer: dict[int, list[float]]) -> Outcome:
+def _outcome(
+    job: Job,
+    members: list[Member],
+    longer: dict[int, list[float]],
+    standing: unfinished.Pending,
+) -> Outcome:
     from h3lm.synthetics import plots
     from h3lm.synthetics.trace import trace
 
-    best = max(members, key=lambda m: (m.finished, m.last, -m.test_loss))
+    best = max(members, key=lambda m: merit(m.finished, m.last, m.test_loss))
     assert best.model is not None
-    _save(best.model, job.out / "models" / f"{job.name}-{_file_name(job.mixer)}")
+    kind, seed, recipe = job.wanted[0]
+    folder = _model_folder(job).with_name(
+        f".{_model_folder(job).name}-{kind}-{seed}-{recipe.learning_rate:g}-{recipe.epochs}"
+    )
+    _save(best.model, folder / "model")
     config = best.model.config
     one_channel = set(config.mixers) == {"h3"} and config.h3_head_dim == 1
     if one_channel and not job.name.startswith("mqar"):
-        which = "" if job.mixer == "h3" else f"-{_file_name(job.mixer)}"
-        plots.plot_trace(trace(best.model, best.data), job.out / f"trace-{job.name}{which}.png")
+        plots.plot_trace(trace(best.model, best.data), folder / "trace.png")
     steps = -(-job.setting.num_train // job.setting.recipe.batch_size)
     runs = [
         Run(
@@ -465,7 +487,23 @@ def _outcome(job: Job, members: list[Member], longer: dict[int, list[float]]) ->
         "parameters": sum(p.numel() for p in best.model.parameters()),
         "state_floats": state_floats(best.model, job.setting.task.length),
     }
-    return Outcome(runs, size)
+    return Outcome(runs, size, standing, folder)
+
+
+def _model_folder(job: Job) -> Path:
+    return job.out / "models" / f"{job.name}-{_file_name(job.mixer)}"
+
+
+def _place(job: Job, found: Path, is_best: bool) -> None:
+    """Put a job's best model in place, and its picture, unless the one that is there is better."""
+    model, picture = _model_folder(job), found / "trace.png"
+    if is_best or not model.exists():
+        shutil.rmtree(model, ignore_errors=True)
+        (found / "model").replace(model)
+        if picture.exists():
+            which = "" if job.mixer == "h3" else f"-{_file_name(job.mixer)}"
+            picture.replace(job.out / f"trace-{job.name}{which}.png")
+    shutil.rmtree(found, ignore_errors=True)
 
 
 @lru_cache(maxsize=64)

@@ -23,10 +23,10 @@ from h3lm.layers.recurrence import Recurrence
 from h3lm.layers.s4 import S4
 from h3lm.ssm import DiagonalSSM, ShiftSSM
 from h3lm.ssm.dplr import DPLRSSM
+from h3lm.ssm.real_modes import Pair, times
 from h3lm.ssm.shared_modes import SharedModesSSM, TiedDiagonalSSM
 
 MAX_LENGTH = 256
-Pair = tuple[Tensor, Tensor]  # real and imaginary parts
 
 
 def shorten(model: nn.Module) -> None:
@@ -74,39 +74,8 @@ def response(
     if isinstance(ssm, DPLRSSM):
         taps = ssm.system().quick_filter(length)
     else:
-        taps = _sum_of_modes(*_modes(ssm), length)
+        taps = _sum_of_modes(*ssm.real_modes(), length)
     return _with_skip(taps.to(ssm.D.dtype), ssm.D)
-
-
-def _modes(ssm: DiagonalSSM | TiedDiagonalSSM | SharedModesSSM) -> tuple[Pair, Pair]:
-    """Decays a and weights b c of `ssm.system()`, (H, N/2), or (1, N/2) where all share them.
-
-    In real numbers, since a compiler of kernels knows no complex ones: of these every operation
-    would be a kernel, forward and backward.
-    """
-    C = ssm.C[..., 0], ssm.C[..., 1]
-    if isinstance(ssm, SharedModesSSM):
-        A = -torch.exp(ssm.log_neg_A_real[None]), torch.exp(ssm.log_A_imag[None])
-        a, into = _hold(A)
-        return a, _times((C[0] / 2, C[1] / 2), _over(into, A))
-    A, dt = (-torch.exp(ssm.log_neg_A_real), ssm.A_imag), torch.exp(ssm.log_dt)[:, None]
-    z = dt * A[0], dt * A[1]
-    if ssm.discretization == "bilinear":
-        below = 1 - z[0] / 2, -z[1] / 2
-        a, b = _over((1 + z[0] / 2, z[1] / 2), below), _over((dt, torch.zeros_like(dt)), below)
-    else:
-        a, into = _hold(z)
-        b = _over(into, A)
-    if isinstance(ssm, DiagonalSSM):
-        b = _times(b, (ssm.B[..., 0], ssm.B[..., 1]))
-    return a, _times(b, C)
-
-
-def _hold(z: Pair) -> tuple[Pair, Pair]:
-    """exp(z) and exp(z) - 1, the latter without cancellation near 0."""
-    grown, (cos, sin) = torch.expm1(z[0]), (torch.cos(z[1]), torch.sin(z[1]))
-    im = (grown + 1) * sin
-    return ((grown + 1) * cos, im), (grown * cos - 2 * torch.sin(z[1] / 2).square(), im)
 
 
 def _sum_of_modes(pole: Pair, weight: Pair, length: int) -> Float[Tensor, "H L"]:
@@ -119,7 +88,7 @@ def _sum_of_modes(pole: Pair, weight: Pair, length: int) -> Float[Tensor, "H L"]
     inner = 1 << ((length - 1).bit_length() + 1) // 2
     fine, pole = _powers(pole, inner)
     coarse, _ = _powers(pole, -(-length // inner))
-    re, im = _times(coarse, (2 * weight[0].to(wide)[:, None], 2 * weight[1].to(wide)[:, None]))
+    re, im = times(coarse, (2 * weight[0].to(wide)[:, None], 2 * weight[1].to(wide)[:, None]))
     # the real part of a product, summed over modes
     taps = re[:, :, None] * fine[0][:, None] - im[:, :, None] * fine[1][:, None]
     return taps.sum(-1).flatten(1)[:, :length]
@@ -131,18 +100,9 @@ def _powers(a: Pair, count: int) -> tuple[Pair, Pair]:
     power: Pair = torch.ones_like(a[0])[:, None], torch.zeros_like(a[0])[:, None]
     for bit in range((count - 1).bit_length()):
         on = ((lags >> bit) & 1).to(a[0].dtype)[:, None]
-        power = _times(power, (1 + on * (a[0][:, None] - 1), on * a[1][:, None]))
-        a = _times(a, a)
+        power = times(power, (1 + on * (a[0][:, None] - 1), on * a[1][:, None]))
+        a = times(a, a)
     return power, a
-
-
-def _times(x: Pair, y: Pair) -> Pair:
-    return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
-
-
-def _over(x: Pair, y: Pair) -> Pair:
-    size = y[0].square() + y[1].square()
-    return _times(x, (y[0] / size, -y[1] / size))
 
 
 def convolve(taps: Float[Tensor, "H L"], x: Float[Tensor, "H rows L"]) -> Float[Tensor, "H rows L"]:

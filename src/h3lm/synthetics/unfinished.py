@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,40 +53,61 @@ def load(file: Path, wanted: Sequence[Wanted], num_parameters: int) -> Standing:
     return standing.of([stored["keys"].index(_key(one)) for one in wanted])
 
 
-def keep(
+@dataclass(frozen=True)
+class Pending:
+    """Files to be put in place, and one that they replace."""
+
+    files: tuple[tuple[Path, Path], ...]  # as written, and as it shall be named
+    replaced: Path | None
+
+
+def write(
     out: Path,
     setting: str,
     mixer: str,
-    models: Sequence[Wanted],
+    wanted: Sequence[Wanted],
+    left: Sequence[Wanted],
     standing: Standing | None,
     came_from: Path | None,
-) -> None:
-    """Write down where models stand, in place of the file that they came from.
+) -> Pending:
+    """Write down where models stand; `settle` makes it count, once everything else is written.
 
     Args:
         out: Folder of the report.
         setting: Name of the setting.
         mixer: The mixer, as it was asked for.
-        models: What was given up.
-        standing: Where they stand; None if nothing was.
-        came_from: File that a part of them was in; gone afterwards.
+        wanted: What was trained.
+        left: What of that was given up.
+        standing: Where that stands; None if nothing was.
+        came_from: File that `wanted` was in, perhaps with others, which go on standing there.
     """
-    if standing is not None:
-        kind, seed, recipe = models[0]
-        label = f"{setting}-{mixer}-{kind}-{seed}-{recipe.learning_rate:g}-{recipe.epochs}"
+    groups = [] if standing is None else [([_key(one) for one in left], standing)]
+    if came_from is not None:
+        stored = _read(came_from)
+        gone = {_key(one) for one in wanted}
+        rows = [row for row, key in enumerate(stored["keys"]) if key not in gone]
+        if rows:
+            others = Standing(**stored["standing"]).of(rows)
+            groups.append(([stored["keys"][row] for row in rows], others))
+    files = []
+    for keys, where in groups:
+        kind, seed, rate, epochs = keys[0]
+        label = f"{setting}-{mixer}-{kind}-{seed}-{rate:g}-{epochs}"
         file = _folder(out) / f"{label.replace(':', '-').replace('+', '-')}.pt"
         file.parent.mkdir(exist_ok=True)
         partial = file.with_suffix(".partial")
-        keys = [_key(one) for one in models]
-        torch.save(
-            {"setting": setting, "mixer": mixer, "keys": keys, "standing": standing._asdict()},
-            partial,
-        )
+        held = {"setting": setting, "mixer": mixer, "keys": keys, "standing": where._asdict()}
+        torch.save(held, partial)
+        files.append((partial, file))
+    return Pending(tuple(files), came_from)
+
+
+def settle(pending: Pending) -> None:
+    """Put in place what `write` has written."""
+    for partial, file in pending.files:
         partial.replace(file)
-        if came_from == file:
-            return
-    if came_from is not None:
-        came_from.unlink(missing_ok=True)
+    if pending.replaced is not None and pending.replaced not in [f for _, f in pending.files]:
+        pending.replaced.unlink(missing_ok=True)
 
 
 def _folder(out: Path) -> Path:
