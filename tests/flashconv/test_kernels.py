@@ -211,6 +211,8 @@ def test_ssm_conv_and_end_state_run_by_the_same_kernels() -> None:
         ({"aligned": False}, "triton", "multiples of 16"),
         ({"capability": (8, 9)}, "triton", "Hopper GPUs"),
         ({"capability": (8, 9), "num_modes": 64}, "torch", "160 KB"),
+        ({"capability": (8, 9), "n_taps": 65}, "torch", "over 64 taps"),
+        ({"capability": (8, 9), "n_taps": 65, "head_dim": 2}, "triton", "Hopper GPUs"),
         ({"capability": (7, 5)}, "torch", "8.0"),
         ({"capability": None}, "torch", "NVIDIA"),
         ({"num_modes": 16}, "triton", "d_state 64"),

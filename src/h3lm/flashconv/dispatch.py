@@ -24,7 +24,7 @@ HEAD_DIMS = (1, 2, 4, 8)
 HOPPER_HEAD_DIMS = (1, 8)
 MAX_MODES = 64
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# 96 KB are enough for a half dtype and d_state 64: every GPU from 8.0 on has 99 KB
+# 96 KB are enough for a half dtype, d_state 64 and 64 taps: every GPU from 8.0 on has 99 KB
 LARGE_SHARED = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
 HOPPER_SHARED = ((9, 0), (10, 0), (10, 3))
 # the longest rows of the block FFT, in one kernel by dtype, and with a factor through device memory
@@ -165,9 +165,10 @@ def _triton_lacks(op: str, device: torch.device, dtype: torch.dtype, problem: Pr
         return _step_lacks(dtype, problem)
     if op == "fft_conv":
         return fft_lacks(dtype, problem)
-    wide = dtype == torch.float32 or problem.num_modes > 32
+    long = problem.n_taps > CHUNK_LENGTH and problem.head_dim == 1  # three blocks, backwards 112 KB
+    wide = dtype == torch.float32 or problem.num_modes > 32 or long
     if wide and problem.capability not in LARGE_SHARED:
-        return "float32 and d_state over 64 need 160 KB of shared memory for a program"
+        return "float32, d_state over 64, over 64 taps need 160 KB of shared memory for a program"
     if dtype not in TRITON_DTYPES or not problem.complex64:
         return "kernels take bfloat16, float16 and float32, with complex64 systems"
     if problem.head_dim not in HEAD_DIMS:
