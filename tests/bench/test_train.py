@@ -131,10 +131,10 @@ def test_what_one_process_cannot_hold_is_no_mean(monkeypatch):
         into[:] = [row, rows[0]]
 
     monkeypatch.setattr(train.distributed, "all_gather_object", gather)
-    rows[:] = [{"tokens/s": 3.0, "peak GiB": 2.0, "graphs": "no"}]
+    rows[:] = [{"tokens/s": 3.0, "peak GiB": 4.0, "graphs": "no"}]
     found = train._mean_row({"tokens/s": 1.0, "peak GiB": 2.0, "graphs": "no"})
     assert found == {
-        "tokens/s": 2.0, "peak GiB": 2.0, "graphs": "no", "tokens/s of each": "1, 3",
+        "tokens/s": 2.0, "peak GiB": 4.0, "graphs": "no", "tokens/s of each": "1, 3",
     }  # fmt: skip
     rows[:] = [None]
     assert train._mean_row({"tokens/s": 1.0}) is None

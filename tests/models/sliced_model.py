@@ -1,8 +1,9 @@
 """A model on rows in slices over several processes, against the same model on whole rows.
 
 python -m tests.models.sliced_model [DEVICE] prints, as a line of JSON, how far loss and gradients
-are off in each case, relative to the largest value: in four processes, or on two GPUs. There only
-"long" takes the kernels, in bfloat16, as a training run does: in float32 they compile for minutes.
+are off in each case, relative to the largest value: in four processes, or on two GPUs. There
+"h3 2 plain" takes the kernels, in float32 and slices of unlike length, and "long" in bfloat16, as
+training does; for the rest they would compile for minutes.
 """
 
 # ruff: noqa: T201 (what it prints is its result)
@@ -27,13 +28,17 @@ LONG = 3301  # slices of which forget what was in front of them
 DOCUMENTS = [0, 11, 19, 60, 63]  # one begins with a slice, one goes over two edges
 
 
-def by_kernels(way: str, device: str) -> bool:
+def in_bf16(way: str, device: str) -> bool:
     return way == "long" and device == "cuda"
+
+
+def by_kernels(mixers: str, way: str, device: str) -> bool:
+    return in_bf16(way, device) or (device == "cuda" and (mixers, way) == ("h3", "plain"))
 
 
 def make(mixers: str, way: str, device: str) -> H3ForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "d_state": 64} if by_kernels(way, device) else {}
+    sizes = {"hidden_size": 64, "d_state": 64} if in_bf16(way, device) else {}
     config = H3Config(
         **{"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "d_state": 8} | sizes,
         mixers=["h3", "attention", "h3"] if mixers == "hybrid" else mixers, rotary_dim=4,
@@ -43,7 +48,7 @@ def make(mixers: str, way: str, device: str) -> H3ForCausalLM:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(module, H3) and not by_kernels(way, device):
+        if isinstance(module, H3) and not by_kernels(mixers, way, device):
             module.backend = "torch"
         if isinstance(module, DiagonalSSM) and way == "long":  # forgets within a slice
             module.log_dt.data.clamp_(min=math.log(0.05))
@@ -71,7 +76,7 @@ def run_case(mixers: str, way: str, group, device: str) -> dict[str, float]:
     model = make(mixers, way, device)
     # compiled: slices of one length
     packed, length = way == "packed", {"long": LONG, "compiled": L + 1}.get(way, L)
-    if by_kernels(way, device):
+    if in_bf16(way, device):
         length -= length % 32  # Hopper's take multiples of 16
     rows = 1 if packed else 2
     tokens = torch.randint(0, 32, (rows, length + 1))
@@ -84,7 +89,7 @@ def run_case(mixers: str, way: str, group, device: str) -> dict[str, float]:
         starts[DOCUMENTS] = torch.tensor(DOCUMENTS)
         whole["position_ids"] = (positions - starts.cummax(0)[0])[None]
     whole = {name: x.to(device) for name, x in whole.items()}
-    others = {"count": int((labels != -100).sum()), "half": by_kernels(way, device)}
+    others = {"count": int((labels != -100).sum()), "half": in_bf16(way, device)}
     share_rows(model, group)
     with whole_rows(model):
         loss, grads = run(model, whole | others)

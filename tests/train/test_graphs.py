@@ -234,6 +234,8 @@ def test_a_run_by_graphs_is_the_run_without(mixers, tmp_path, caplog):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # the compiler's own
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support:UserWarning")
+# asked by the compiler, which hides it from people, not from an error filter
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("mixers", ["h3", "hybrid", "attention"])
 @pytest.mark.parametrize("compiled", [None, "blocks"])
 def test_a_language_model_by_graphs_trains_to_the_same_bits(

@@ -63,7 +63,7 @@ NOTES = (
     "data: what the host waits for a batch. Attention by the fastest of SDPA's backends here. "
     "Estimate: what `h3lm train` prints before a run. Ratio: tokens/s over those of the first "
     "model of the same shape; scaling: tokens/s over those of one GPU with as many tokens (under "
-    "torchrun the mean of all GPUs at once, each for itself); peak "
+    "torchrun the mean of all GPUs at once, each for itself: tokens/s of each); peak "
     "ratio: memory of the GPU of a slice over that of one GPU with the same rows. "
     f"MFU: {FORMULA}; over the GPU's dense bfloat16 peak."
 )
@@ -360,7 +360,10 @@ def _measure_together(job: Job) -> report.Row:
 
 
 def _mean_row(row: report.Row | None) -> report.Row | None:
-    """The mean of what all processes have found, or None where the memory of one was too small."""
+    """The mean of what all processes have found, and their largest peak of memory.
+
+    None where the memory of one was too small.
+    """
     rows: list[report.Row | None] = [None] * world_size()
     distributed.all_gather_object(rows, row)
     found = [row for row in rows if row is not None]
@@ -369,7 +372,8 @@ def _mean_row(row: report.Row | None) -> report.Row | None:
     mean = dict(found[0])
     for name, value in mean.items():
         if isinstance(value, float):
-            mean[name] = sum(float(row[name]) for row in found) / len(found)
+            values = [float(row[name]) for row in found]
+            mean[name] = max(values) if name == "peak GiB" else sum(values) / len(found)
     if "tokens/s" in mean:
         mean["tokens/s of each"] = ", ".join(f"{float(row['tokens/s']):.4g}" for row in found)
     return mean

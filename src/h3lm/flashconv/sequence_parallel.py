@@ -8,7 +8,9 @@ What a slice leaves behind, e_r, is gathered from all; the state in front of sli
 and then runs the slice from x_r. `ssm_conv`, which has no way to a state alone, runs the slice from
 an empty state and adds what x_r adds to its outputs, as far as the slowest mode remembers it.
 Of the short filter only its last taps - 1 inputs go to the next process. Gradients go the other
-way by the same two exchanges. Nothing is approximated.
+way by the same two exchanges. A state that has decayed to a sixteenth of a rounding error of what
+it was counts as forgotten, which is below what the sums themselves round; nothing else is
+approximated.
 
 Source: Fu et al. 2023 (arXiv 2212.14052v3), Algorithm 2, over processes in place of chunks.
 """

@@ -33,7 +33,8 @@ class RowSlice:
         group: The processes that share the rows, in the order of their slices.
         lengths: Positions of each slice.
         start: Position of this slice's first.
-        received: What others sent to the layers, which recomputed blocks do not ask for again.
+        received: What others sent to H3 layers, which recomputed blocks do not ask for again; keys
+            and values of attention layers, which are large, they gather again.
     """
 
     group: ProcessGroup

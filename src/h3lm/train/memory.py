@@ -317,7 +317,8 @@ def short_of_memory(recipe: Recipe, rows: int) -> Iterator[None]:
         ways += [] if recipe.gradient_checkpointing else ["gradient_checkpointing=true"]
         ways += [] if recipe.parallel == "fsdp" else ["parallel=fsdp on several GPUs"]
         # a captured step keeps its memory while others run, such as an evaluation
-        launched = on_cpu or recipe.graphs is False or recipe.gradient_checkpointing
+        recomputes = recipe.graphs is None and recipe.gradient_checkpointing
+        launched = on_cpu or recipe.graphs is False or recomputes
         ways += [] if launched else ["graphs=false"]
         remedy = " or ".join(ways) or "a shorter block_length in another output_dir"
         where = "the machine" if on_cpu else "the GPU"

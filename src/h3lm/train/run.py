@@ -134,7 +134,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
     _describe(trainer, blocks, console)
     try:
         everything = recomputed == model.config.num_hidden_layers
-        graphs = False if recomputed else recipe.graphs
+        graphs = recipe.graphs if recipe.graphs or not recomputed else False
         chosen = replace(recipe, gradient_checkpointing=everything, graphs=graphs)
         with short_of_memory(chosen, arguments.per_device_train_batch_size):
             trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
