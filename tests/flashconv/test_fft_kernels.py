@@ -306,11 +306,24 @@ def test_long_rows_in_the_interpreter(precision: str, monkeypatch) -> None:
 def test_turns_that_are_kept_and_gradients_apart(precision: str, monkeypatch) -> None:
     size = fft_size.SIZES[512]
     changed = replace(size, keep=not size.keep, together=not size.together, ahead=not size.ahead)
-    monkeypatch.setitem(fft_size.SIZES, 512, changed)
     monkeypatch.setitem(fft_size._PRECISION, torch.float16, precision)
-    fft_size.size_for.cache_clear()
-    _check((3, 2, 100, 100, 0, "ab"), torch.float16, allowed=ALLOWED_HALF)
-    fft_size.size_for.cache_clear()
+    monkeypatch.setattr(
+        conv_plan, "size_for", lambda length, precision: replace(changed, precision=precision)
+    )
+    allowed = ALLOWED_HALF if precision == "half" else ALLOWED
+    _check((3, 2, 100, 100, 0, "ab"), torch.float16, allowed=allowed)
+
+
+@needs_triton
+@pytest.mark.usefixtures("_transforms")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("algorithm", ["Toeplitz blocks", "block FFT"])
+def test_the_check_passes_and_sees_products_that_are_not_of_pairs(algorithm, monkeypatch) -> None:
+    where = (algorithm, torch.device("cpu"), torch.float16, conv_plan.TOEPLITZ_CHECK)
+    assert conv_plan._compare(*where) == ""
+    if algorithm == "block FFT":
+        monkeypatch.setitem(fft_size._PRECISION, torch.float16, "half")
+        assert "y differs by" in conv_plan._compare(*where)
 
 
 @needs_triton

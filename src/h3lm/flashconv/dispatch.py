@@ -83,7 +83,7 @@ class Problem:
         complex64: Whether the system has that dtype.
         has_triton: Whether Triton is installed.
         lags: Lags that a long filter reaches, both ways; 0 stands for as many as L.
-        gated: Whether a long convolution has a gate.
+        gated: Whether a convolution, or an SSM's, has a gate.
         rows: B.
         states: Whether an SSM's state comes in or goes out.
         backward: Whether there are gradients.
@@ -252,8 +252,8 @@ def choose_method(
 ) -> Choice:
     """Choose the algorithm of `ssm_conv`, by its arguments and by whether a compiler asks.
 
-    By the nearest measurement. Where there is none near, and under a compiler, for which each
-    answer would be a case of its own, by bytes: in a half dtype the scan's kernels read and write
+    By the nearest measurement. Where there is none near, under a gate, and under a compiler, for
+    which each answer would be a case of its own, by bytes: in a half dtype the scan's kernels read and write
     an element once, in 4 bytes; convolved chunks do that too, and make states and what states add
     in float32 besides.
 
@@ -288,7 +288,12 @@ def choose_method(
 
 
 def _measured_method(dtype: torch.dtype, problem: Problem) -> Choice:
-    """The faster of both methods for a diagonal system on a GPU."""
+    """The faster of both methods for a diagonal system on a GPU.
+
+    Without gates, as they were timed: under one, chunks take other and slower convolutions.
+    """
+    if problem.gated:
+        return _SCAN_BY_BYTES
     table = measured.METHODS.get(_generation(problem))
     kinds = (
         "float32" if dtype == torch.float32 else "bfloat16",
