@@ -117,6 +117,28 @@ def test_processes_of_torchrun_measure_and_the_first_tells(tmp_path):
     (found,) = tmp_path.glob("*.json")
     one, two = json.loads(found.read_text())["rows"]
     assert two["scaling"] == pytest.approx(two["tokens/s"] / one["tokens/s"])
+    each = [float(speed) for speed in one["tokens/s of each"].split(", ")]
+    assert len(each) == 2
+    assert one["tokens/s"] == pytest.approx(sum(each) / 2, rel=1e-3)
+    assert "tokens/s of each" not in two
+
+
+def test_what_one_process_cannot_hold_is_no_mean(monkeypatch):
+    rows: list[object] = []
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+
+    def gather(into, row):
+        into[:] = [row, rows[0]]
+
+    monkeypatch.setattr(train.distributed, "all_gather_object", gather)
+    rows[:] = [{"tokens/s": 3.0, "peak GiB": 2.0, "graphs": "no"}]
+    found = train._mean_row({"tokens/s": 1.0, "peak GiB": 2.0, "graphs": "no"})
+    assert found == {
+        "tokens/s": 2.0, "peak GiB": 2.0, "graphs": "no", "tokens/s of each": "1, 3",
+    }  # fmt: skip
+    rows[:] = [None]
+    assert train._mean_row({"tokens/s": 1.0}) is None
+    assert train._mean_row(None) is None
 
 
 def test_what_a_process_cannot_hold_is_said(monkeypatch):

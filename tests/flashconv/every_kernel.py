@@ -8,6 +8,7 @@ tile unfinished, and compares the output with plain PyTorch, so that an empty ru
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -49,8 +50,13 @@ def _core(
     head_dim: int = 1,
     n_taps: int = 64,
     bounds: tuple[int, ...] | None = None,
+    copied: bool = False,
 ) -> None:
     operators = _operators(D, head_dim, n_taps)
+    exact = operators
+    if copied:  # kernels copy operators of the dtype of their inputs, others they convert
+        half = {name: getattr(operators, name).bfloat16() for name in ("M", "K", "P", "F")}
+        operators = replace(operators, **half)
     cu_seqlens = None if bounds is None else torch.tensor(bounds, device=DEVICE)
     rows = B if bounds is None else len(bounds) - 1
     q, k, v = (torch.randn(B, D, L).bfloat16().to(DEVICE).requires_grad_() for _ in range(3))
@@ -64,7 +70,7 @@ def _core(
     assert end is not None
     loss = o.float().sum() + torch.view_as_real(end.diagonal).sum()
     torch.autograd.grad(loss, [q, k, v, state.diagonal])
-    _close(o, chunked.h3_core(q, k, v, operators, **given)[0])
+    _close(o, chunked.h3_core(q, k, v, exact, **given)[0])
 
 
 def _segments(backend: str, head_dim: int) -> None:
@@ -111,7 +117,7 @@ def _close(found: Tensor, expected: Tensor) -> None:
 NAMES: dict[str, Callable[[], None]] = {
     "gluon": lambda: _core("gluon", 1, 2, 4096 + 80),
     "gluon_short_rows": lambda: _core("gluon", 3, 2, 1040),
-    "gluon_many_channels": lambda: _core("gluon", 3, 140, 320),
+    "gluon_many_channels": lambda: _core("gluon", 3, 280, 320, copied=True),
     "gluon_segments": lambda: _segments("gluon", 1),
     "triton": lambda: _core("triton", 1, 2, 4096 + 81),
     "triton_short_rows": lambda: _core("triton", 3, 2, 301, n_taps=128),

@@ -23,7 +23,7 @@ from h3lm.flashconv import (
 )  # fmt: skip
 from h3lm.flashconv.dispatch import Problem, choose, segments
 from h3lm.flashconv.kernels import self_test
-from h3lm.flashconv.kernels.launch import multiprocessors, segment_length
+from h3lm.flashconv.kernels.launch import Operators, multiprocessors, segment_length
 from h3lm.flashconv.state import H3State, diagonal_shape
 from h3lm.ssm.operators import ChunkOperators, DiagonalSystem
 
@@ -316,6 +316,21 @@ def test_operators_may_be_rounded_before(heads: bool) -> None:
     rounded = operators.rounded(torch.bfloat16)
     found, expected = (self_test._everything(kernels, tensors, x) for x in (rounded, operators))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_program_copies_the_rounded_operators_of_several_channels() -> None:
+    kernels = self_test.hopper_kernels(DEVICE)
+    assert kernels is not None
+    taps = torch.randn(700, 64, device=DEVICE) / 8
+    made = library.kernel_operators(_system(700, 32).chunk_operators(taps))
+    operators = Operators(*(x.detach() for x in made))
+    for B, L in ((8, 512), (1, 2048), (3, 1040)):
+        tensors = tuple(torch.randn(B, 700, L, device=DEVICE).bfloat16() for _ in range(4))
+        rounded = operators.rounded(torch.bfloat16)
+        found, expected = (self_test._everything(kernels, tensors, x) for x in (rounded, operators))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 HEADS = [

@@ -14,6 +14,7 @@ from functorch.compile import make_boxed_func
 from torch import distributed
 from torch._dynamo.backends.common import aot_autograd
 
+from h3lm.flashconv import sequence_parallel
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.slices import past_cut, share_rows, slice_bounds, stand_in
 from h3lm.train.compiling import compile_model
@@ -52,8 +53,9 @@ def test_loss_and_gradients_of_two_gpus_equal_those_of_whole_rows():
     found = differences_on("cuda")
     assert found.keys() == set(CASES)
     for case, off in found.items():
-        assert off["loss"] < 1e-6, case
-        assert off["gradients"] < 1e-5, case
+        half = case.endswith("long")
+        assert off["loss"] < (1e-3 if half else 1e-6), case
+        assert off["gradients"] < (2e-2 if half else 1e-5), case
 
 
 @pytest.fixture
@@ -69,8 +71,8 @@ def alone():
 def test_a_compiled_block_is_cut_only_where_something_is_sent(alone, monkeypatch, recomputed):
     torch.manual_seed(0)
     config = H3Config(
-        vocab_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, d_state=4,
-        mixers=["h3", "attention"],
+        vocab_size=8, hidden_size=8, num_hidden_layers=4, num_attention_heads=2, d_state=4,
+        mixers=["h3", "h3", "attention", "attention"],
     )  # fmt: skip
     model = H3ForCausalLM(config).train()
     if recomputed:
@@ -96,7 +98,7 @@ def test_a_compiled_block_is_cut_only_where_something_is_sent(alone, monkeypatch
     count = torch.tensor(ids.numel())
     loss = model(ids, labels=ids, shift_labels=ids, num_items_in_batch=count).loss
     loss.backward()
-    first, behind, of_attention, last = pieces
+    first, behind, of_attention, last = pieces  # equal blocks share them
     for piece in (first, of_attention):
         assert "layer_norm" in piece
         assert "mm" in piece  # the projection
@@ -109,6 +111,71 @@ def test_a_compiled_block_is_cut_only_where_something_is_sent(alone, monkeypatch
         assert f"tangents_{outputs}=" in piece
         assert f"tangents_{outputs + 1}=" not in piece
         assert "layer_norm_backward" in piece
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_block_is_not_cut_at_the_buckets_of_ddp(alone, monkeypatch):
+    config = H3Config(
+        vocab_size=8, hidden_size=512, num_hidden_layers=1, num_attention_heads=2, d_state=4,
+        mixers="h3",
+    )  # fmt: skip
+    model = H3ForCausalLM(config).train()  # each product's weight is more than DDP's first bucket
+    share_rows(model, alone)
+    pieces = []
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f: compiler(f, backend=lambda g, _: pieces.append(g) or g.forward)
+    )
+    compile_model(model, "blocks")
+    ids = torch.randint(0, 8, (1, 16))
+    call = torch.nn.parallel.DistributedDataParallel(model)
+    call(ids, labels=ids, shift_labels=ids, num_items_in_batch=torch.tensor(16)).loss.backward()
+    assert len(pieces) == 2  # in front of what others are sent, and behind it
+
+
+def test_recomputed_blocks_ask_nobody_again(alone, monkeypatch):
+    asked: list[str] = []
+    kept: list[torch.Tensor] = []
+    part = sequence_parallel.Received.part
+
+    def noting(self: Any, *given: Any) -> torch.Tensor:
+        found = part(self, *given)
+        kept[:] = [*kept, *(x for x in self.parts.values() if not any(x is k for k in kept))]
+        return found
+
+    monkeypatch.setattr(sequence_parallel.Received, "part", noting)
+    for name in ("_gather", "_to_neighbour"):
+        inner = getattr(sequence_parallel, name)
+
+        def noted(*given: Any, name: str = name, inner: Any = inner) -> Any:
+            asked.append(name)
+            return inner(*given)
+
+        monkeypatch.setattr(sequence_parallel, name, noted)
+    config = H3Config(
+        vocab_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, d_state=4,
+        mixers="h3",
+    )  # fmt: skip
+    model = H3ForCausalLM(config).train()
+    share_rows(model, alone)
+    ids = torch.randint(0, 8, (2, 16))
+    count = torch.tensor(ids.numel())
+    gradients = []
+    for recomputed in (False, True):
+        asked.clear()
+        kept.clear()
+        model.zero_grad()
+        if recomputed:
+            new = "activation_checkpointing_enable"  # in transformers 5.23
+            getattr(model, new, model.gradient_checkpointing_enable)({"use_reentrant": False})
+        loss = model(ids, labels=ids, shift_labels=ids, num_items_in_batch=count).loss
+        loss.backward()
+        # lengths once, and in each layer a state and k's last values, and the gradients of both
+        assert sorted(asked) == ["_gather"] * 5 + ["_to_neighbour"] * 4
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert len(kept) == 4  # a state and k's last values of each layer, and no graph of a block
+    assert not any(part.requires_grad for part in kept)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_what_stands_in_takes_no_memory_and_takes_the_gradient():

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,12 +13,29 @@ import torch
 from h3lm.errors import UserError
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
-from h3lm.synthetics import plots
-from h3lm.synthetics.ensemble import Ensemble, Member, Recipe, _Trainer
+from h3lm.synthetics import plots, unfinished
+from h3lm.synthetics.ensemble import (
+    Ensemble,
+    Member,
+    Recipe,
+    Standing,
+    _Trainer,
+    sizes_on_a_gpu,
+)
 from h3lm.synthetics.fused_step import fuse
 from h3lm.synthetics.fused_step import trace as trace_step
+from h3lm.synthetics.prepare import prepared
 from h3lm.synthetics.report import CURVE_POINTS, Report, Run
-from h3lm.synthetics.run import Plan, live_line, model_config, plan, run, state_floats
+from h3lm.synthetics.run import (
+    Job,
+    Plan,
+    _assemble,
+    live_line,
+    model_config,
+    plan,
+    run,
+    state_floats,
+)
 from h3lm.synthetics.settings import MIXERS_BY_DEFAULT, SETTINGS, Setting
 from h3lm.synthetics.tasks import AssociativeRecall, MultiQueryRecall
 from h3lm.synthetics.trace import trace
@@ -52,6 +70,10 @@ def maker(mixer="h3", dropout=0.0, vocab_size=10):
 def member(seed=0, epochs=2, rate=4e-3, task=TASK, num_train=70, **options):
     data = task.dataset(seed, num_train=num_train, num_test=20)
     return Member(seed, Recipe(epochs=epochs, learning_rate=rate, **options), data)
+
+
+def numbers(curve):
+    return [number for look in curve for number in look]
 
 
 def test_cosine_warms_up_from_1e_6_and_ends_at_a_tenth():
@@ -172,6 +194,46 @@ def test_a_training_given_up_leaves_its_models_and_says_which_were_done():
     assert nothing.model is None
 
 
+def test_what_was_given_up_goes_on_as_if_it_had_not_been():
+    def members():
+        return [member(0, epochs=2), member(1, epochs=6), member(2, epochs=5, stop_at=0.05)]
+
+    through, cut = members(), members()
+    Ensemble(maker(), through, CPU).train()
+    assert through[2].steps == 4  # solved at once, its rate falls for a step
+    ensemble = Ensemble(maker(), cut, CPU)
+    looks = iter([False] * 3 + [True])
+    ensemble.train(stop=lambda: next(looks), looks_per_epoch=1)
+    assert ensemble.unfinished == [1]
+    assert ensemble.standing.step == 9
+    rest = members()[1:2]
+    again = Ensemble(maker(), rest, CPU)
+    assert not again.train(stop=lambda: True, start=ensemble.standing)
+    assert again.train(start=ensemble.standing)
+    assert (rest[0].steps, rest[0].finished) == (18, True)
+    assert numbers(rest[0].curve) == pytest.approx(numbers(through[1].curve), rel=1e-5)
+    assert len(rest[0].curve) == 6
+    assert again.standing is None
+    for a, b in zip(rest[0].model.parameters(), through[1].model.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fall_that_had_begun_and_half_an_epoch_are_gone_on_with():
+    def one(**options):
+        return [member(0, epochs=20, stop_at=0.05, **options)]
+
+    through, cut, rest = one(), one(), one()
+    Ensemble(maker(), through, CPU).train(looks_per_epoch=3)
+    ensemble = Ensemble(maker(), cut, CPU)
+    looks = iter([False] * 4 + [True])
+    ensemble.train(stop=lambda: next(looks), looks_per_epoch=3)
+    assert ensemble.standing.step == 4
+    assert ensemble.standing.falls.isfinite().all()
+    Ensemble(maker(), rest, CPU).train(looks_per_epoch=3, start=ensemble.standing)
+    assert rest[0].steps == through[0].steps < 60
+    assert numbers(rest[0].curve) == pytest.approx(numbers(through[0].curve), rel=1e-5)
+
+
 @pytest.mark.parametrize("mixer", MIXERS_BY_DEFAULT)
 def test_rows_far_longer_than_those_of_training_are_scored(mixer):
     ensemble = Ensemble(maker(mixer), [member(0), member(1)], CPU)
@@ -231,6 +293,22 @@ def test_a_step_that_does_not_compile_runs_as_it_is(monkeypatch, caplog):
     assert x.tolist() == [0, 0]
     work(x)
     assert x.tolist() == [1, 1]
+
+
+@pytest.mark.slow
+def test_steps_are_compiled_ahead_by_processes_and_one_that_fails_is_said(tmp_path, caplog):
+    assert sizes_on_a_gpu(25) == [25, 13, 7]
+    assert sizes_on_a_gpu(3) == [3]
+    wanted = tuple(("recipe", seed, SMALL.recipe) for seed in range(9))
+    fine, broken = (Job("recall", SMALL, m, wanted, "cpu", tmp_path) for m in ("h3", "h4"))
+    assert len(_assemble(fine, 5)) == 5
+    with prepared([fine, broken], lambda job: len(job.wanted), _assemble) as ready:
+        assert not ready(fine, 0.0)
+        assert ready(fine, 60.0)
+        assert not caplog.text
+        assert ready(broken, 60.0)
+        assert ready(replace(fine), 0.0)
+    assert "not compiled ahead: UserError: unknown mixer 'h4'" in caplog.text
 
 
 def test_several_steps_at_once_are_the_same_training(monkeypatch):
@@ -379,6 +457,7 @@ def test_reports_of_several_folders_become_one_without_training(finished, tmp_pa
         run(chosen, tmp_path / "all", others=[tmp_path / "none"])
 
 
+@pytest.mark.slow
 def test_what_the_time_cut_short_is_kept_and_marked_until_it_is_finished(tmp_path, monkeypatch):
     clock = itertools.count()  # a second for each look at it: five and a bit
     monkeypatch.setattr("h3lm.synthetics.run.time", SimpleNamespace(time=lambda: next(clock)))
@@ -396,17 +475,45 @@ def test_what_the_time_cut_short_is_kept_and_marked_until_it_is_finished(tmp_pat
     assert "†" in row.split("|")[5]
     assert "† h3: 4 of 5 trainings were cut short by the time allowed, at step 12 of 18" in text
 
+    assert "the same call goes on from there" in next(x for x in said if x.startswith("not fin"))
+    (file,) = (tmp_path / "unfinished").iterdir()
+
     said.clear()
-    run(chosen, tmp_path, said.append)
-    assert "recall h3: 4 model(s) on cpu" in said
+    more = replace(chosen, seeds=(0, 1))
+    run(more, tmp_path, said.append, minutes=0.09)  # one look for seed 1
+    assert "recall h3: 4 model(s) on cpu from step 12" in said
+    assert "recall h3: 5 model(s) on cpu" in said
+    (other,) = (tmp_path / "unfinished").iterdir()
+    assert other != file
+
+    said.clear()
+    run(more, tmp_path, said.append)
+    assert "recall h3: 5 model(s) on cpu from step 3" in said
+    assert not any((tmp_path / "unfinished").iterdir())
     again = Report.open(tmp_path)
-    assert len(again.runs) == 5
+    assert len(again.runs) == 10
     assert all(r.finished for r in again.runs)
     assert "†" not in report.path.with_suffix(".md").read_text()
     again.merge(report)  # what was cut short does not replace what was finished
     assert all(r.finished for r in again.runs)
     report.merge(again)
     assert all(r.finished for r in report.runs)
+
+
+def test_a_file_that_trainings_cannot_go_on_from_is_refused(tmp_path):
+    chosen = Plan({"recall": SMALL}, ("h3",), seeds=(0,))
+    recipe = SMALL.recipe
+    unfinished.keep(
+        tmp_path, "recall", "h3", [("recipe", 0, recipe)],
+        Standing(3, [9], [[(3, 1.0, 0.0)]], *torch.zeros(3, 1, 5), torch.zeros(1, 1)), None,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"recall-h3-recipe-0-0.0005-3.pt holds models of another"):
+        run(chosen, tmp_path, lambda line: None)
+    (file,) = (tmp_path / "unfinished").iterdir()
+    for broken in (b"", b"nothing", file.read_bytes()[:-200]):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match=r"0.0005-3.pt is not of this lab: move it away"):
+            run(chosen, tmp_path, lambda line: None)
 
 
 def test_tables_say_where_seeds_are_fewer_and_stand_beside_the_papers(finished, tmp_path):
@@ -637,6 +744,9 @@ def test_live_line_prints_seldom_where_there_is_no_terminal(capsys):
 def not_compiled(monkeypatch):
     """Steps are captured as they are: to compile takes half a minute."""
     monkeypatch.setattr("h3lm.synthetics.ensemble.fuse", lambda work, tensors: work)
+    monkeypatch.setattr(
+        "h3lm.synthetics.run.prepared", lambda *_: nullcontext(lambda job, seconds: True)
+    )
 
 
 @pytest.mark.gpu
@@ -653,6 +763,22 @@ def test_captured_steps_on_a_gpu_train_as_steps_on_the_cpu(mixer, not_compiled):
         assert [step for step, _, _ in one.curve] == [step for step, _, _ in other.curve]
         losses = [loss for _, loss, _ in one.curve]
         assert losses == pytest.approx([loss for _, loss, _ in other.curve], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_what_was_given_up_goes_on_on_a_gpu(not_compiled):
+    def members():
+        return [member(seed, epochs=6, stop_at=None) for seed in (0, 1)]
+
+    cuda, through, cut, rest = torch.device("cuda"), members(), members(), members()
+    Ensemble(maker(), through, cuda).train()
+    ensemble = Ensemble(maker(), cut, cuda)
+    looks = iter([False] * 2 + [True])
+    ensemble.train(stop=lambda: next(looks))
+    assert ensemble.standing.step == 6
+    Ensemble(maker(), rest, cuda).train(start=ensemble.standing)
+    for one, other in zip(rest, through, strict=True):
+        assert numbers(one.curve) == pytest.approx(numbers(other.curve), rel=1e-3)
 
 
 @pytest.mark.gpu

@@ -3,7 +3,9 @@ import torch
 
 from h3lm.layers import mixers
 from h3lm.layers.mixers import MixerSizes
-from h3lm.synthetics.short_rows import MAX_LENGTH, attend, shorten
+from h3lm.ssm import DiagonalSSM
+from h3lm.ssm.shared_modes import TiedDiagonalSSM
+from h3lm.synthetics.short_rows import MAX_LENGTH, attend, response, shorten
 
 
 def build(name):
@@ -49,6 +51,19 @@ def test_modes_that_die_out_within_a_step_leave_finite_gradients():
     for a, b in zip(usual, output_and_gradients(lambda u: other(u)[0], other, u), strict=True):
         assert torch.isfinite(b).all()
         assert torch.allclose(a, b, rtol=1e-4, atol=2e-5 * (a.abs().max().item() + 1e-3))
+
+
+@pytest.mark.parametrize("rule", ["bilinear", "zoh"])
+@pytest.mark.parametrize("kind", [DiagonalSSM, TiedDiagonalSSM])
+def test_responses_in_real_numbers_are_those_of_the_system(kind, rule):
+    torch.manual_seed(0)
+    # rates from very slow, where the hold would cancel, to those of which one step is a turn
+    ssm = kind(6, 8, discretization=rule, init="lin", dt_min=1e-5, dt_max=1.0)
+    system = ssm.system()
+    filters = system.filter(40)
+    taps = response(ssm, 40)
+    assert torch.allclose(taps[:, 1:], filters[:, 1:], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(taps[:, 0], filters[:, 0] + ssm.D, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["h3", "s4d"])

@@ -10,7 +10,13 @@ from h3lm.errors import UserError
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.train import memory
 from h3lm.train import run as run_module
-from h3lm.train.memory import Estimate, Kept, kept_by_blocks, short_of_memory
+from h3lm.train.memory import (
+    Estimate,
+    Kept,
+    keep_activations,
+    kept_by_blocks,
+    short_of_memory,
+)
 from h3lm.train.mesh import Mesh
 from h3lm.train.recipe import make_recipe
 from h3lm.train.trainer import H3Trainer
@@ -51,7 +57,7 @@ def test_sharded_blocks_stay_whole_where_there_is_room():
     assert more == 2 * (SMALL.parameters - SMALL.vocab * SMALL.width)
     assert shards.keeps_gathered(False)
     tight = replace(shards, total=int(shards.needs(False) / memory.USABLE) + 1)
-    assert tight.choose(None)[0] is False
+    assert tight.choose(None)[0] == 0
     assert not tight.keeps_gathered(False)
     assert not SMALL.keeps_gathered(False)  # nothing is sharded
     assert not replace(shards, total=None).keeps_gathered(False)
@@ -93,14 +99,26 @@ def test_what_blocks_keep_is_what_a_training_step_keeps(mixers, rows):
 
 def test_recomputation_is_chosen_where_all_would_not_fit():
     assert SMALL.needs(True) < SMALL.needs(False)
-    assert SMALL.choose(None) == (False, "they fit 0.9, 90% of the device's")
-    assert replace(SMALL, total=None).choose(None)[0] is False
+    assert SMALL.choose(None) == (0, "they fit 0.9, 90% of the device's")
+    assert replace(SMALL, total=None).choose(None)[0] == 0
     tight = replace(SMALL, total=int(SMALL.needs(False)))
     chosen, why = tight.choose(None)
     assert chosen
     assert "without that it would take" in why
     for wanted in (True, False):
-        assert tight.choose(wanted) == (wanted, "the recipe says so")
+        assert tight.choose(wanted) == (2 * wanted, "the recipe says so")
+
+
+def test_no_more_blocks_are_recomputed_than_have_to_be():
+    blocks = replace(SMALL, kept=(Kept(0, 1000),) * 8, tokens=1000)
+    needs = [blocks.needs(n) for n in range(9)]
+    assert needs[8] == blocks.needs(True)
+    assert needs[0] == blocks.needs(False)
+    assert needs[1:8] == sorted(needs[1:8], reverse=True)
+    for n in (3, 6):
+        tight = replace(blocks, total=int(needs[n] / memory.USABLE) + 1)
+        assert tight.choose(None)[0] == n
+    assert replace(blocks, total=1).choose(None)[0] == 8
 
 
 @pytest.mark.parametrize(
@@ -151,7 +169,7 @@ def test_a_run_says_what_it_takes_and_what_it_chose(tiny, monkeypatch, total):
     make = H3Trainer.compute_loss
 
     def noting(self, *arguments, **named):
-        seen.append(self.model.model.layers[0].gradient_checkpointing)
+        seen.append([layer.gradient_checkpointing for layer in self.model.model.layers])
         return make(self, *arguments, **named)
 
     monkeypatch.setattr(H3Trainer, "compute_loss", noting)
@@ -160,9 +178,11 @@ def test_a_run_says_what_it_takes_and_what_it_chose(tiny, monkeypatch, total):
     assert "GB of a process: weights 0.00, gradients 0.00, optimizer 0.00, activations" in (
         shown.getvalue()
     )
-    words = "recomputed in the backward pass: without that" if chosen else "kept, not recomputed: "
+    words = "kept, not recomputed: "
+    if chosen:
+        words = "activations of 1 of 4 blocks are recomputed in the backward pass: without that"
     assert (words in shown.getvalue()) == (total is not None)  # a CPU has no limit to speak of
-    assert seen == [chosen]
+    assert seen == [[chosen, False, False, False]]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +220,7 @@ def test_other_faults_stay_what_they_are(tiny):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", [0, 7, 12])
 @pytest.mark.parametrize("mixers", ["hybrid", "attention"])
 def test_the_estimate_is_what_a_gpu_takes(tiny, mixers, recomputed):
     device = torch.device("cuda")
@@ -213,6 +233,7 @@ def test_the_estimate_is_what_a_gpu_takes(tiny, mixers, recomputed):
     if recomputed:
         new = "activation_checkpointing_enable"  # in transformers 5.23
         getattr(model, new, model.gradient_checkpointing_enable)({"use_reentrant": False})
+        keep_activations(model, recomputed)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):

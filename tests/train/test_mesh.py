@@ -55,6 +55,17 @@ def test_processes_of_different_recipes_end_in_one_line(arranged):
     )
 
 
+def test_slices_on_one_host_sum_gradients_in_one_bucket(monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "4")
+    large = Mesh(shard=2, seq=2).bucket_mb
+    assert large is not None
+    assert large > 1e6
+    assert Mesh(shard=4).bucket_mb is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert Mesh(shard=2, seq=2).bucket_mb is None
+
+
 def test_processes_that_share_rows_take_the_same_blocks():
     alone = list(BlockOrder(Order([10], 1), 24, batch=2))
     shared = list(BlockOrder(Order([10], 1), 24, batch=2, readers=2))

@@ -38,6 +38,7 @@ def torchrun(processes: int, *command, **environment) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=Path(__file__).parents[2],
     )
 
 
@@ -195,31 +196,36 @@ def test_of_processes_that_fail_alike_the_first_speaks(monkeypatch):
         raise UserError("the batch")
 
 
+@pytest.fixture(scope="module")
+def on_gpus(blocks, tmp_path_factory) -> tuple[Path, dict]:
+    """Runs of two GPUs in all ways, beside those of one, and what they said."""
+    folder = tmp_path_factory.mktemp("gpus")
+    places = {"data": str(blocks), "output_dir": str(folder / "run")}
+    recipe = make_recipe(TINY | RECIPE | {"steps": 8, "deterministic": True} | places)
+    (folder / "tiny.yaml").write_text(recipe.to_yaml())
+    command = "-m", "tests.train.train_on_gpus", folder / "tiny.yaml", folder
+    runs = [torchrun(processes, *command) for processes in (1, 2)]
+    return folder, json.loads([output_of(process) for process in runs][1].splitlines()[-1])
+
+
 @pytest.mark.gpu
 @pytest.mark.multi_gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_gpus_train_sharded_as_one_does_and_resume(recipe_file, tmp_path, precision):
-    changes = RECIPE | {"steps": 8, "precision": precision, "deterministic": True}
-    recipe = recipe_file(**changes)
-
-    def start(processes: int, name: str, *more: str) -> str:
-        command = ("-m", "h3lm", "train", recipe, f"output_dir={tmp_path / name}", *more)
-        return output_of(torchrun(processes, *command))
-
-    start(1, "one")
+def test_two_gpus_train_sharded_as_one_does_and_resume(on_gpus, precision):
+    folder, said = on_gpus
+    # sums in another order; in bfloat16 that can move a product by a unit in the last place
+    tolerance = 1e-4 if precision == "fp32" else 2e-2
     for way in ("ddp", "fsdp"):
-        shown = start(2, way, f"parallel={way}")
-        assert f"cuda:0, 2 processes, {way}" in shown
-        # sums in another order; in bfloat16 that can move a product by a unit in the last place
-        tolerance = 1e-4 if precision == "fp32" else 2e-2
-        assert log(tmp_path / way) == pytest.approx(log(tmp_path / "one"), abs=tolerance)
-        assert log(tmp_path / way)[-1] < log(tmp_path / way)[0]
-    shutil.copytree(tmp_path / "fsdp", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-8")
-    assert "resuming at step 4" in start(2, "cut", "parallel=fsdp")
-    assert log(tmp_path / "cut") == log(tmp_path / "fsdp")
-    assert equal(tmp_path / "cut", tmp_path / "fsdp")
+        found = log(folder / f"{precision}-{way}")
+        assert f"cuda:0, 2 processes, {way}" in said[f"{precision}-{way}"]
+        assert found == pytest.approx(log(folder / f"{precision}-one"), abs=tolerance)
+        assert len(found) == 8
+        assert found[-1] < found[0]
+    straight, cut = folder / f"{precision}-fsdp", folder / f"{precision}-cut"
+    assert "resuming at step 4" in said[cut.name]
+    assert log(cut) == log(straight)
+    assert equal(cut, straight)
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ from h3lm.models.slices import share_rows
 from h3lm.train.compiling import compile_model
 from h3lm.train.corpus import BlockCollator, BlockDataset, BlockOrder
 from h3lm.train.graphs import GraphedSteps
-from h3lm.train.memory import Estimate
+from h3lm.train.memory import Estimate, keep_activations
 from h3lm.train.mesh import Mesh
 from h3lm.train.parallel import ShardAdamW, clip_gradients, is_sharded, shard_model
 from h3lm.train.processes import is_first, rank, world_size
@@ -62,7 +62,8 @@ NOTES = (
     "kernels in a profiled step, most of which run beside others, and the part that runs alone; "
     "data: what the host waits for a batch. Attention by the fastest of SDPA's backends here. "
     "Estimate: what `h3lm train` prints before a run. Ratio: tokens/s over those of the first "
-    "model of the same shape; scaling: tokens/s over those of one GPU with as many tokens; peak "
+    "model of the same shape; scaling: tokens/s over those of one GPU with as many tokens (under "
+    "torchrun the mean of all GPUs at once, each for itself); peak "
     "ratio: memory of the GPU of a slice over that of one GPU with the same rows. "
     f"MFU: {FORMULA}; over the GPU's dense bfloat16 peak."
 )
@@ -341,19 +342,37 @@ def _meet(number: int, device: str) -> None:
 
 
 def _measure_together(job: Job) -> report.Row:
-    """One process's part of a measurement among those of `torchrun`; the row is the first's."""
+    """One process's part of a measurement among those of `torchrun`; the row is the first's.
+
+    What one GPU does all of them do at once, each for itself, for GPUs of a host differ.
+    """
     with tempfile.TemporaryDirectory() as mine:
         if is_first():
             _write_blocks(Path(mine), job)
         (place,) = _first_tells(mine)
         row: report.Row | None = None
         with suppress(torch.cuda.OutOfMemoryError) if job.world == 1 else nullcontext():
-            if job.world > 1 or is_first():
-                row = _measure(rank(), job, place)
-        (row,) = _first_tells(row)
+            row = _measure(rank(), job, place)
+        (row,) = _first_tells(row) if job.world > 1 else [_mean_row(row)]
     if row is None:
         raise torch.cuda.OutOfMemoryError
     return row
+
+
+def _mean_row(row: report.Row | None) -> report.Row | None:
+    """The mean of what all processes have found, or None where the memory of one was too small."""
+    rows: list[report.Row | None] = [None] * world_size()
+    distributed.all_gather_object(rows, row)
+    found = [row for row in rows if row is not None]
+    if len(found) < len(rows):
+        return None
+    mean = dict(found[0])
+    for name, value in mean.items():
+        if isinstance(value, float):
+            mean[name] = sum(float(row[name]) for row in found) / len(found)
+    if "tokens/s" in mean:
+        mean["tokens/s of each"] = ", ".join(f"{float(row['tokens/s']):.4g}" for row in found)
+    return mean
 
 
 def _first_tells(what: Any) -> list[Any]:
@@ -394,7 +413,7 @@ def _measure(number: int, job: Job, place: str) -> report.Row:
 
     row: report.Row = {
         "parameters": f"{parameters:,}",
-        "recomputed": "yes" if recomputed else "no",
+        "recomputed": _share(recomputed, config.num_hidden_layers),
     }
     if not job.repeats:
         step.hold_states()
@@ -448,12 +467,17 @@ def _estimate(job: Job, config: H3Config, device: torch.device) -> Estimate:
     return Estimate.of(config, recipe, job.mesh, device, half=True)
 
 
-def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool, gathered: bool) -> nn.Module:
+def _share(recomputed: int, blocks: int) -> str:
+    return {0: "no", blocks: "yes"}.get(recomputed, f"{recomputed} of {blocks}")
+
+
+def _prepare(model: H3ForCausalLM, job: Job, recomputed: int, gathered: bool) -> nn.Module:
     """The model as the trainer would have it."""
     if recomputed:
         new = "activation_checkpointing_enable"  # in transformers 5.23
         enable: Any = getattr(model, new, model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+        keep_activations(model, recomputed)
     if job.world > 1 and job.way == "fsdp":
         shard_model(model, compute_dtype=torch.bfloat16, keep_gathered=gathered)
     if job.compiled:
@@ -462,7 +486,9 @@ def _prepare(model: H3ForCausalLM, job: Job, recomputed: bool, gathered: bool) -
         return model
     if job.way == "seq":
         share_rows(model, distributed.group.WORLD)
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, bucket_cap_mb=job.mesh.bucket_mb
+    )
 
 
 class _Step:

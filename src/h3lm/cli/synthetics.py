@@ -46,13 +46,13 @@ def synthetics(
     ] = None,
     workers: Annotated[
         int,
-        Option(min=0, help="Trainings side by side; 0: one on each core, or four on each GPU."),
+        Option(min=0, help="Trainings side by side; 0: one on each core, or eight on each GPU."),
     ] = 0,
     minutes: Annotated[
         float,
         Option(
             help="Give up what is not finished by then; the report keeps where it stood, marked, "
-            "and the same call trains it again. With 0 only tables and pictures are made."
+            "and the same call goes on from there. With 0 only tables and pictures are made."
         ),
     ] = math.inf,
     device: Annotated[str, Option(help="auto, cpu, cuda (all of them), cuda:0 or mps.")] = "auto",

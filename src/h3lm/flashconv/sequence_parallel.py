@@ -57,6 +57,7 @@ def h3_core(
     with_state: bool = True,
     slowest: float | None = None,
     qkv: Tensor | None = None,
+    received: "Received | None" = None,
 ) -> tuple[Tensor, H3State | None]:
     """`flashconv.h3_core` of this process's slice; see there.
 
@@ -67,7 +68,9 @@ def h3_core(
         slowest: The largest |a| of the system; without it, it is asked for, and the host waits for
             all that the device has to do.
         qkv: What q, k and v are thirds of, as in `flashconv.h3_core_qkv`.
+        received: Where to keep what others send, and to find it if this call is one done again.
     """
+    received = Received() if received is None else received
     slice_ = _Slice.of(k.shape[-1], cu_seqlens, process_group)
     slice_.check_start(initial_state)
     modes = system.system if isinstance(system, ChunkOperators) else system
@@ -86,7 +89,7 @@ def h3_core(
         ends = (D, 2 * D, tail), (D, 2 * D, begin), (2 * D, 3 * D, begin)
         qkv, k_tail, k_end, v_end = _WithEnds.apply(qkv, *ends)
         run = partial(op.h3_core_qkv, qkv)
-    history = _send_on(k_tail, count, slice_)
+    history = _send_on(k_tail, count, slice_, received)
     start = op.zero_state(slice_.rows(k), k, taps, system, head_dim)
     start = H3State(_add_to_first(start.shift, history), start.diagonal)
     if initial_state is not None:
@@ -96,7 +99,7 @@ def h3_core(
     end = op.h3_end_state(
         k_end, v_end, taps, system, head_dim=head_dim, initial_state=known, backend=backend
     )
-    before = _state_before(end.diagonal, modes, slice_)
+    before = _state_before(end.diagonal, modes, slice_, received)
     return run(
         taps, system, head_dim=head_dim,
         initial_state=H3State(start.shift, _add_to_first(start.diagonal, before)),
@@ -129,7 +132,7 @@ def ssm_conv(
     )  # fmt: skip
     assert end is not None
     last = end if slice_.cu_seqlens is None else end[-1:]
-    before = _state_before(last, modes, slice_)
+    before = _state_before(last, modes, slice_, Received())
     left = _over_heads(_decay(modes, slice_.first_end).to(before.dtype), before) * before
     reach = slice_.felt(slice_.reach(modes))
     added, _ = op.ssm_conv(
@@ -174,6 +177,27 @@ def gather_positions(x: Tensor, lengths: list[int], group: ProcessGroup) -> Tens
         group: The processes.
     """
     return _GatherPositions.apply(x, lengths, group)
+
+
+class Received:
+    """What others have sent in a call, for the same call done again in a backward pass.
+
+    A recomputed layer so waits for nobody in its forward pass. All processes must keep it, or none.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[str, Tensor] = {}
+        self.layers: dict[object, Received] = {}
+
+    def of(self, layer: object) -> "Received":
+        """What came for one of several layers."""
+        return self.layers.setdefault(layer, Received())
+
+    def part(self, name: str, receive: Callable[[], Tensor]) -> Tensor:
+        """A part that was received before, or else is now."""
+        if name not in self.parts:
+            self.parts[name] = receive()
+        return self.parts[name].detach()  # or what an operator returns would hold its graph here
 
 
 @dataclass(frozen=True)
@@ -243,8 +267,8 @@ class _Slice:
     def reach(self, system: DiagonalSystem, slowest: float | None = None) -> int | None:
         """For how many positions a state is felt; None for ever.
 
-        Behind it the slowest mode has decayed below the square of a rounding error. It is whole
-        units: rows of another length the kernels do not take.
+        Behind it the slowest mode has decayed to a sixteenth of a rounding error of what it was. It
+        is whole units: rows of another length the kernels do not take.
         """
         if slowest is None:
             slowest = float(slowest_decay(system))
@@ -252,7 +276,7 @@ class _Slice:
             return None
         steps = 1.0
         if slowest > 0:
-            steps += 2 * math.log(torch.finfo(system.a.real.dtype).eps) / math.log(slowest)
+            steps += math.log(torch.finfo(system.a.real.dtype).eps / 16) / math.log(slowest)
         return UNIT * math.ceil(steps / UNIT)
 
     def felt(self, reach: int | None) -> int:
@@ -278,18 +302,20 @@ def slowest_decay(system: DiagonalSystem) -> Tensor:
     return system.a.detach().abs().amax()
 
 
-def _send_on(tail: Tensor, count: int, slice_: _Slice) -> Tensor:
+def _send_on(tail: Tensor, count: int, slice_: _Slice, received: Received) -> Tensor:
     """The `count` values of k in front of the slice, sent by the process before."""
-    return _FromBefore.apply(F.pad(tail, (count - tail.shape[-1], 0)), slice_)
+    return _FromBefore.apply(F.pad(tail, (count - tail.shape[-1], 0)), slice_, received)
 
 
-def _state_before(end: Tensor, system: DiagonalSystem, slice_: _Slice) -> Tensor:
+def _state_before(
+    end: Tensor, system: DiagonalSystem, slice_: _Slice, received: Received
+) -> Tensor:
     """The state in front of the slice, from what the last sequence of each slice leaves behind."""
     if slice_.passes_through and not slice_.is_last:
         through = _decay(system, slice_.first_end).to(end.dtype)
     else:
         through = torch.zeros_like(system.a, dtype=end.dtype)
-    return _StateBefore.apply(end, through, slice_)
+    return _StateBefore.apply(end, through, slice_, received)
 
 
 def _decay(system: DiagonalSystem, steps: int) -> Tensor:
@@ -350,16 +376,16 @@ class _FromBefore(torch.autograd.Function):
     """What the process before sends; zero for the first one and where a sequence begins."""
 
     @staticmethod
-    def forward(ctx: Any, tail: Tensor, slice_: _Slice) -> Tensor:
+    def forward(ctx: Any, tail: Tensor, slice_: _Slice, received: Received) -> Tensor:
         ctx.slice = slice_
-        came = _to_neighbour(tail, slice_, 1)
+        came = received.part("history", lambda: _to_neighbour(tail, slice_, 1))
         return came if slice_.goes_on else torch.zeros_like(came)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
         grad = grad if ctx.slice.goes_on else torch.zeros_like(grad)
-        return _to_neighbour(grad, ctx.slice, -1), None
+        return _to_neighbour(grad, ctx.slice, -1), None, None
 
 
 def _to_neighbour(x: Tensor, slice_: _Slice, by: int) -> Tensor:
@@ -385,10 +411,10 @@ class _StateBefore(torch.autograd.Function):
     """x_r of x_{r+1} = d_r x_r + e_r, x_0 = 0, for this process's e and d."""
 
     @staticmethod
-    def forward(ctx: Any, end: Tensor, decay: Tensor, slice_: _Slice) -> Tensor:
-        group, count = slice_.group, end.numel()
+    def forward(ctx: Any, end: Tensor, decay: Tensor, slice_: _Slice, received: Received) -> Tensor:
+        count = end.numel()
         both = torch.cat([end.flatten(), decay.flatten()])
-        gathered = torch.view_as_complex(_gather(torch.view_as_real(both.resolve_conj()), group))
+        gathered = received.part("states", lambda: _gather_complex(both, slice_.group))
         decays = gathered[:, count:].unflatten(1, decay.shape)
         before = torch.zeros_like(end, memory_format=torch.contiguous_format)
         for r in range(slice_.rank):
@@ -400,19 +426,18 @@ class _StateBefore(torch.autograd.Function):
         return before
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
         decays, before = ctx.saved_tensors
         slice_: _Slice = ctx.slice
         grad = grad if slice_.goes_on else torch.zeros_like(grad)
-        gathered = _gather(torch.view_as_real(grad.resolve_conj().contiguous()), slice_.group)
-        all_grads = torch.view_as_complex(gathered)
+        all_grads = _gather_complex(grad, slice_.group)
         behind = torch.zeros_like(before)  # the gradient of x_{r+1}
         for r in range(len(all_grads) - 1, slice_.rank, -1):
             behind = all_grads[r] + _over_heads(decays[r], before).conj() * behind
         product = before.conj() * behind
         inner = [0, *range(2, product.dim() - 1)]
-        return behind, product.sum(inner), None
+        return behind, product.sum(inner), None, None
 
 
 class _GatherPositions(torch.autograd.Function):
@@ -449,6 +474,11 @@ def _padded(x: Tensor, length: int) -> Tensor:
 
 def _alike(lengths: list[int]) -> bool:
     return min(lengths) == max(lengths)
+
+
+def _gather_complex(x: Tensor, group: ProcessGroup) -> Tensor:
+    """`_gather` of complex tensors, which not every library sends."""
+    return torch.view_as_complex(_gather(torch.view_as_real(x.resolve_conj()), group))
 
 
 def _gather(x: Tensor, group: ProcessGroup) -> Tensor:

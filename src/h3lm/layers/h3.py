@@ -208,6 +208,7 @@ class H3(PreparingModule):
         process_group: ProcessGroup,
         cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
         with_state: bool = True,
+        received: sequence_parallel.Received | None = None,
     ) -> tuple[Float[Tensor, "B D L"], H3State | None]:
         """`core` of a slice of rows that several processes share.
 
@@ -216,6 +217,7 @@ class H3(PreparingModule):
             state: Of the first slice.
             process_group: The processes, in the order of their slices.
             cu_seqlens, with_state: As in `core`.
+            received: What others sent to the layers of a model, for the same calls done again.
 
         Raises:
             ValueError: as `flashconv.h3_core` with a `process_group`.
@@ -227,6 +229,7 @@ class H3(PreparingModule):
             process_group=process_group, head_dim=self.head_dim, initial_state=state,
             cu_seqlens=cu_seqlens, backend=self.backend, with_state=with_state,
             slowest=self.slowest, qkv=qkv,
+            received=None if received is None else received.of(self),
         )  # fmt: skip
 
     def _both_ways(

@@ -118,8 +118,9 @@ class H3DecoderLayer(GradientCheckpointingLayer, Block):
             # keeps what stands on either side in one piece only if that is in this frame
             qkv = project_channel_first(self.mixer.qkv_proj, u)
             o, _ = self.mixer.core_of_slice(
-                qkv, process_group=where.slice.group, cu_seqlens=where.cu_seqlens, with_state=False
-            )
+                qkv, process_group=where.slice.group, cu_seqlens=where.cu_seqlens,
+                with_state=False, received=where.slice.received,
+            )  # fmt: skip
             r = past_cut(r, aside)
             mixed = project_channel_last(self.mixer.output_proj, o)
         elif where.cu_seqlens is not None:

@@ -6,7 +6,7 @@ keys and values. All else works position by position.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
 from h3lm.flashconv.sequence_parallel import (
+    Received,
     gather_lengths,
     gather_positions,
     slowest_decay,
@@ -32,11 +33,13 @@ class RowSlice:
         group: The processes that share the rows, in the order of their slices.
         lengths: Positions of each slice.
         start: Position of this slice's first.
+        received: What others sent to the layers, which recomputed blocks do not ask for again.
     """
 
     group: ProcessGroup
     lengths: tuple[int, ...]
     start: int
+    received: Received = field(default_factory=Received)
 
     @classmethod
     def of(cls, x: Tensor, group: ProcessGroup, layers: Iterable[nn.Module] = ()) -> "RowSlice":

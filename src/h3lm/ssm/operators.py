@@ -162,10 +162,10 @@ class DiagonalSystem:
         response = torch.cat([response[:, :1] + self.skip[:, None], response[:, 1:]], 1)
         into, out = self._power_tables(T)
         return ChunkOperators(
-            M=_lower_toeplitz(response, 1, T)[:, 0],
+            M=lower_toeplitz(response, 1, T)[:, 0],
             K=torch.cat([into.real, into.imag], 1),
             P=torch.cat([out.real, -out.imag], 1).mT,
-            F=None if taps is None else _lower_toeplitz(taps, 1 + -(-(taps.shape[1] - 1) // T), T),
+            F=None if taps is None else lower_toeplitz(taps, 1 + -(-(taps.shape[1] - 1) // T), T),
             decay=self.powers(torch.full((1,), T, device=self.a.device))[..., 0].to(self.a.dtype),
             system=self,
             taps=taps,
@@ -248,7 +248,7 @@ class ChunkOperators:
         return self.powers(counts * self.chunk_length)
 
 
-def _lower_toeplitz(first: Tensor, blocks: int, T: int) -> Tensor:
+def lower_toeplitz(first: Tensor, blocks: int, T: int) -> Tensor:
     """Toeplitz blocks [rows, m, t, u] = first[rows, m T + t - u], zero outside of `first`."""
     length = blocks * T
     first = first[:, :length]

@@ -125,16 +125,47 @@ class Look:
     Attributes:
         step: Steps taken.
         total: Steps of the longest recipe.
-        elapsed_s: Seconds since the start.
+        taken: Steps of this call.
+        elapsed_s: Seconds of this call.
         losses: Mean training loss of each model since the last look.
         accuracies: Test accuracy of each model.
     """
 
     step: int
     total: int
+    taken: int
     elapsed_s: float
     losses: list[float]
     accuracies: list[float]
+
+
+class Standing(NamedTuple):
+    """Where trainings stand that were given up: what it takes to go on with them.
+
+    All have taken the same number of steps. Rows are the models'.
+    """
+
+    step: int
+    stops: list[int]  # step at which each stops
+    curves: list[list[tuple[int, float, float]]]
+    flat: Tensor  # parameters, [models, P]
+    mean: Tensor  # AdamW's, as the parameters
+    square: Tensor
+    falls: Tensor  # step at which a rate is 0; infinite where no early stop has begun, [models, 1]
+
+    def of(self, rows: list[int]) -> "Standing":
+        """Of some of the models, in this order."""
+        stops, curves = [self.stops[row] for row in rows], [self.curves[row] for row in rows]
+        tensors = (x[rows] for x in (self.flat, self.mean, self.square, self.falls))
+        return Standing(self.step, stops, curves, *tensors)
+
+
+def sizes_on_a_gpu(models: int) -> list[int]:
+    """Numbers of places that an ensemble may have on a GPU, where each is a program of its own."""
+    sizes = [models]
+    while sizes[-1] > _FEW:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes
 
 
 class Ensemble:
@@ -152,8 +183,8 @@ class Ensemble:
         self.members, self.device = members, device
         models = {seed: make(seed) for seed in dict.fromkeys(member.seed for member in members)}
         first = models[members[0].seed]
-        self._config: H3Config = first.config
-        if self._config.residual_dropout:
+        self.config: H3Config = first.config
+        if self.config.residual_dropout:
             raise ValueError("ensembles know dropout of the embedding and of attention only")
         rows = {seed: _flatten(_Logits(model)) for seed, model in models.items()}
         self._template = _Logits(first).to(device)
@@ -165,6 +196,8 @@ class Ensemble:
         self.flat = torch.stack([rows[m.seed] for m in members]).to(device)
         self.max_rate, self.decayed = (x.to(device) for x in _hints(self._template))
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.unfinished: list[int] = []  # members that were given up
+        self.standing: Standing | None = None  # and where they stand
 
     def __len__(self) -> int:
         return len(self.members)
@@ -202,7 +235,7 @@ class Ensemble:
         self, models: int, rows: int, length: int, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """New factors of dropout, zero or 1/(1 - p), for one step."""
-        config, found = self._config, {}
+        config, found = self.config, {}
 
         def draw(name: str, rate: float, *shape: int) -> None:
             if rate:
@@ -229,21 +262,25 @@ class Ensemble:
         report: Callable[[Look], None] | None = None,
         looks_per_epoch: int = 1,
         stop: Callable[[], bool] = lambda: False,
+        start: Standing | None = None,
     ) -> bool:
         """Train every model by its recipe, until all have stopped.
 
         Args:
             report: Called after each look at the test rows.
             looks_per_epoch: How often to look; a model may stop at a look only.
-            stop: Asked at each look whether to give up. The models are then what they are, and
-                `Member.finished` says of each whether its own training was over.
+            stop: Asked at each look whether to give up. The models are then what they are,
+                `Member.finished` says of each whether its own training was over, and `standing`
+                holds what it takes to go on with those that were not.
+            start: Where the members' trainings stood when they were given up. They go on as they
+                would have, but for their dropout, which is drawn anew.
 
         Returns:
-            Whether there is a model: False where it was given up before the first look.
+            Whether there is a model that was looked at: False where it was given up before.
         """
         with TURN, self.on_stream():
-            trainer = _Trainer(self)
-        start = time.perf_counter()
+            trainer = _Trainer(self, start)
+        begun, first = time.perf_counter(), trainer.step
         every = max(1, trainer.steps_per_epoch // looks_per_epoch)
         while not trainer.done and not stop():
             with self.on_stream():
@@ -252,18 +289,24 @@ class Ensemble:
                     trainer.score()
                 losses, accuracies = trainer.record(count)
             if report is not None:
-                elapsed = time.perf_counter() - start
-                report(Look(trainer.step, trainer.total_steps, elapsed, losses, accuracies))
+                taken, elapsed = trainer.step - first, time.perf_counter() - begun
+                report(Look(trainer.step, trainer.total_steps, taken, elapsed, losses, accuracies))
             if trainer.idle:
                 with TURN, self.on_stream():
                     trainer.shrink()
-        if not trainer.step:
+        if trainer.step == first:
             return False
         with TURN, self.on_stream():
             trainer.put_back()
             for i, member in enumerate(self.members):
                 member.model = self.model(i)
+            self.unfinished, self.standing = trainer.standing()
         return True
+
+    def prepare(self) -> None:
+        """Compile and capture its step, as training does first, for the compiler's cache."""
+        with TURN, self.on_stream():
+            _Trainer(self)
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
@@ -273,7 +316,7 @@ class Ensemble:
 
     def model(self, index: int) -> H3ForCausalLM:
         """One of the models, on its own, on the CPU."""
-        model = H3ForCausalLM(copy.deepcopy(self._config))
+        model = H3ForCausalLM(copy.deepcopy(self.config))
         parts = self.flat[index].detach().cpu().split(self._sizes)
         state = {
             name.removeprefix("model."): part.view(shape)
@@ -346,6 +389,29 @@ class _Rows(NamedTuple):
         return cls(*stacked)
 
 
+class _StepTensors(NamedTuple):
+    """What a training step reads, of `models` places; it changes the first five.
+
+    The rows are those of `_Rows`.
+    """
+
+    flat: Tensor  # parameters, [models, P]
+    mean: Tensor  # AdamW's, as the parameters
+    square: Tensor
+    loss: Tensor  # sum of training losses since the last look, [models]
+    counter: Tensor  # steps taken, an integer
+    inputs: Tensor
+    positions: Tensor
+    targets: Tensor
+    order: Tensor  # rows of each step of an epoch, [steps, models, batch]
+    present: Tensor  # 1 where a batch has a row, [steps, batch]
+    rates: Tensor  # [steps, models, 2], see `_Trainer._rate_table`
+    falls: Tensor  # step at which a model's rate is 0, [models, 1]
+    fall_length: Tensor  # over so many steps, [models, 1]
+    decay: Tensor  # of weights, as the parameters
+    max_rate: Tensor  # infinite for most, [P]
+
+
 class _Scorer:
     """Accuracy and loss of each model over the answers of some rows, in tensors of fixed place."""
 
@@ -387,7 +453,7 @@ class _Trainer:
     Tensors of a place for each model hold those of `live` only, in its order.
     """
 
-    def __init__(self, ensemble: Ensemble) -> None:
+    def __init__(self, ensemble: Ensemble, start: Standing | None = None) -> None:
         self.ensemble, members, device = ensemble, ensemble.members, ensemble.device
         first = members[0]
         rows, self.batch = len(first.data.train.inputs), first.recipe.batch_size
@@ -423,7 +489,35 @@ class _Trainer:
         self.reached: deque[torch.cuda.Event] = deque()  # on the stream, every `_AT_ONCE` steps
         self.unmarked = 0  # steps behind the last of these
         self.known = [(math.nan, math.nan)] * len(members)  # loss and accuracy, of all models
+        if start is not None:
+            self._go_on_from(start)
         self._make_ready()
+
+    def _go_on_from(self, start: Standing) -> None:
+        self.step, self.stops = start.step, list(start.stops)
+        self.counter.fill_(start.step)
+        for name in ("flat", "mean", "square", "falls"):
+            getattr(self, name).copy_(getattr(start, name))
+        for i, (member, curve) in enumerate(zip(self.ensemble.members, start.curves, strict=True)):
+            member.curve, member.steps = list(curve), start.step
+            self.known[i] = curve[-1][1:]
+        done, within = divmod(start.step, self.steps_per_epoch)
+        for rng in self.shuffle:
+            for _ in range(done):
+                rng.permutation(self.rows)
+        if within:
+            self._reorder()
+
+    def standing(self) -> tuple[list[int], Standing | None]:
+        """Members whose training is not over, and where they stand; None if there are none."""
+        places = [place for place, more in enumerate(self._going_on()) if more]
+        if not places:
+            return [], None
+        left = [self.live[place] for place in places]
+        tensors = (x[places].cpu() for x in (self.flat, self.mean, self.square, self.falls))
+        members = self.ensemble.members
+        stops, curves = [self.stops[i] for i in left], [members[i].curve for i in left]
+        return left, Standing(self.step, stops, curves, *tensors)
 
     def _make_ready(self) -> None:
         """The step and the look for the tensors of now, captured on a GPU."""
@@ -456,13 +550,10 @@ class _Trainer:
 
     def _places(self) -> int:
         """How many places the models that still train are best given."""
-        places, left = len(self.live), sum(self._going_on())
+        left = sum(self._going_on())
         if self.ensemble.stream is None:
             return left
-        # on a GPU each number of places is a program of its own
-        while places > _FEW and left <= (half := -(-places // 2)):
-            places = half
-        return places
+        return min(size for size in sizes_on_a_gpu(len(self.live)) if size >= left)
 
     def run(self, count: int) -> int:
         """Take up to `count` steps; how many."""
@@ -561,9 +652,8 @@ class _Trainer:
         """One step of every model; reads and writes tensors of fixed place only."""
         self.update(*self._tensors(), *self._dropout().values())
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        """What a step reads; it changes the first five."""
-        return (
+    def _tensors(self) -> "_StepTensors":
+        return _StepTensors(
             self.flat, self.mean, self.square, self.loss, self.counter,
             *self.data, self.order, self.present,
             self.rates, self.falls, self.fall_length, self.decay, self.ensemble.max_rate,
@@ -573,43 +663,29 @@ class _Trainer:
         length = self.data.inputs.shape[2]
         return self.ensemble.dropout(len(self.flat), self.batch, length, self.generator)
 
-    def _update(
-        self,
-        flat: Tensor,
-        mean: Tensor,
-        square: Tensor,
-        total_loss: Tensor,
-        counter: Tensor,
-        inputs: Tensor,
-        positions: Tensor,
-        targets: Tensor,
-        order: Tensor,
-        present: Tensor,
-        rates: Tensor,
-        falls: Tensor,
-        fall_length: Tensor,
-        decay: Tensor,
-        max_rate: Tensor,
-        *keep: Tensor,
-    ) -> None:
-        """One step as a function of tensors, of which it changes the first five."""
-        order, present = (_at(x, counter % self.steps_per_epoch) for x in (order, present))
-        model = torch.arange(len(flat), device=flat.device)[:, None]
-        inputs, positions, targets = (x[model, order] for x in (inputs, positions, targets))
-        kept = dict(zip(self.kept_names, keep, strict=True))
+    def _update(self, *tensors: Tensor) -> None:
+        """One step as a function of tensors: `_StepTensors`, and the factors of dropout."""
+        count = len(_StepTensors._fields)
+        of = _StepTensors(*tensors[:count])
+        kept = dict(zip(self.kept_names, tensors[count:], strict=True))
+        order, present = (_at(x, of.counter % self.steps_per_epoch) for x in (of.order, of.present))
+        model = torch.arange(len(of.flat), device=of.flat.device)[:, None]
+        inputs, positions, targets = (
+            x[model, order] for x in (of.inputs, of.positions, of.targets)
+        )
         with torch.enable_grad():
-            parameters = flat.detach().requires_grad_()
+            parameters = of.flat.detach().requires_grad_()
             logits = self.ensemble.logits(parameters, inputs, positions, kept)
             nll = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
             loss = nll.view_as(targets).mean(2) @ present / present.sum()
             (gradient,) = torch.autograd.grad(loss.sum(), parameters)
         with torch.no_grad():
-            total_loss += loss
-            fall = ((falls - counter) / fall_length).clamp(0, 1)
-            now = _at(rates, counter.clamp(max=self.total_steps - 1)) * fall
-            rate = torch.where(max_rate.isfinite(), now[:, 1:], now[:, :1])
-            counter += 1
-            _adamw(flat, mean, square, gradient, counter, rate, decay)
+            of.loss.add_(loss)
+            fall = ((of.falls - of.counter) / of.fall_length).clamp(0, 1)
+            now = _at(of.rates, of.counter.clamp(max=self.total_steps - 1)) * fall
+            rate = torch.where(of.max_rate.isfinite(), now[:, 1:], now[:, :1])
+            of.counter.add_(1)
+            _adamw(of.flat, of.mean, of.square, gradient, of.counter, rate, of.decay)
 
     def _captured(self, stream: torch.cuda.Stream, steps: int) -> Callable[[], None]:
         """Steps as a CUDA graph; what they changed on the way is taken back."""

@@ -9,13 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from queue import SimpleQueue
 from statistics import fmean
 from typing import Any
 
@@ -27,7 +26,9 @@ from h3lm.errors import UserError
 from h3lm.layers import MIXERS
 from h3lm.models.configuration_h3 import HYBRID, H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
+from h3lm.synthetics import unfinished
 from h3lm.synthetics.ensemble import TURN, Ensemble, Look, Member, Recipe
+from h3lm.synthetics.prepare import prepared
 from h3lm.synthetics.report import Report, Run
 from h3lm.synthetics.settings import SETTINGS, TO_THE_END, Setting
 from h3lm.synthetics.tasks import Baseline, Dataset, Task, check_known, make_task
@@ -36,7 +37,7 @@ NUM_LAYERS = 2
 SEARCH_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SEARCH_LENGTH = 2  # times the recipe's epochs
 _ROWS = ("num_train", "num_test")
-SIDE_BY_SIDE = 4  # jobs on one GPU: their kernels are too small to fill it
+SIDE_BY_SIDE = 8  # jobs on one GPU: their kernels are too small to fill it
 _GIVEN_UP = threading.Event()  # set where a person stops jobs that are threads
 Say = Callable[[str], None]
 
@@ -189,6 +190,7 @@ class Job:
         device: Where to train.
         out: Folder to write the best model and its picture to.
         deadline: Time (`time.time`) at which to give up.
+        given_up: File of an earlier call that says where these trainings stand.
     """
 
     name: str
@@ -198,6 +200,7 @@ class Job:
     device: str
     out: Path
     deadline: float = math.inf
+    given_up: Path | None = None
 
     @property
     def steps(self) -> int:
@@ -228,6 +231,7 @@ def run(
 
     Runs that the folder's report already holds are not run again. The report is written after
     each job, so that whatever stops this leaves a whole report, which another call completes.
+    Trainings that an earlier call gave up go on where they stood.
 
     Args:
         plan: What to run.
@@ -262,13 +266,15 @@ def run(
             if not wanted:
                 say(f"{name} {mixer}: already in {report.path}")
                 continue
-            say(f"{name} {mixer}: {len(wanted)} model(s) on {', '.join(devices)}")
-            jobs.append(Job(name, setting, mixer, wanted, devices[0], out, deadline))
+            for file, some in unfinished.split(out, name, mixer, wanted):
+                where = f" from step {unfinished.step_of(file):,}" if file else ""
+                say(f"{name} {mixer}: {len(some)} model(s) on {', '.join(devices)}{where}")
+                jobs.append(Job(name, setting, mixer, some, devices[0], out, deadline, file))
     jobs.sort(key=lambda job: -job.steps)  # stable: the longest first
-    unfinished, came, calls = [], [], list(report.calls)
+    cut, came, calls = [], [], list(report.calls)
     for job, outcome in _outcomes(jobs, devices, workers, progress):
         if outcome is None or not all(run.finished for run in outcome.runs):
-            unfinished.append(f"{job.name} {job.mixer}")
+            cut.append(f"{job.name} {job.mixer}")
         if outcome is None:
             continue
         report.add(job.name, job.mixer, outcome.runs, outcome.size)
@@ -284,10 +290,10 @@ def run(
             say(f"written: {path}")
         say(report.markdown())
         say(f"written: {out / 'report.md'}, {out / 'report.json'}")
-    if unfinished:
+    if cut:
         say(
-            f"not finished in {minutes:g} minutes: {', '.join(unfinished)}; where they stood is in "
-            "the report, marked; the same call trains them again"
+            f"not finished in {minutes:g} minutes: {', '.join(dict.fromkeys(cut))}; where they "
+            "stood is in the report, marked; the same call goes on from there"
         )
 
 
@@ -295,6 +301,7 @@ def _outcomes(
     jobs: list[Job], devices: list[str], workers: int, progress: Say | None
 ) -> Iterator[tuple[Job, Outcome | None]]:
     """What came of each job, as it comes; None if its time was over."""
+    _GIVEN_UP.clear()
     cpu = devices == ["cpu"]
     workers = workers or ((os.cpu_count() or 1) if cpu else SIDE_BY_SIDE * len(devices))
     workers = min(workers, len(jobs))
@@ -302,23 +309,24 @@ def _outcomes(
         for job in jobs:
             yield job, _do(job, progress)
         return
-    _GIVEN_UP.clear()
     failures = []
     pool: Executor
+    context = ExitStack()
     if cpu:
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
         do: Callable[[Job], Outcome | None] = _do_in_process
     else:
-        free: SimpleQueue[str] = SimpleQueue()
-        for i in range(workers):
-            free.put(devices[i % len(devices)])
+        jobs = [replace(job, device=devices[i % len(devices)]) for i, job in enumerate(jobs)]
+        compiled = jobs if devices[0].startswith("cuda") else []
+        ready = context.enter_context(prepared(compiled, lambda job: len(job.wanted), _assemble))
 
         def do(job: Job) -> Outcome | None:
-            with _taken(free) as device:
-                return _do(replace(job, device=device), progress)
+            while not ready(job, 1.0) and not _over(job):
+                pass
+            return _do(job, progress)
 
         pool = ThreadPoolExecutor(workers)
-    with pool:
+    with context, pool:
         futures = {pool.submit(do, job): job for job in jobs}
         try:
             for future in as_completed(futures):
@@ -345,15 +353,6 @@ def _describe_call(jobs: list[Job], devices: list[str]) -> str:
         f"{date.today()}: {', '.join(settings)} by {', '.join(mixers)} on {name}, "
         f"torch {torch.__version__}, h3lm {__version__}"
     )
-
-
-@contextmanager
-def _taken(free: "SimpleQueue[str]") -> Iterator[str]:
-    one = free.get()
-    try:
-        yield one
-    finally:
-        free.put(one)
 
 
 def _do_in_process(job: Job) -> Outcome | None:
@@ -385,13 +384,8 @@ def live_line(interval_s: float = 30.0) -> tuple[Say, Say]:
 
 def _do(job: Job, progress: Say | None) -> Outcome | None:
     """Train a job's models, and keep the best of them with a picture of what it does."""
-    if time.time() >= job.deadline:
+    if _over(job):
         return None
-    setting, config = job.setting, model_config(job.mixer, job.setting)
-
-    def make(seed: int) -> H3ForCausalLM:
-        torch.manual_seed(seed)
-        return H3ForCausalLM(config)
 
     def show(look: Look) -> None:
         if progress is not None:
@@ -402,17 +396,38 @@ def _do(job: Job, progress: Say | None) -> Outcome | None:
         torch.set_num_threads(1)  # the models are so small that sharing an operation costs more
     try:
         with TURN:
-            members = [
-                Member(seed, recipe, _dataset(setting, seed)) for _, seed, recipe in job.wanted
-            ]
-            ensemble = Ensemble(make, members, torch.device(job.device))
-        if not ensemble.train(show, stop=lambda: time.time() >= job.deadline or _GIVEN_UP.is_set()):
+            ensemble = _assemble(job, len(job.wanted))
+            start = None
+            if job.given_up:
+                start = unfinished.load(job.given_up, job.wanted, ensemble.flat.shape[1])
+        if not ensemble.train(show, stop=lambda: _over(job), start=start):
             return None
         with TURN:
-            longer = _score_longer(ensemble, setting, config)
-            return _outcome(job, members, longer)
+            left = [job.wanted[i] for i in ensemble.unfinished]
+            unfinished.keep(job.out, job.name, job.mixer, left, ensemble.standing, job.given_up)
+            longer = _score_longer(ensemble, job.setting)
+            return _outcome(job, ensemble.members, longer)
     finally:
         torch.set_num_threads(threads)
+
+
+def _over(job: Job) -> bool:
+    return time.time() >= job.deadline or _GIVEN_UP.is_set()
+
+
+def _assemble(job: Job, places: int) -> Ensemble:
+    """The models of a job, or its last ones, which train longest."""
+    config = model_config(job.mixer, job.setting)
+
+    def make(seed: int) -> H3ForCausalLM:
+        torch.manual_seed(seed)
+        return H3ForCausalLM(config)
+
+    members = [
+        Member(seed, recipe, _dataset(job.setting, seed))
+        for _, seed, recipe in job.wanted[len(job.wanted) - places :]
+    ]
+    return Ensemble(make, members, torch.device(job.device))
 
 
 def _outcome(job: Job, members: list[Member], longer: dict[int, list[float]]) -> Outcome:
@@ -468,7 +483,7 @@ def _dataset(setting: Setting, seed: int, test_length: int | None = None) -> Dat
 
 
 def _describe(look: Look) -> str:
-    per_step = look.elapsed_s / look.step
+    per_step = look.elapsed_s / look.taken
     return (
         f"step {look.step:,}/{look.total:,}, loss {fmean(look.losses):.3f}, "
         f"accuracy {100 * fmean(look.accuracies):.1f} (best {100 * max(look.accuracies):.1f}) %, "
@@ -499,11 +514,11 @@ def _wanted(
     )
 
 
-def _score_longer(ensemble: Ensemble, setting: Setting, config: H3Config) -> dict[int, list[float]]:
+def _score_longer(ensemble: Ensemble, setting: Setting) -> dict[int, list[float]]:
     """Accuracy of each model at other lengths than its own."""
     found = {}
     for length in setting.test_lengths:
-        if config.num_learned_positions and length > setting.task.length:
+        if ensemble.config.num_learned_positions and length > setting.task.length:
             continue  # there are no positions beyond those that were learned
         tests = [_dataset(setting, m.seed, length).test for m in ensemble.members]
         found[length] = ensemble.score(tests)[0]

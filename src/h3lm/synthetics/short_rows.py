@@ -21,8 +21,9 @@ from h3lm.layers.h3 import H3
 from h3lm.layers.projection import project_channel_first, project_channel_last
 from h3lm.layers.recurrence import Recurrence
 from h3lm.layers.s4 import S4
-from h3lm.ssm import DiagonalSystem, ShiftSSM
-from h3lm.ssm.dplr import DPLRSystem
+from h3lm.ssm import DiagonalSSM, ShiftSSM
+from h3lm.ssm.dplr import DPLRSSM
+from h3lm.ssm.shared_modes import SharedModesSSM, TiedDiagonalSSM
 
 MAX_LENGTH = 256
 Pair = tuple[Tensor, Tensor]  # real and imaginary parts
@@ -66,27 +67,59 @@ def attend(
     return mixer.output_proj((weights @ v).transpose(1, 2).flatten(2))
 
 
-def response(system: DiagonalSystem | DPLRSystem, length: int) -> Float[Tensor, "H L"]:
-    """The impulse response, skip term included."""
-    if isinstance(system, DPLRSystem):
-        return _with_skip(system.quick_filter(length), system.skip)
-    a, b, c = (torch.view_as_real(x) for x in (system.a, system.b, system.c))
-    return _with_skip(_sum_of_modes(a, b, c, length).to(system.skip.dtype), system.skip)
+def response(
+    ssm: DiagonalSSM | TiedDiagonalSSM | SharedModesSSM | DPLRSSM, length: int
+) -> Float[Tensor, "H L"]:
+    """The impulse response of a layer's SSM, skip term included."""
+    if isinstance(ssm, DPLRSSM):
+        taps = ssm.system().quick_filter(length)
+    else:
+        taps = _sum_of_modes(*_modes(ssm), length)
+    return _with_skip(taps.to(ssm.D.dtype), ssm.D)
 
 
-def _sum_of_modes(a: Tensor, b: Tensor, c: Tensor, length: int) -> Float[Tensor, "H L"]:
-    """`DiagonalSystem.filter` of real pairs (H, N/2, 2), in float64.
+def _modes(ssm: DiagonalSSM | TiedDiagonalSSM | SharedModesSSM) -> tuple[Pair, Pair]:
+    """Decays a and weights b c of `ssm.system()`, (H, N/2), or (1, N/2) where all share them.
 
-    In real numbers throughout, since a compiler of kernels knows no complex ones, and without
-    logarithms and angles: in float64 squares lose nothing that float32 would see.
+    In real numbers, since a compiler of kernels knows no complex ones: of these every operation
+    would be a kernel, forward and backward.
     """
-    wide = torch.float32 if a.device.type == "mps" else torch.float64
-    pole, into, out = ((x[..., 0].to(wide), x[..., 1].to(wide)) for x in (a, b, c))
+    C = ssm.C[..., 0], ssm.C[..., 1]
+    if isinstance(ssm, SharedModesSSM):
+        A = -torch.exp(ssm.log_neg_A_real[None]), torch.exp(ssm.log_A_imag[None])
+        a, into = _hold(A)
+        return a, _times((C[0] / 2, C[1] / 2), _over(into, A))
+    A, dt = (-torch.exp(ssm.log_neg_A_real), ssm.A_imag), torch.exp(ssm.log_dt)[:, None]
+    z = dt * A[0], dt * A[1]
+    if ssm.discretization == "bilinear":
+        below = 1 - z[0] / 2, -z[1] / 2
+        a, b = _over((1 + z[0] / 2, z[1] / 2), below), _over((dt, torch.zeros_like(dt)), below)
+    else:
+        a, into = _hold(z)
+        b = _over(into, A)
+    if isinstance(ssm, DiagonalSSM):
+        b = _times(b, (ssm.B[..., 0], ssm.B[..., 1]))
+    return a, _times(b, C)
+
+
+def _hold(z: Pair) -> tuple[Pair, Pair]:
+    """exp(z) and exp(z) - 1, the latter without cancellation near 0."""
+    grown, (cos, sin) = torch.expm1(z[0]), (torch.cos(z[1]), torch.sin(z[1]))
+    im = (grown + 1) * sin
+    return ((grown + 1) * cos, im), (grown * cos - 2 * torch.sin(z[1] / 2).square(), im)
+
+
+def _sum_of_modes(pole: Pair, weight: Pair, length: int) -> Float[Tensor, "H L"]:
+    """`DiagonalSystem.filter`: 2 Re(sum_n weight_n pole_n^l), in float64.
+
+    Without logarithms and angles: in float64 squares lose nothing that float32 would see.
+    """
+    wide = torch.float32 if pole[0].device.type == "mps" else torch.float64
+    pole = pole[0].to(wide), pole[1].to(wide)
     inner = 1 << ((length - 1).bit_length() + 1) // 2
     fine, pole = _powers(pole, inner)
     coarse, _ = _powers(pole, -(-length // inner))
-    w_re, w_im = (x[:, None] for x in _times(into, out))
-    re, im = _times(coarse, (2 * w_re, 2 * w_im))
+    re, im = _times(coarse, (2 * weight[0].to(wide)[:, None], 2 * weight[1].to(wide)[:, None]))
     # the real part of a product, summed over modes
     taps = re[:, :, None] * fine[0][:, None] - im[:, :, None] * fine[1][:, None]
     return taps.sum(-1).flatten(1)[:, :length]
@@ -105,6 +138,11 @@ def _powers(a: Pair, count: int) -> tuple[Pair, Pair]:
 
 def _times(x: Pair, y: Pair) -> Pair:
     return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
+
+
+def _over(x: Pair, y: Pair) -> Pair:
+    size = y[0].square() + y[1].square()
+    return _times(x, (y[0] / size, -y[1] / size))
 
 
 def convolve(taps: Float[Tensor, "H L"], x: Float[Tensor, "H rows L"]) -> Float[Tensor, "H rows L"]:
@@ -147,7 +185,7 @@ def _for_short(
 
 def _mix(mixer: Recurrence, u: Tensor) -> Tensor:
     ssm: Any = mixer.dplr_ssm if isinstance(mixer, S4) else mixer.diagonal_ssm
-    return convolve(response(ssm.system(), u.shape[2]), u.transpose(0, 1)).transpose(0, 1)
+    return convolve(response(ssm, u.shape[2]), u.transpose(0, 1)).transpose(0, 1)
 
 
 def _h3(mixer: H3, u: Tensor) -> Tensor:
@@ -156,7 +194,7 @@ def _h3(mixer: H3, u: Tensor) -> Tensor:
         x.transpose(0, 1) for x in project_channel_first(mixer.qkv_proj, u).chunk(3, dim=1)
     )  # [D, B, L]
     s = convolve(_shift_response(mixer.shift_ssm, L), k)
-    taps = response(mixer.diagonal_ssm.system(), L)
+    taps = response(mixer.diagonal_ssm, L)
     if d == 1:
         o = q * convolve(taps, s * v)
     else:

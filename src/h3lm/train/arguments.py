@@ -25,7 +25,8 @@ def training_arguments(recipe: Recipe, before: str = "") -> TrainingArguments:
     Raises:
         UserError: if a batch cannot be divided among the processes, or they do not fit the mesh.
     """
-    processes = Mesh.of(recipe).readers
+    mesh = Mesh.of(recipe)
+    processes = mesh.readers
     if recipe.batch_size % processes:
         raise UserError(
             f"batch_size={recipe.batch_size} cannot be divided among {processes} processes"
@@ -56,6 +57,7 @@ def training_arguments(recipe: Recipe, before: str = "") -> TrainingArguments:
         seed=recipe.seed,
         data_seed=recipe.seed,
         ddp_find_unused_parameters=False,
+        ddp_bucket_cap_mb=mesh.bucket_mb,
         dataloader_num_workers=recipe.data_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         # or each batch waits for the step before it

@@ -116,32 +116,40 @@ class Estimate:
         """Weights, gradients and optimiser, which are there all along."""
         return sum(BYTES.values()) * self._own
 
-    def activations(self, recomputed: bool, gathered: bool = False) -> float:
+    def activations(self, recomputed: int, gathered: bool = False) -> float:
         """What comes on top of all that is held, at the worst moment of a step."""
         return self.needs(recomputed, gathered) - self.held
 
-    def needs(self, recomputed: bool, gathered: bool = False) -> float:
+    def needs(self, recomputed: int, gathered: bool = False) -> float:
         """All together at the worst moment of a step.
 
         Args:
-            recomputed: Whether blocks are recomputed in the backward pass.
+            recomputed: How many blocks are recomputed in the backward pass, the first ones; True
+                for all.
             gathered: Whether a sharded model's blocks stay whole until then.
 
-        That is when the loss is taken, when the backward pass begins, or when it ends: what
-        blocks keep goes as gradients come, unless earlier parts of the batch have left some. A
-        recomputed block keeps its input, and while the forward pass runs, autocast a copy of its
-        weights.
+        That is when the loss is taken, when the backward pass begins, when it comes to the blocks
+        that are recomputed, or when it ends: what blocks keep goes as gradients come, unless
+        earlier parts of the batch have left some. A recomputed block keeps its input, and while the
+        forward pass runs, autocast a copy of its weights.
         """
+        count = self._count(recomputed)
         blocks = [kept.bytes(self.tokens) for kept in self.kept]
-        one = max(blocks)
-        inputs = len(blocks) * 4.0 * self.width * self.tokens
+        one, part = max(blocks), count / len(blocks)
+        inputs = count * 4.0 * self.width * self.tokens
         copies = 2.0 * self.parameters if self.half and self.parts == 1 else 0.0
-        kept = inputs if recomputed else sum(blocks)
-        begins = kept + ((1 + BLOCK_GRADIENTS) if recomputed else BLOCK_GRADIENTS) * one
-        loss = kept + (copies if recomputed else 0.0) + self._head()
-        early = self.held - (0 if self.accumulated else BYTES["gradients"] * self._own)
-        ends = self.held + (1 + BLOCK_GRADIENTS) * one
-        return max(early + begins, early + loss, ends) + self._gathered(gathered)
+        kept = inputs + sum(blocks[count:])
+        again = (1 + BLOCK_GRADIENTS) * one
+        begins = kept + (again if part == 1 else BLOCK_GRADIENTS * one)
+        loss = kept + part * copies + self._head()
+        gradients = 0 if self.accumulated else BYTES["gradients"] * self._own
+        early = self.held - gradients
+        turns = self.held - part * gradients + inputs + again if part else 0.0
+        ends = self.held + again
+        return max(early + begins, early + loss, turns, ends) + self._gathered(gathered)
+
+    def _count(self, recomputed: int) -> int:
+        return len(self.kept) if recomputed is True else int(recomputed)
 
     def _head(self) -> float:
         """The loss: its part of the logits, the head in bfloat16, a new gradient of the head."""
@@ -161,22 +169,26 @@ class Estimate:
         kept = (2.0 if self.half else 4.0) * blocks if all_blocks else 0.0
         return 8.0 * root + 12.0 * blocks / len(self.kept) + kept
 
-    def choose(self, wanted: bool | None) -> tuple[bool, str]:
-        """Whether to recompute blocks in the backward pass, and why.
+    def choose(self, wanted: bool | None) -> tuple[int, str]:
+        """How many blocks to recompute in the backward pass, the first ones, and why.
+
+        The first ones, since they come last there, when what the others kept is gone.
 
         Args:
-            wanted: What the recipe says; None if it leaves it open.
+            wanted: Whether to recompute all, as the recipe says; None if it leaves it open.
         """
+        blocks = len(self.kept)
         if wanted is not None:
-            return wanted, "the recipe says so"
+            return blocks * wanted, "the recipe says so"
         if self.total is None:
-            return False, "the memory of this device is not known"
+            return 0, "the memory of this device is not known"
         room = USABLE * self.total
-        if self.needs(False) <= room:
-            return False, f"they fit {room / GB:.1f}, {USABLE:.0%} of the device's"
-        return True, f"without that it would take {self.needs(False) / GB:.1f} of {room / GB:.1f}"
+        if self.needs(0) <= room:
+            return 0, f"they fit {room / GB:.1f}, {USABLE:.0%} of the device's"
+        fewest = next((n for n in range(1, blocks) if self.needs(n) <= room), blocks)
+        return fewest, f"without that it would take {self.needs(0) / GB:.1f} of {room / GB:.1f}"
 
-    def keeps_gathered(self, recomputed: bool) -> bool:
+    def keeps_gathered(self, recomputed: int) -> bool:
         """Whether a sharded model's blocks may stay whole from forward to backward pass."""
         if self.parts == 1 or self.total is None:
             return False
@@ -211,7 +223,7 @@ class Estimate:
                 return f"parallel=fsdp on {parts} processes of one copy divides it far enough"
         return "no number of processes divides it far enough: shorten block_length, or use mesh.seq"
 
-    def words(self, recomputed: bool, gathered: bool = False) -> str:
+    def words(self, recomputed: int, gathered: bool = False) -> str:
         """The estimate for people; arguments as of `needs`."""
         shares = {name: size * self._own for name, size in BYTES.items()}
         shares["activations"] = self.activations(recomputed, gathered)
@@ -221,6 +233,17 @@ class Estimate:
         free = (self.total - self.needs(recomputed, gathered)) / GB
         rest = f"leaves {free:.2f} free" if free > 0 else f"lacks {-free:.2f}"
         return f"{words}; of {self.total / GB:.2f} that {rest}"
+
+
+def keep_activations(model: H3ForCausalLM, first: int) -> None:
+    """Have blocks keep what they need for their backward pass, from one on.
+
+    Args:
+        model: A model that the library has told to recompute all its blocks.
+        first: The number of the first that does not.
+    """
+    for layer in model.model.layers[first:]:
+        layer.gradient_checkpointing = False
 
 
 def kept_by_blocks(config: H3Config, device: torch.device, half: bool) -> tuple[Kept, ...]:

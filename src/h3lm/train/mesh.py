@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from h3lm.errors import UserError
 from h3lm.models import H3ForCausalLM
 from h3lm.models.slices import check_mixers, share_rows, slice_bounds
-from h3lm.train.processes import rank, world_size
+from h3lm.train.processes import on_one_host, rank, world_size
 from h3lm.train.recipe import Recipe
 
 
@@ -55,6 +55,15 @@ class Mesh:
     def row_slice(self) -> tuple[int, int]:
         """Which slice of its rows this process takes, from 0, and of how many."""
         return rank() % self.seq, self.seq
+
+    @property
+    def bucket_mb(self) -> int | None:
+        """Size of DDP's buckets of gradients; None for its own.
+
+        Slices on one host sum all at the end, in one bucket: over NVLink that takes less than what
+        sums beside the backward pass take from it, and others have not long waited for each other.
+        """
+        return 1 << 20 if self.seq > 1 and on_one_host() else None
 
     def sharding(self, device: torch.device) -> DeviceMesh | None:
         """What `shard_model` shards over: None for all processes alike."""

@@ -25,6 +25,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def on_one_host() -> bool:
+    """Whether all processes share a machine, as `torchrun` says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) == world_size()
+
+
 def wait_for_all() -> None:
     """Go on when every process has come here."""
     summed(0.0)

@@ -109,8 +109,8 @@ class Recipe:
     precision: str = key("auto", "bf16 (autocast, fp32 weights), fp32, or auto: what is fast here")
     gradient_checkpointing: bool | None = key(
         None,
-        "recompute blocks in the backward pass; null: where the memory estimate (of language "
-        "models) asks for it",
+        "recompute blocks in the backward pass; null: as many as the memory estimate (of language "
+        "models) asks for",
         free=True,
     )
     compile: str | None = key(

@@ -92,7 +92,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
         _check_tokenizer(blocks, recipe.init_from)
     config = _config(recipe, len(tokenizer))
     recomputed, gathered = _choose_memory(recipe, config, mesh, arguments, console)
-    set_checkpointing(arguments, recomputed)
+    set_checkpointing(arguments, recomputed > 0)
     set_seed(recipe.seed)
     model = _make_model(recipe, config, mesh, arguments, gathered)
     blocks.check_vocabulary(model.config.vocab_size)
@@ -118,6 +118,7 @@ def _train(recipe: Recipe, console: Console) -> Result:
         clock=clock,
         speed=speed,
         data=fingerprint(blocks),
+        recomputed=recomputed,
         model=model,
         args=arguments,
         train_dataset=BlockDataset(blocks),
@@ -132,7 +133,9 @@ def _train(recipe: Recipe, console: Console) -> Result:
     write_recipe(recipe)
     _describe(trainer, blocks, console)
     try:
-        chosen = replace(recipe, gradient_checkpointing=recomputed)
+        everything = recomputed == model.config.num_hidden_layers
+        graphs = False if recomputed else recipe.graphs
+        chosen = replace(recipe, gradient_checkpointing=everything, graphs=graphs)
         with short_of_memory(chosen, arguments.per_device_train_batch_size):
             trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
     finally:
@@ -216,8 +219,8 @@ def _config(recipe: Recipe, vocab_size: int) -> H3Config:
 
 def _choose_memory(
     recipe: Recipe, config: H3Config, mesh: Mesh, arguments: TrainingArguments, console: Console
-) -> tuple[bool, bool]:
-    """Whether to recompute blocks, and whether sharded ones stay whole until they are needed again.
+) -> tuple[int, bool]:
+    """How many blocks to recompute, and whether sharded ones stay whole until needed again.
 
     By an estimate of the memory that is told.
 
@@ -227,12 +230,15 @@ def _choose_memory(
     estimate = Estimate.of(config, recipe, mesh, arguments.device, arguments.bf16)
     estimate.check(recipe)
     chosen, why = estimate.choose(recipe.gradient_checkpointing)
-    chosen = bool(largest(int(chosen)))  # all processes alike
+    chosen = int(largest(chosen))  # all processes alike
     gathered = not largest(int(not estimate.keeps_gathered(chosen)))
     console.print(estimate.words(chosen, gathered), highlight=False)
+    which = "" if chosen in (0, len(estimate.kept)) else f"{chosen} of {len(estimate.kept)} "
     how = "recomputed in the backward pass" if chosen else "kept, not recomputed"
     if estimate.total is not None or chosen:
-        console.print(f"activations of blocks are {how}: {why}", highlight=False, soft_wrap=True)
+        console.print(
+            f"activations of {which}blocks are {how}: {why}", highlight=False, soft_wrap=True
+        )
     if gathered:
         console.print("sharded blocks stay whole from forward to backward pass: there is room")
     return chosen, gathered

@@ -33,6 +33,7 @@ from h3lm.train.compiling import compile_model, eagerly
 from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut, order_of
 from h3lm.train.finite import FiniteWatch
 from h3lm.train.graphs import GraphedSteps
+from h3lm.train.memory import keep_activations
 from h3lm.train.mesh import Mesh
 from h3lm.train.optimizer_state import load_optimizer, save_optimizer
 from h3lm.train.parallel import (
@@ -62,6 +63,8 @@ class H3Trainer(Trainer):
         clock: The run's clock.
         speed: Its figures.
         data: What tells the prepared data apart; see `RunPoint`.
+        recomputed: How many blocks are recomputed, the first ones, if `args` asks for it; else
+            all are.
         arguments: As for `Trainer`.
     """
 
@@ -78,9 +81,11 @@ class H3Trainer(Trainer):
         clock: Clock,
         speed: Speed,
         data: str,
+        recomputed: int | None = None,
         **arguments: Any,
     ) -> None:
         self.recipe, self.valid, self.data = recipe, valid, data
+        self.recomputed = recomputed
         self.clock, self.speed = clock, speed
         self.mesh = Mesh.of(recipe)
         self.aside: Path | None = None  # where a checkpoint is being written
@@ -129,6 +134,8 @@ class H3Trainer(Trainer):
         if is_sharded(self.model):
             # Autocast only: what is prepared once is not wrapped in DDP afterwards
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+        if self.recomputed is not None:
+            keep_activations(self.model, self.recomputed)
         if recipe.compile is not None:
             compile_model(self.model, recipe.compile)
         self.mesh.share_rows(self.model, self.args.device)

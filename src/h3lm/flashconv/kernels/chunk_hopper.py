@@ -104,15 +104,23 @@ TOTALS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]))
 
 
 @gluon.jit
-def lower_triangle(row, column):
-    """Where F_0 and M have values, in pieces of 32 bytes, which is what is read at once."""
-    return (column // 16 * 16)[None, :] <= row[:, None]
+def lower_toeplitz(row, column):
+    """Where the values of F_0 and M lie, and where they have some, in pieces of 16 bytes.
+
+    On a diagonal they are the same, so that all are in the last eight rows: 1 KB is read, not 8,
+    which is what short work takes most of its time for.
+    """
+    block = row // 8 * 8
+    at = (row % 8 * T + T * (T - 8) + (T - 8) - block)[:, None] + column[None, :]
+    return at, (column // 8 * 8)[None, :] <= row[:, None]
 
 
 @gluon.jit
-def upper_triangle(row, column):
-    """The same for F_1."""
-    return (column // 16 * 16 + 15)[None, :] > row[:, None]
+def upper_toeplitz(row, column):
+    """The same for F_1, in its first eight rows."""
+    block = row // 8 * 8
+    at = (row % 8 * T - block)[:, None] + column[None, :]
+    return at, (column // 8 * 8 + 7)[None, :] > row[:, None]
 
 
 @gluon.jit
@@ -241,7 +249,8 @@ def forward_kernel(
 ):  # fmt: skip
     """Forward pass; strides and the length are multiples of 16.
 
-    STAGES: 2, or 1 where a program has one tile: then a third program fits on a multiprocessor.
+    STAGES: 2, or 1 where a program has one tile: then M and P take the place of F_0 and F_1, and
+    four programs fit on a multiprocessor.
     """
     CHUNKS: gl.constexpr = C // ROWS
     dtype: gl.constexpr = k.dtype.element_ty
@@ -271,18 +280,20 @@ def forward_kernel(
         0, first_row, channel, q_row, q_channel, k_row, k_channel, v_row, v_channel,
         B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
     )  # fmt: skip
-    square = column[:, None] * T + time[None, :]
     state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
     state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
-    lower = lower_triangle(column, time)
-    F0 = to_shared(F + channel * 2 * T * T, square, lower, dtype)
-    F1 = to_shared(F + channel * 2 * T * T + T * T, square, upper_triangle(column, time), dtype)
+    lower_at, lower = lower_toeplitz(column, time)
+    upper_at, upper = upper_toeplitz(column, time)
+    F0 = to_shared(F + channel * 2 * T * T, lower_at, lower, dtype)
+    F1 = to_shared(F + channel * 2 * T * T + T * T, upper_at, upper, dtype)
     K_c = to_shared(K + channel * N * T, state_row[:, None] * T + time[None, :], None, dtype)
-    if o is not None:
-        M_c = to_shared(M + channel * T * T, square, lower, dtype)
-        P_c = to_shared(
-            P + channel * N * T, column[:, None] * N + state_column[None, :], None, dtype
-        )
+    out_of = column[:, None] * N + state_column[None, :]
+    if STAGES == 1:
+        M_c = F0._reinterpret(dtype, [T, T], SQUARE)
+        P_c = F1._reinterpret(dtype, [T, N], SQUARE)
+    elif o is not None:
+        M_c = to_shared(M + channel * T * T, lower_at, lower, dtype)
+        P_c = to_shared(P + channel * N * T, out_of, None, dtype)
     decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re[:, None]
@@ -303,15 +314,16 @@ def forward_kernel(
         q_tile = q_tiles.index(step % STAGES)
         async_copy.wait_group(0)
         publish()
-        if step + 1 < steps:
-            other = (step + 1) % STAGES
-            next_row = first_row + (step + 1) // tiles * ROWS
-            forward_copies(
-                q, k, v, q_tiles.index(other), k_tiles.index(other), h_tiles.index(other),
-                v_tiles.index(other), (step + 1) % tiles, next_row, channel,
-                q_row, q_channel, k_row, k_channel, v_row, v_channel,
-                B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
-            )  # fmt: skip
+        if STAGES > 1:
+            if step + 1 < steps:
+                other = (step + 1) % STAGES
+                next_row = first_row + (step + 1) // tiles * ROWS
+                forward_copies(
+                    q, k, v, q_tiles.index(other), k_tiles.index(other), h_tiles.index(other),
+                    v_tiles.index(other), (step + 1) % tiles, next_row, channel,
+                    q_row, q_channel, k_row, k_channel, v_row, v_channel,
+                    B, L, total, segments, row_in_tile, inner, ROWS, EVEN, SEGMENTED,
+                )  # fmt: skip
 
         s = warpgroup_mma(F0, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma(F1, h_tile.permute((1, 0)), s, is_async=True)
@@ -325,10 +337,13 @@ def forward_kernel(
         w = v_tile
 
         z = warpgroup_mma(K_c, w.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if o is not None:
+        if o is not None and STAGES > 1:
             y = warpgroup_mma(M_c, w.permute((1, 0)), zero, use_acc=False, is_async=True)
             z = warpgroup_mma_wait(1, deps=[z])
         else:
+            if o is not None:  # all have read F_0 and F_1
+                load_operator(M_c, M + channel * T * T, lower_at, lower)
+                load_operator(P_c, P + channel * N * T, out_of, None)
             z = warpgroup_mma_wait(0, deps=[z])
         z_re, z_im = split_states(z, N, C, MODES_4)
         total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
@@ -368,7 +383,11 @@ def forward_kernel(
         if o is not None:
             k_tile.permute((1, 0)).store(x.to(dtype))
             gate = q_tile.permute((1, 0)).load(mma)
+            if STAGES == 1:
+                async_copy.wait_group(0)
             publish()
+            if STAGES == 1:
+                y = warpgroup_mma(M_c, w.permute((1, 0)), zero, use_acc=False, is_async=True)
             y = warpgroup_mma(P_c, k_tile.permute((1, 0)), y, is_async=True)
             y = warpgroup_mma_wait(0, deps=[y])
             q_tile.permute((1, 0)).store((y * gate.to(gl.float32)).to(dtype))
@@ -469,14 +488,14 @@ def load_operators(F0, F1, K_c, M_c, P_c, F, K, M, P, channel):
     """Operators of a channel: of the right dtype they are copied, and there when tiles are."""
     column = unknown(gl.arange(0, C, gl.SliceLayout(1, COPY_8)))
     time = gl.arange(0, T, gl.SliceLayout(0, COPY_8))
-    square = column[:, None] * T + time[None, :]
     state_row = part_of_row(column) * (N // 2) + mode_of_row(column)
     state_column = part_of_row(time) * (N // 2) + mode_of_row(time)
-    lower = lower_triangle(column, time)
-    load_operator(F0, F + channel * 2 * T * T, square, lower)
-    load_operator(F1, F + channel * 2 * T * T + T * T, square, upper_triangle(column, time))
+    lower_at, lower = lower_toeplitz(column, time)
+    upper_at, upper = upper_toeplitz(column, time)
+    load_operator(F0, F + channel * 2 * T * T, lower_at, lower)
+    load_operator(F1, F + channel * 2 * T * T + T * T, upper_at, upper)
     load_operator(K_c, K + channel * N * T, state_row[:, None] * T + time[None, :], None)
-    load_operator(M_c, M + channel * T * T, square, lower)
+    load_operator(M_c, M + channel * T * T, lower_at, lower)
     load_operator(P_c, P + channel * N * T, column[:, None] * N + state_column[None, :], None)
 
 

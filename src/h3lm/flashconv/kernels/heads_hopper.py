@@ -1,16 +1,15 @@
-# ruff: noqa: SIM108  (compile-time branches are kept apart from run-time ones)
 """State passing forward for heads of 8 channels on Hopper, in Gluon; mathematics of `heads_triton`.
 
-A program walks along rows of the batch for one head. Matrices lie [time or state, pair]: the
-operators are left operands and stay in registers for the whole walk, the right ones, w and the
-state in the dtype of the inputs, pass through shared memory. A thread holds all products that
-differ only in i, so the sum over i is its own:
+A program walks along rows of the batch for one head. Matrices lie [pair, time or state]: the data
+are left operands, which never leave the registers, the operators right ones, in shared memory for
+the whole walk:
 
-    o_j = sum_i q_i y_ij;   y = M w + P x;   x <- decay x + K w;   w_ij = s_i v_j
+    y = x P^T + w M^T;   x <- decay x + w K^T;   w_ij = s_i v_j;   o_j = sum_i q_i y_ij
 
-While a chunk's products run, the w of the next chunk is formed. One barrier stands in a chunk:
-before it w and x have been written, and the copies of the next chunk have arrived; what is written
-behind it goes to the buffers that the chunk before read.
+A thread makes the w that it multiplies, and the state that a product leaves is a left operand as it
+lies. Columns are ordered so that a thread has 16 times side by side, and rows so that of the sum
+over i two lie in a thread and the rest in the lanes beside it. While the new state is made, y is
+read out. Inputs arrive two chunks at a time: a span.
 
 Whole chunks of rows only; the rest, and the backward pass, are plain Triton's.
 """
@@ -27,208 +26,291 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from h3lm.flashconv.kernels import filter_triton, heads_triton
+from h3lm.flashconv.kernels.chunk_hopper import unknown
 from h3lm.flashconv.kernels.launch import Operators, multiprocessors, strides
-from h3lm.flashconv.kernels.tile import T, mode_of_row, part_of_row, place
+from h3lm.flashconv.kernels.tile import T, place
 
 HEAD_DIM = gl.constexpr(8)
 PAIRS = gl.constexpr(64)
 N = gl.constexpr(64)
-STAGES = gl.constexpr(4)  # chunks whose inputs are in shared memory or on their way
+SPAN = gl.constexpr(128)  # times of two chunks
+STAGES = gl.constexpr(3)  # spans whose inputs are in shared memory or on their way
 PROGRAMS = 3  # that fit on a multiprocessor, with so many registers for a thread
 FORWARD = {"num_warps": 4, "maxnreg": 168}
 
 SQUARE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
+OPERATOR = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT, k_width=2))
-COPY = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
-# [i, j, time]: 8 times and 2 x 2 pairs in a thread, the lanes of a quarter warp along time
-PRODUCTS = gl.constexpr(
+# channels of a head [8, time]: what a warp reads at once lies in different banks
+CHANNELS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0]))
+CHANNEL_WORDS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, order=[1, 0]))
+COPY = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+# [j, i, time] of a product, in the order of its registers and lanes
+PAIRED = gl.constexpr(
     gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 1, 0], [1, 0, 0]],
-        [[0, 0, 8], [0, 0, 16], [0, 0, 32], [0, 2, 0], [2, 0, 0]],
-        [[0, 4, 0], [4, 0, 0]],
+        [[0, 0, 1], [0, 4, 0], [0, 0, 2], [0, 0, 4], [0, 0, 8]],
+        [[0, 0, 16], [0, 0, 32], [0, 1, 0], [0, 2, 0], [1, 0, 0]],
+        [[2, 0, 0], [4, 0, 0]],
         [],
         [8, 8, 64],
     )
 )
-# [time, i, j] of a product whose row 16 w + 8 h + g is time 16 w + 2 g + h
-READ_OUT = gl.constexpr(
+KEYS = gl.constexpr(gl.SliceLayout(0, PAIRED))
+VALUES = gl.constexpr(gl.SliceLayout(1, PAIRED))
+# KEYS, two times to a word
+KEY_WORDS = gl.constexpr(
     gl.DistributedLinearLayout(
-        [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        [[0, 0, 2], [0, 0, 4], [2, 0, 0], [4, 0, 0], [8, 0, 0]],
-        [[16, 0, 0], [32, 0, 0]],
+        [[4, 0], [0, 1], [0, 2], [0, 4]],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [0, 0]],
+        [[0, 0], [0, 0]],
         [],
-        [64, 8, 8],
+        [8, 32],
     )
 )
-# the same without i, two times side by side in a thread
-OUTPUT = gl.constexpr(
+# [j, i % 4, time]: what is left of the sum over i lies in a thread, times go to the lanes
+SPREAD = gl.constexpr(
     gl.DistributedLinearLayout(
-        [[1, 0], [0, 1]],
-        [[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]],
-        [[16, 0], [32, 0]],
+        [[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0]],
+        [[0, 0, 16], [0, 0, 32], [0, 0, 4], [0, 0, 8], [1, 0, 0]],
+        [[2, 0, 0], [4, 0, 0]],
         [],
-        [64, 8],
+        [8, 4, 64],
     )
 )
-# [mode, pair] of a product whose rows are states in the order of `tile`
+OUTPUT = gl.constexpr(gl.SliceLayout(1, SPREAD))
+# [pair, mode] of a product
 MODES = gl.constexpr(
     gl.DistributedLinearLayout(
-        [[0, 1], [0, 8], [0, 16], [0, 32]],
-        [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
-        [[8, 0], [16, 0]],
+        [[8, 0], [0, 4], [0, 8], [0, 16]],
+        [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
         [],
-        [32, 64],
+        [64, 32],
     )
 )
 
 
 @gluon.jit
-def time_of_row(row):
-    """Time of a product's row: the two of a thread stand side by side."""
-    return row // 16 * 16 + row % 8 * 2 + row // 8 % 2
+def time_of(column):
+    """Time of a product's column, and of a row of its right operand."""
+    return column // 2 % 4 * 16 + column // 8 * 2 + column % 2
+
+
+@gluon.jit
+def pair_of(row):
+    """Pair 8 i + j of a product's row."""
+    return (row // 8 % 2 * 4 + row % 4) * 8 + row // 16 * 2 + row // 4 % 2
 
 
 @gluon.jit
 def state_offsets():
-    """Where the states of a product [state, pair] lie in memory, (pairs, N/2, 2)."""
-    state = gl.arange(0, N, gl.SliceLayout(1, PRODUCT))
-    state = (2 * mode_of_row(state) + part_of_row(state))[:, None]
-    return gl.arange(0, PAIRS, gl.SliceLayout(0, PRODUCT))[None, :] * N + state
+    """Where the states of a product [pair, state] lie in memory, made where they are used."""
+    pair = unknown(gl.arange(0, PAIRS, gl.SliceLayout(1, PRODUCT)))
+    state = gl.arange(0, N, gl.SliceLayout(0, PRODUCT))
+    return (pair_of(pair) * N)[:, None] + state[None, :]
+
+
+@gluon.jit
+def load_operator(buffer, pointer, row, column, WIDTH: gl.constexpr):
+    """Rows and columns of a matrix in the dtype and order of a product."""
+    at = pointer + row[:, None] * WIDTH + column[None, :]
+    buffer.store(gl.load(at).to(buffer.dtype))
 
 
 @gluon.jit
 def turned(x, re, im):
-    """States [N, pairs] times a complex number for each mode."""
-    parts = gl.permute(gl.reshape(x, [N // 16, 2, 8, PAIRS]), (0, 2, 3, 1))
-    x_re, x_im = gl.split(gl.reshape(parts, [N // 2, PAIRS, 2]))
+    """States [pairs, N] times a complex number for each mode."""
+    x_re, x_im = gl.split(gl.reshape(x, [PAIRS, N // 2, 2]))
     x_re = place(x_re, MODES)
     x_im = place(x_im, MODES)
     y = gl.join(re * x_re - im * x_im, re * x_im + im * x_re)
-    y = gl.permute(gl.reshape(y, [N // 16, 8, PAIRS, 2]), (0, 3, 1, 2))
-    return place(gl.reshape(y, [N, PAIRS]), PRODUCT)
+    return place(gl.reshape(y, [PAIRS, N]), PRODUCT)
+
+
+@gluon.jit
+def as_left(x, dtype: gl.constexpr):
+    """A product [pairs, N] as a left operand in a half dtype.
+
+    Two at once: the compiler would pair values of different rows, and sort them afterwards.
+    """
+    x = place(x, LEFT)
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.float16, is_pure=True, pack=2
+        )
+
+
+@gluon.jit
+def form_products(s_tile, v_tile, HALF: gl.constexpr):
+    """W [pairs, T], the products s_i v_j of a chunk of a span, as a left operand."""
+    s = gl.expand_dims(s_tile.slice(HALF * T, T, 1).load(KEYS), 0)
+    v = gl.expand_dims(v_tile.slice(HALF * T, T, 1).load(VALUES), 1)
+    w = gl.reshape(s * v, [4, 2, 2, 4, 4, 8, 2])  # j in two parts, i in two, time in three
+    w = gl.permute(w, (0, 2, 1, 3, 5, 4, 6))
+    return place(gl.reshape(w, [PAIRS, T]), LEFT)
+
+
+@gluon.jit
+def load_gate(q_tile, HALF: gl.constexpr):
+    """Q [i, time] of a chunk of a span in float32, where a product of its pairs lies."""
+    if q_tile.dtype == gl.bfloat16:  # one operation for each of the two that lie in a word
+        words = q_tile._reinterpret(gl.uint32, [HEAD_DIM, SPAN // 2], CHANNEL_WORDS)
+        words = words.slice(HALF * (T // 2), T // 2, 1).load(KEY_WORDS)
+        first = (words << 16).to(gl.float32, bitcast=True)
+        second = (words & 0xFFFF0000).to(gl.float32, bitcast=True)
+        return place(gl.reshape(gl.join(first, second), [HEAD_DIM, T]), KEYS)
+    else:
+        return q_tile.slice(HALF * T, T, 1).load(KEYS).to(gl.float32)
 
 
 @gluon.jit
 def read_out(y, gate):
-    """The sum over i of q_i y_ij, [time, j], of y [row, pair] and q [time, i, 1]."""
-    y = gl.permute(gl.reshape(y, [T // 16, 2, 8, HEAD_DIM, HEAD_DIM]), (0, 2, 1, 3, 4))
-    y = place(gl.reshape(y, [T, HEAD_DIM, HEAD_DIM]), READ_OUT)
-    return gl.convert_layout(gl.sum(y * gate, 1), OUTPUT)
+    """The sum over i of q_i y_ij, [j, time], of y [pairs, T] and q [i, time]."""
+    y = gl.permute(gl.reshape(y, [4, 2, 2, 4, 8, 4, 2]), (0, 2, 1, 3, 5, 4, 6))
+    y = place(gl.reshape(y, [HEAD_DIM, HEAD_DIM, T]), PAIRED) * gl.expand_dims(gate, 0)
+    y = gl.sum(gl.reshape(y, [HEAD_DIM, 2, 4, T]), 1)
+    return gl.sum(gl.convert_layout(y, SPREAD), 1)
 
 
 @gluon.jit
-def copy_chunk(tile, pointer, row, head, chunk, row_stride, channel_stride):
-    """Start the copy of a chunk of a head, [channel, time]."""
+def copy_span(
+    tile, pointer, row, head, span, L, row_stride, channel_stride, EVEN: gl.constexpr
+):  # fmt: skip
+    """Start the copy of a span of a head, [channel, time]; what lies behind the row becomes 0."""
     channel = gl.arange(0, HEAD_DIM, gl.SliceLayout(1, COPY))[:, None]
-    time = gl.arange(0, T, gl.SliceLayout(0, COPY))[None, :]
+    time = gl.arange(0, SPAN, gl.SliceLayout(0, COPY))[None, :]
     base = row.to(gl.int64) * row_stride + (head * HEAD_DIM).to(gl.int64) * channel_stride
-    at = pointer + (base + chunk * T) + (channel * channel_stride + time)
-    async_copy.async_copy_global_to_shared(tile, at)
+    at = pointer + (base + span * SPAN) + (channel * channel_stride + time)
+    if EVEN:
+        async_copy.async_copy_global_to_shared(tile, at)
+    else:
+        mask = (time < L - span * SPAN) & (channel >= 0)
+        async_copy.async_copy_global_to_shared(tile, at, mask=mask)
 
 
 @gluon.jit
 def copy_next(
-    q, s, v, q_tiles, s_tiles, v_tiles, stage, row, behind, head, chunk, chunks,
-    q_row, q_channel, s_row, s_channel, v_row, v_channel,
+    q, s, v, q_tile, s_tile, v_tile, row, behind, head, span, spans, L,
+    q_row, q_channel, s_row, s_channel, v_row, v_channel, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of a chunk, if there is one; returns row and number of the one behind it."""
+    """Start the copies of a span, if there is one; returns row and number of the one behind it."""
     if row < behind:
-        copy_chunk(s_tiles.index(stage), s, row, head, chunk, s_row, s_channel)
-        copy_chunk(v_tiles.index(stage), v, row, head, chunk, v_row, v_channel)
-        copy_chunk(q_tiles.index(stage), q, row, head, chunk, q_row, q_channel)
+        copy_span(s_tile, s, row, head, span, L, s_row, s_channel, EVEN)
+        copy_span(v_tile, v, row, head, span, L, v_row, v_channel, EVEN)
+        copy_span(q_tile, q, row, head, span, L, q_row, q_channel, EVEN)
     async_copy.commit_group()
-    last = chunk + 1 == chunks
-    return gl.where(last, row + 1, row), gl.where(last, 0, chunk + 1)
+    last = span + 1 == spans
+    return gl.where(last, row + 1, row), gl.where(last, 0, span + 1)
 
 
 @gluon.jit
-def form_products(s_tile, v_tile, w_tile):
-    """W [pair, time], the products s_i v_j, from a chunk of s and v [channel, time]."""
-    s = gl.expand_dims(s_tile.load(gl.SliceLayout(1, PRODUCTS)), 1)
-    v = gl.expand_dims(v_tile.load(gl.SliceLayout(0, PRODUCTS)), 0)
-    w_tile.store(gl.reshape(s * v, [PAIRS, T]))
+def next_chunk(
+    x, q_tile, s_tile, v_tile, o_span, M_h, P_h, K_h, decay_re, decay_im, here,
+    HALF: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Write the output of a chunk of a span; returns the state behind it.
+
+    A row that is not EVEN ends with one chunk of a span. The other one's inputs are 0, its decay 1.
+    """
+    dtype: gl.constexpr = q_tile.dtype
+    zero = gl.zeros([PAIRS, T], gl.float32, PRODUCT)
+    w = form_products(s_tile, v_tile, HALF)
+    x_left = as_left(x, dtype)
+    if not EVEN and HALF == 1:
+        decay_re = gl.where(here, decay_re, 1.0)
+        decay_im = gl.where(here, decay_im, 0.0)
+    x = turned(x, decay_re, decay_im)
+    y = warpgroup_mma(w, M_h.permute((1, 0)), zero, use_acc=False, is_async=True)
+    y = warpgroup_mma(x_left, P_h.permute((1, 0)), y, is_async=True)
+    x = warpgroup_mma(w, K_h.permute((1, 0)), x, is_async=True)
+    y, x_left = warpgroup_mma_wait(1, deps=[y, x_left])
+    out = read_out(y, load_gate(q_tile, HALF))
+    if EVEN:
+        gl.store(o_span + HALF * T, out.to(dtype))
+    else:
+        gl.store(o_span + HALF * T, out.to(dtype), here)
+    x, w = warpgroup_mma_wait(0, deps=[x, w])
+    return x
 
 
-@gluon.jit(do_not_specialize=["B", "H", "rows", "chunks"])
+@gluon.jit(do_not_specialize=["B", "H", "rows"])
 def forward_kernel(
     q, s, v, o, M, K, P, decay, start, end,
-    q_row, q_channel, s_row, s_channel, v_row, v_channel, B, H, L, rows, chunks,
+    q_row, q_channel, s_row, s_channel, v_row, v_channel, B, H, L, rows,
+    EVEN: gl.constexpr,
 ):  # fmt: skip
     """Outputs of `rows` rows of a head; o is contiguous."""
     dtype: gl.constexpr = s.dtype.element_ty
     head = gl.program_id(0) % H
     first_row = gl.program_id(0) // H * rows
     behind = gl.minimum(first_row + rows, B)
-    # operators as left operands, rows in the order of their products
-    row = gl.arange(0, 64, gl.SliceLayout(1, LEFT))[:, None]
-    column = gl.arange(0, 64, gl.SliceLayout(0, LEFT))[None, :]
-    state_row = part_of_row(row) * (N // 2) + mode_of_row(row)
-    state_column = part_of_row(column) * (N // 2) + mode_of_row(column)
-    M_h = gl.load(M + head * (T * T) + time_of_row(row) * T + column).to(dtype)
-    P_h = gl.load(P + head * (T * N) + time_of_row(row) * N + state_column).to(dtype)
-    K_h = gl.load(K + head * (T * N) + state_row * T + column).to(dtype)
-    modes = gl.arange(0, N // 2, gl.SliceLayout(1, MODES))[:, None]
-    decay_re = gl.load(decay + head * N + 2 * modes)
-    decay_im = gl.load(decay + head * N + 2 * modes + 1)
-    time = gl.arange(0, T, gl.SliceLayout(1, OUTPUT))[:, None]
-    value = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, OUTPUT))[None, :]
-    o_at = value * L + time
-
-    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, HEAD_DIM, T], PLAIN)
-    s_tiles = gl.allocate_shared_memory(dtype, [STAGES, HEAD_DIM, T], PLAIN)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, HEAD_DIM, T], PLAIN)
-    w_tiles = gl.allocate_shared_memory(dtype, [2, PAIRS, T], SQUARE)
-    x_tiles = gl.allocate_shared_memory(dtype, [2, N, PAIRS], SQUARE)
+    chunks = L // T
+    spans = (chunks + 1) // 2
+    q_tiles = gl.allocate_shared_memory(dtype, [STAGES, HEAD_DIM, SPAN], CHANNELS)
+    s_tiles = gl.allocate_shared_memory(dtype, [STAGES, HEAD_DIM, SPAN], CHANNELS)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, HEAD_DIM, SPAN], CHANNELS)
     next_row = first_row
-    next_chunk = 0
+    next_span = 0
     for n in gl.static_range(STAGES - 1):
-        next_row, next_chunk = copy_next(
-            q, s, v, q_tiles, s_tiles, v_tiles, n, next_row, behind, head, next_chunk, chunks,
-            q_row, q_channel, s_row, s_channel, v_row, v_channel,
+        next_row, next_span = copy_next(
+            q, s, v, q_tiles.index(n), s_tiles.index(n), v_tiles.index(n),
+            next_row, behind, head, next_span, spans, L,
+            q_row, q_channel, s_row, s_channel, v_row, v_channel, EVEN,
         )  # fmt: skip
-    async_copy.wait_group(STAGES - 2)
+    # operators, columns and rows in the order of their products
+    M_h = gl.allocate_shared_memory(dtype, [T, T], SQUARE)
+    P_h = gl.allocate_shared_memory(dtype, [T, N], SQUARE)
+    K_h = gl.allocate_shared_memory(dtype, [N, T], SQUARE)
+    row = gl.arange(0, 64, gl.SliceLayout(1, OPERATOR))
+    column = gl.arange(0, 64, gl.SliceLayout(0, OPERATOR))
+    state_row = row % 2 * (N // 2) + row // 2
+    state_column = column % 2 * (N // 2) + column // 2
+    load_operator(M_h, M + head * (T * T), time_of(row), time_of(column), T)
+    load_operator(P_h, P + head * (T * N), time_of(row), state_column, N)
+    load_operator(K_h, K + head * (T * N), state_row, time_of(column), T)
+    mode = gl.arange(0, N // 2, gl.SliceLayout(0, MODES))[None, :]
+    decay_re = gl.load(decay + head * N + 2 * mode)
+    decay_im = gl.load(decay + head * N + 2 * mode + 1)
+    value = gl.arange(0, HEAD_DIM, gl.SliceLayout(1, OUTPUT))[:, None]
+    time = gl.arange(0, T, gl.SliceLayout(0, OUTPUT))[None, :]
+    o_at = value * L + time
+    fence_async_shared()
     gl.thread_barrier()
-    form_products(s_tiles.index(0), v_tiles.index(0), w_tiles.index(0))
-    zero = gl.zeros([T, PAIRS], gl.float32, PRODUCT)
 
     step = 0
     for n in range(behind - first_row):
         member = (first_row + n).to(gl.int64) * H + head
-        states = member * (PAIRS * N)
-        o_base = o + member * HEAD_DIM * L
         if start is not None:
-            x = gl.load(start + states + state_offsets())
+            x = gl.load(start + member * (PAIRS * N) + state_offsets())
         else:
-            x = zero
-        for chunk in range(chunks):
-            w = w_tiles.index(step % 2).permute((1, 0))
-            x_tile = x_tiles.index(step % 2)
-            x_tile.store(x.to(dtype))
-            x = turned(x, decay_re, decay_im)
-            async_copy.wait_group(STAGES - 3)
-            next_row, next_chunk = copy_next(
-                q, s, v, q_tiles, s_tiles, v_tiles, (step + STAGES - 1) % STAGES,
-                next_row, behind, head, next_chunk, chunks,
-                q_row, q_channel, s_row, s_channel, v_row, v_channel,
+            x = gl.zeros([PAIRS, N], gl.float32, PRODUCT)
+        for span in range(spans):
+            async_copy.wait_group(STAGES - 2)
+            gl.thread_barrier()  # all have read what is overwritten
+            free = (step + STAGES - 1) % STAGES
+            next_row, next_span = copy_next(
+                q, s, v, q_tiles.index(free), s_tiles.index(free), v_tiles.index(free),
+                next_row, behind, head, next_span, spans, L,
+                q_row, q_channel, s_row, s_channel, v_row, v_channel, EVEN,
             )  # fmt: skip
-            fence_async_shared()
-            gl.thread_barrier()
-            y = warpgroup_mma(M_h, w, zero, use_acc=False, is_async=True)
-            y = warpgroup_mma(P_h, x_tile, y, is_async=True)
-            x = warpgroup_mma(K_h, w, x, is_async=True)
-            gate = q_tiles.index(step % STAGES).permute((1, 0)).load(gl.SliceLayout(2, READ_OUT))
+            stage = step % STAGES
+            o_span = o + (member * HEAD_DIM * L + span * SPAN) + o_at
+            x = next_chunk(
+                x, q_tiles.index(stage), s_tiles.index(stage), v_tiles.index(stage), o_span,
+                M_h, P_h, K_h, decay_re, decay_im, True, 0, EVEN,
+            )  # fmt: skip
+            x = next_chunk(
+                x, q_tiles.index(stage), s_tiles.index(stage), v_tiles.index(stage), o_span,
+                M_h, P_h, K_h, decay_re, decay_im, 2 * span + 1 < chunks, 1, EVEN,
+            )  # fmt: skip
             step += 1
-            form_products(
-                s_tiles.index(step % STAGES), v_tiles.index(step % STAGES), w_tiles.index(step % 2)
-            )
-            y = warpgroup_mma_wait(1, deps=[y])
-            out = read_out(y, gl.expand_dims(gate, 2).to(gl.float32)).to(dtype)
-            gl.store(o_base + chunk * T + o_at, out)
-            x = warpgroup_mma_wait(0, deps=[x])
         if end is not None:
-            gl.store(end + states + state_offsets(), x)
+            gl.store(end + member * (PAIRS * N) + state_offsets(), x)
 
 
 def takes(D: int, length: int, operators: Operators, segments: int) -> bool:
@@ -268,7 +350,8 @@ def forward(
     _, M, K, P, decay = operators
     forward_kernel[(H * -(-B // rows),)](
         q, s, v, o, M, K, P, decay, start, end if with_end else None,
-        *strides(q), *strides(s), *strides(v), B, H, L, rows, L // T.value, **FORWARD,
+        *strides(q), *strides(s), *strides(v), B, H, L, rows, EVEN=L % SPAN.value == 0,
+        **FORWARD,
     )  # fmt: skip
     return o, end, k.new_empty(0, dtype=torch.float32)
 

@@ -16,6 +16,7 @@ from torch._guards import detect_fake_mode
 
 from h3lm.flashconv.kernels.launch import Operators
 from h3lm.ssm.first_use import first_use
+from h3lm.ssm.operators import lower_toeplitz
 
 logger = logging.getLogger("h3lm.flashconv")
 TOLERANCE = 1e-2  # both round operands to bfloat16, 2^-9 each
@@ -105,9 +106,9 @@ def _problem(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     tensors = tuple(normal(rows, head_dim, L).to(dtype) for _ in range(4))
     decay = torch.stack([torch.full((32,), 0.6), torch.linspace(-0.6, 0.6, 32)], -1)
-    early, late = normal(2, head_dim, T, T, scale=0.1)
     operators = Operators(
-        F=torch.stack([early.tril(), late.triu(1)], 1), M=normal(1, T, T, scale=0.1).tril(),
+        F=lower_toeplitz(normal(head_dim, T, scale=0.1), 2, T),
+        M=lower_toeplitz(normal(1, T, scale=0.1), 1, T)[:, 0],
         K=normal(1, N, T, scale=0.1), P=normal(1, T, N, scale=0.1),
         decay=decay[None].to(device),
     )  # fmt: skip
