@@ -89,9 +89,14 @@ def _check(
         error, rounding = (
             float((x[name].double() - expected).norm() / expected.norm()) for x in (found, plain)
         )
-        limit = allowed.get(dtype) or TWICE * max(rounding, FLOAT32)
-        if name == "dskip" and dtype in allowed:  # it may be as small as its rounding
-            limit *= float(exact["df"].norm() / expected.norm()) / exact["df"].shape[1] ** 0.5
+        if name == "dskip":  # df at lag 0, of few channels: it may be as small as its rounding
+            far = float(exact["df"].norm() / expected.norm()) / exact["df"].shape[1] ** 0.5
+        else:
+            far = 1.0
+        if dtype in allowed:
+            limit = allowed[dtype] * max(1.0, far)
+        else:
+            limit = TWICE * max(rounding, FLOAT32 * max(1.0, far))
         assert error <= limit, f"{name}: relative error {error:.1e}, allowed {limit:.1e}"
 
 
@@ -399,7 +404,9 @@ def test_float16_may_overflow_under_a_gate_but_not_behind_it() -> None:
         ({"capability": (8, 6), "length": 257}, torch.bfloat16, "triton", "block FFT"),
         ({"length": 256}, torch.float32, "triton", "block FFT"),
         ({"capability": (8, 6), "length": 2**19 + 1}, torch.float16, "torch", "up to 524288"),
-        ({"length": 2**22}, torch.float16, "triton", "Triton"),
+        ({"length": 2**22}, torch.bfloat16, "triton", "Triton"),
+        ({"length": 2**19}, torch.float16, "triton", "Triton"),
+        ({"length": 2**19 + 1}, torch.float16, "torch", "torch.fft is faster"),
         ({"length": 2**22 + 1}, torch.float16, "torch", "up to 4194304"),
         ({"capability": (8, 6)}, torch.float32, "torch", "224 KB"),
         ({"length": 2048}, torch.float32, "triton", "Triton"),
