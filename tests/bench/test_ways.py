@@ -83,7 +83,9 @@ class Case(NamedTuple):
 def _two_cases(monkeypatch):
     """Two cases of each half, timed at once."""
     monkeypatch.setattr(ways, "checked", iter)
-    monkeypatch.setattr(ways.measure, "environment", lambda command: {"gpu": "G", "ran": command})
+    monkeypatch.setattr(
+        ways.measure, "environment", lambda command: {"gpu": "G", "commit": "c", "ran": command}
+    )
     monkeypatch.setattr(ways.measure, "gpu_name", lambda: "g")
     for name in ("method_rows", "algorithm_rows"):
         monkeypatch.setattr(ways, name, lambda cases: ({**x.columns(), "ms": 2.0} for x in cases))
@@ -110,18 +112,32 @@ def test_what_was_timed_is_written_whatever_comes(minutes, timed, tmp_path):
 @pytest.mark.parametrize(("gpu", "expected"), [("G", [1.0, 2.0]), ("another", [2.0])])
 def test_runs_on_like_machines_add_up(gpu, expected, tmp_path):
     before = {"rows": "1", "ms": 1.0, "launched": "ms"}
-    content = {"environment": {"gpu": gpu}, "notes": "", "rows": [before]}
+    content = {"environment": {"gpu": gpu, "commit": "c"}, "notes": "", "rows": [before]}
     (tmp_path / "conv_g_methods.json").write_text(json.dumps(content))
     ways.run(tmp_path, lambda line: None, 0.0, "methods")
     found = json.loads((tmp_path / "conv_g_methods.json").read_text())
     assert [row["ms"] for row in found["rows"]] == expected
 
 
-def test_a_case_is_timed_only_after_it_was_right(monkeypatch):
-    monkeypatch.setattr(ways, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
-    monkeypatch.setattr(ways, "_errors", lambda case: {"y": 1.0 if case is CASES[1] else 0.0})
-    came = ways.checked(CASES)
-    assert next(came) is CASES[0]
+def test_cases_are_timed_when_they_were_right_and_nothing_else_runs(monkeypatch):
+    running, asked = [], []
+
+    def errors(case):
+        running.append(case)
+        asked.append(case)
+        wrong = case is cases[4]
+        running.remove(case)
+        return {"y": 1.0 if wrong else 0.0}
+
+    cases = [CASES[0]._replace(length=300 + i) for i in range(5)]
+    monkeypatch.setattr(ways, "ProcessPoolExecutor", lambda n, **__: ThreadPoolExecutor(n))
+    monkeypatch.setattr(ways.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(ways, "_errors", errors)
+    came = ways.checked(cases)
+    for i in range(4):
+        assert next(came) is cases[i]
+        assert not running
+        assert len(asked) == i // 2 * 2 + 2  # of two processes, no case of the next batch
     with pytest.raises(RuntimeError, match="y is off"):
         next(came)
 

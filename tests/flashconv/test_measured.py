@@ -54,6 +54,8 @@ def _methods(monkeypatch):
         ({"rows": 15}, torch.float16, "scan"),  # not within four of a measurement
         ({"rows": 1}, torch.float16, "scan"),
         ({"length": 2048}, torch.float16, "fft_chunks"),
+        ({"gated": True}, torch.bfloat16, "scan"),  # not measured
+        ({"gated": True, "backward": True}, torch.float16, "scan"),
         ({"length": 1024}, torch.float16, "scan"),  # as near to 256 in ratio: the smaller
         ({"length": 1000, "backward": True}, torch.bfloat16, "fft_chunks"),
         ({"length": 63, "backward": True}, torch.bfloat16, "scan"),
@@ -193,3 +195,14 @@ def test_a_power_takes_states_of_any_batch(rows):
     power, state = torch.randn(3, 4, 4), torch.randn(*rows, 3, 4)
     expected = torch.einsum("hij,...hj->...hi", power, state)
     torch.testing.assert_close(advance(power, state), expected)
+
+
+def test_the_choice_of_a_method_is_told_of_gates(monkeypatch):
+    told, right = [], op.choose_method
+    monkeypatch.setattr(
+        op, "choose_method", lambda *asked: (told.append(asked[3]), right(*asked))[1]
+    )
+    u, system = torch.randn(1, 3, 9), DiagonalSSM(3, 4).system()
+    op.ssm_conv(u, system)
+    op.ssm_conv(u, system, post_gate=u)
+    assert [problem.gated for problem in told] == [False, True]

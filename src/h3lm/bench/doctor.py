@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from h3lm import flashconv
-from h3lm.flashconv.dispatch import BACKENDS
+from h3lm.flashconv.dispatch import BACKENDS, capability
 from h3lm.flashconv.kernels.conv_plan import checks, fault
 from h3lm.flashconv.kernels.self_test import hopper_fault, segments_fault
 from h3lm.layers import border
@@ -28,7 +28,8 @@ HEADS = {"h3_core, head_dim 2": 2, "h3_core, head_dim 8": 8}
 PACKED = "h3_core, packed"
 CHUNKS = "ssm_conv, fft_chunks"
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
-# kernels of long convolution need none in these dtypes but a few roundings of float32
+# kernels of long convolution need none in these dtypes but a few roundings of float32, where it is
+# known what the matrix units' sums lose
 EXACT = {("fft_conv", dtype): 2.0**-22 for dtype in (torch.float32, torch.float16)}
 
 
@@ -94,7 +95,8 @@ def run_check(op: str, dtype: torch.dtype, backend: str, device: torch.device) -
     exact = _exact(op)
     fast = _run(op, dtype, backend, device)
     plain = fast if backend == "torch" else _run(op, dtype, "torch", device)
-    floor = FLOOR[dtype] if fast is plain else EXACT.get((op, dtype), FLOOR[dtype])
+    known = fast is not plain and capability(device) == (9, 0)
+    floor = EXACT.get((op, dtype), FLOOR[dtype]) if known else FLOOR[dtype]
     errors, allowed = [], []
     for a, b, c in zip(fast, plain, exact, strict=True):
         errors.append(_relative(a, c))

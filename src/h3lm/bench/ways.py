@@ -3,7 +3,7 @@
     python -m h3lm.bench.ways --time --out docs/benchmarks
 
 compares them with float64, times them and leaves reports in a folder, where runs on like machines
-add up: what no run has timed yet comes first;
+and commits add up: what no run has timed yet comes first;
 
     python -m h3lm.bench.ways --out docs/benchmarks
 
@@ -59,7 +59,7 @@ LONG_LENGTHS, FEW_LAGS = (4096, 65536), (64, 256, 1024)
 FEW_ROWS = 8
 REPEATS, WARM_UP = 7, 2
 CHECKED_CHANNELS = 16
-SAME = ("gpu", "driver", "torch", "triton")  # of runs that add up
+SAME = ("gpu", "driver", "torch", "triton", "commit")  # of runs that add up
 ALLOWED = {torch.bfloat16: 1e-2, torch.float32: 3e-5}
 
 Say = Callable[[str], None]
@@ -205,26 +205,28 @@ def known_rows(
         return {}
     content = json.loads(path.read_text())
     like = all(content["environment"].get(key) == environment.get(key) for key in SAME)
+    like = like and environment["commit"] != "unknown"
     return {place(row): row for row in content["rows"]} if like else {}
 
 
 def checked(cases: list[Any]) -> Iterator[Any]:
-    """Cases, each when every way was compared with float64, which fills Triton's cache.
+    """Cases, when every way of them was compared with float64, which fills Triton's cache.
 
-    Many are compared side by side, as many rows as are timed but of few channels: kernels are
-    compiled anew where a number of rows is 1 or no longer a multiple of 16.
+    Many are compared side by side, and come while nothing runs beside them. As many rows as are
+    timed, but of few channels: kernels are compiled anew where a number of rows is 1 or no longer
+    a multiple of 16.
 
     Raises:
         RuntimeError: if one is off: a fast wrong one is not timed.
     """
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context)
-    try:
-        for case, errors in zip(cases, pool.map(_errors, cases), strict=True):
-            refuse_wrong(case, errors)
-            yield case
-    finally:
-        pool.shutdown(cancel_futures=True)
+    workers = max(1, (os.cpu_count() or 2) - 2)
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for start in range(0, len(cases), workers):
+            batch = cases[start : start + workers]
+            for case, errors in zip(batch, list(pool.map(_errors, batch)), strict=True):
+                refuse_wrong(case, errors)
+                yield case
 
 
 def refuse_wrong(case: MethodCase | AlgorithmCase, errors: dict[str, float]) -> None:

@@ -36,6 +36,9 @@ FFT_LENGTHS = {
     torch.float32: (2048, 2048),
 }
 MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL = 1 << 22, 1 << 19
+# rows of float16 up to which pairs are faster than torch.fft: 0.6 of its time at 131,072, 1.3 to
+# 1.6 of it at 1,048,576 (H200), where the outer factor is most of the work
+MAX_FASTER_PAIRS = 1 << 19
 # lags up to which blocks of a Toeplitz matrix are taken where nothing was measured
 MAX_TOEPLITZ_LAGS = 256
 # where they were: transforms are faster from 2,048 lags on, whose cost for blocks grows with them
@@ -83,7 +86,7 @@ class Problem:
         complex64: Whether the system has that dtype.
         has_triton: Whether Triton is installed.
         lags: Lags that a long filter reaches, both ways; 0 stands for as many as L.
-        gated: Whether a long convolution has a gate.
+        gated: Whether a convolution, or an SSM's, has a gate.
         rows: B.
         states: Whether an SSM's state comes in or goes out.
         backward: Whether there are gradients.
@@ -136,6 +139,9 @@ def choose(
         if triton:
             return Choice("torch", f"plain PyTorch: {triton}")
         if op == "fft_conv":
+            if dtype == torch.float16 and problem.length > MAX_FASTER_PAIRS:
+                most = f"rows of {dtype} over {MAX_FASTER_PAIRS}"
+                return Choice("torch", f"plain PyTorch: torch.fft is faster for {most}")
             # which algorithm is a question of the sizes, each answer a case for a compiler
             compiling = torch.compiler.is_compiling()
             what = "fft_conv" if compiling else conv_algorithm(dtype, problem)
@@ -253,10 +259,10 @@ def choose_method(
 ) -> Choice:
     """Choose the algorithm of `ssm_conv`, by its arguments and by whether a compiler asks.
 
-    By the nearest measurement. Where there is none near, and under a compiler, for which each
-    answer would be a case of its own, by bytes: in a half dtype the scan's kernels read and write
-    an element once, in 4 bytes; convolved chunks do that too, and make states and what states add
-    in float32 besides.
+    By the nearest measurement. Where there is none near, under a gate, and under a compiler, for
+    which each answer would be a case of its own, by bytes: in a half dtype the scan's kernels read
+    and write an element once, in 4 bytes; convolved chunks do that too, and make states and what
+    states add in float32 besides.
 
     Args:
         method: "scan", "fft_chunks" or "auto".
@@ -289,7 +295,12 @@ def choose_method(
 
 
 def _measured_method(dtype: torch.dtype, problem: Problem) -> Choice:
-    """The faster of both methods for a diagonal system on a GPU."""
+    """The faster of both methods for a diagonal system on a GPU.
+
+    Without gates, as they were timed: under one, chunks take other and slower convolutions.
+    """
+    if problem.gated:
+        return _SCAN_BY_BYTES
     table = measured.METHODS.get(_generation(problem))
     kinds = (
         "float32" if dtype == torch.float32 else "bfloat16",

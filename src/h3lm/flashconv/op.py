@@ -308,7 +308,7 @@ def ssm_conv(
         raise ValueError(f"initial_state is {tuple(initial_state.shape)}, this call needs {shape}")
     present = [x for x in (u, pre_gate, post_gate) if x is not None]
     problem = _problem(
-        system, 0, 1, cu_seqlens, *present,
+        system, 0, 1, cu_seqlens, *present, gated=len(present) > 1,
         states=initial_state is not None or return_final_state,
         backward=_needs_gradients(*present, initial_state, whole),
     )  # fmt: skip
@@ -380,8 +380,10 @@ def fft_conv(
 
     Forward and backward, any device, whatever the autocast. On a GPU from compute capability 8.0
     on, half inputs go through a block FFT on the matrix units, with float16 operands under a scale
-    of their own for each row, and float32 sums; two rows share a transform, so that an infinity
-    or a NaN in one reaches the other. Elsewhere `torch.fft` computes in float32.
+    of their own for each row, and float32 sums: one kernel up to 8,192 positions of bfloat16 and,
+    whose operands are pairs, 4,096 of float16 (2,048 and 1,024 without Hopper's shared memory),
+    more of them beyond. On Hopper float32 does too, up to 2,048. Elsewhere, and for float16 over
+    524,288, where it is faster, `torch.fft` computes in float32.
 
     Args:
         u: Input, (B, D, L), float32, bfloat16, float16 or float64.
@@ -545,6 +547,7 @@ def _problem(
     head_dim: int,
     cu_seqlens: Tensor | None,
     *tensors: Tensor,
+    gated: bool = False,
     states: bool = False,
     backward: bool = False,
 ) -> Problem:
@@ -561,6 +564,7 @@ def _problem(
         packed=cu_seqlens is not None,
         aligned=all(is_aligned(x) for x in tensors),
         complex64=diagonal.c.dtype == torch.complex64,
+        gated=gated,
         rows=tensors[0].shape[0],
         states=states,
         backward=backward,

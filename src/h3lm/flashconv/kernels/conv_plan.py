@@ -36,8 +36,10 @@ from h3lm.ssm.first_use import first_use
 logger = logging.getLogger("h3lm.flashconv")
 # length of the rows that they are checked with, and of those of two chunks, of which 64 need others
 TOEPLITZ_CHECK, TWO_CHUNKS = 304, 256
-# bfloat16's operands and results are off by 2^-9 each, float16's results by 2^-12
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}
+# bfloat16's operands and results are off by 2^-9 each, float16's results and the filter of its
+# Toeplitz blocks by 2^-12: 3.6e-4 between both algorithms, where products not of pairs make 6e-4
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 4.5e-4, torch.float32: 1e-5}
+FLOAT32 = ("df", "df_reverse", "dskip")  # sums of float32, in which only bfloat16 is seen
 _found: dict[tuple[ConvAlgorithm, torch.device, torch.dtype, int], str] = {}  # by `fault`
 
 
@@ -132,7 +134,8 @@ def _compare(
         )
         for name, expected in exact.items():
             error = float((found[name] - expected).norm() / expected.norm())
-            if not error < TOLERANCE[dtype]:
+            whole = name in FLOAT32 and dtype == torch.float16
+            if not error < TOLERANCE[torch.float32 if whole else dtype]:
                 return f"{name} differs by {error:.1e}"
     return ""
 

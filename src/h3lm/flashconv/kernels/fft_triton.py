@@ -44,14 +44,23 @@ Source: Fu et al. 2023 (arXiv 2212.14052v3), section 4.1 (block FFT); Crandall a
 Discrete weighted transforms (the right-angle convolution).
 """
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-# the part of itself that a sum loses with each instruction of the matrix units, which truncate: of
-# float16 and of tf32, fitted to errors of all sizes on an H200. The interpreter rounds
-SHRINKS = tl.constexpr(0.0 if triton.knobs.runtime.interpret else 2.65e-8)
-SHRINKS_TF32 = tl.constexpr(0.0 if triton.knobs.runtime.interpret else 2.85e-8)
+
+def truncates() -> bool:
+    """Whether sums are truncated as they were where that was measured; the interpreter rounds."""
+    if triton.knobs.runtime.interpret or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
+# the part of itself that a sum loses with each instruction of the matrix units, of float16 and of
+# tf32, fitted to errors of all sizes on an H200
+SHRINKS = tl.constexpr(2.65e-8 if truncates() else 0.0)
+SHRINKS_TF32 = tl.constexpr(2.85e-8 if truncates() else 0.0)
 
 
 @triton.jit
@@ -162,7 +171,7 @@ def as_loaded(x, source, gate, like):
 def product(a, a_low, b, b_low, PRECISION: tl.constexpr, WHOLE: tl.constexpr = False):
     """The matrix product a b, float32; see `operand`. WHOLE: b has no second half.
 
-    The matrix units' sums are truncated. All values shrink alike, transform after transform, three
+    Hopper's matrix units truncate sums. All values shrink alike, transform after transform, three
     times as much as rounding moves them at random; but for "half" it is put back here. Sums grow
     with the root of what was summed: s instructions, 16 products of float16 deep or 8 of tf32,
     take sqrt(1 / s) + .. + sqrt(s / s), some 2 s / 3 + 1 / 2, times as much as the last one.

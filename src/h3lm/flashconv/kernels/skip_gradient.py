@@ -53,7 +53,8 @@ def skip_gradient_kernel(
         more = total + value
         lost = (more - total) - value
         total = more
-    tl.store(dskip + channel, tl.sum(total, 0).to(dskip.dtype.element_ty))
+    every = tl.sum(total.to(tl.float64) - lost.to(tl.float64), 0)
+    tl.store(dskip + channel, every.to(dskip.dtype.element_ty))
 
 
 def skip_gradient(
