@@ -407,6 +407,8 @@ def test_float16_may_overflow_under_a_gate_but_not_behind_it() -> None:
         ({"length": 2**22}, torch.bfloat16, "triton", "Triton"),
         ({"length": 2**19}, torch.float16, "triton", "Triton"),
         ({"length": 2**19 + 1}, torch.float16, "torch", "torch.fft is faster"),
+        ({"length": 2**20, "lags": 64}, torch.float16, "triton", "Toeplitz"),
+        ({"length": 2**20, "lags": 64, "gated": True}, torch.float16, "torch", "torch.fft"),
         ({"length": 2**22 + 1}, torch.float16, "torch", "up to 4194304"),
         ({"capability": (8, 6)}, torch.float32, "torch", "224 KB"),
         ({"length": 2048}, torch.float32, "triton", "Triton"),

@@ -139,8 +139,8 @@ def choose(
         if triton:
             return Choice("torch", f"plain PyTorch: {triton}")
         if op == "fft_conv":
-            if dtype == torch.float16 and problem.length > MAX_FASTER_PAIRS:
-                most = f"rows of {dtype} over {MAX_FASTER_PAIRS}"
+            if _torch_transforms_faster(dtype, problem):
+                most = f"transforms of rows of {dtype} over {MAX_FASTER_PAIRS}"
                 return Choice("torch", f"plain PyTorch: torch.fft is faster for {most}")
             # which algorithm is a question of the sizes, each answer a case for a compiler
             compiling = torch.compiler.is_compiling()
@@ -221,6 +221,15 @@ def longest_in_a_program(dtype: torch.dtype, capability: tuple[int, int] | None)
     """The longest rows that the block FFT transforms in one kernel."""
     large, small = FFT_LENGTHS[dtype]
     return large if capability in HOPPER_SHARED else small
+
+
+def _torch_transforms_faster(dtype: torch.dtype, problem: Problem) -> bool:
+    """Whether pairs would transform rows longer than those up to which they are the faster ones."""
+    if dtype != torch.float16 or problem.length <= MAX_FASTER_PAIRS:
+        return False
+    if torch.compiler.is_compiling():  # not by what was timed, as above: blocks may take these lags
+        return problem.gated or (problem.lags or problem.length) > MAX_TIMED_LAGS
+    return conv_algorithm(dtype, problem) == "block FFT through memory"
 
 
 def conv_algorithm(dtype: torch.dtype, problem: Problem, backward: bool = False) -> ConvAlgorithm:
