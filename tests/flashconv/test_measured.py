@@ -60,6 +60,11 @@ def _methods(monkeypatch):
         ({"length": 1000, "backward": True}, torch.bfloat16, "fft_chunks"),
         ({"length": 63, "backward": True}, torch.bfloat16, "scan"),
         ({"states": True, "num_modes": 33, "rows": 2}, torch.float32, "fft_chunks"),
+        (
+            {"states": True, "num_modes": 33, "rows": 2, "gated": True},
+            torch.float32,
+            "fft_chunks",
+        ),
         ({"states": True, "num_modes": 33, "rows": 2, "backward": True}, torch.float32, "scan"),
         ({"states": True}, torch.bfloat16, "scan"),  # no such kinds were measured
         ({"capability": (8, 0)}, torch.bfloat16, "scan"),  # nor such a GPU

@@ -556,23 +556,27 @@ def test_what_fails_behind_a_training_leaves_it_where_it_stood(tmp_path, monkeyp
 
 
 def test_the_best_model_of_all_jobs_of_a_mixer_is_kept(tmp_path):
-    better, worse = (
-        Run("recall", "h3", "recipe", seed, 5e-4, 9, 9, accuracy, accuracy, 1.0, {}, [])
-        for seed, accuracy in ((0, 0.9), (1, 0.2))
-    )
-    report, job = Report(tmp_path / "report.json"), Job("recall", SMALL, "h3", (), "cpu", tmp_path)
-    for runs, name in (([better], "good"), ([worse], "bad"), ([better], "again")):
+    job = Job("recall", SMALL, "h3", (), "cpu", tmp_path)
+    told = [("good", True, 0.9), ("bad", True, 0.2), ("cut", False, 1.0), ("again", True, 0.9)]
+    for (name, finished, accuracy), expected in zip(
+        told, ("good", "good", "good", "again"), strict=True
+    ):
         found = tmp_path / "models" / f".{name}"
         (found / "model").mkdir(parents=True)
         (found / "model" / "weights").write_text(name)
+        stands = {"finished": finished, "accuracy": accuracy, "test_loss": 1.0}
+        (found / "model" / "lab.json").write_text(json.dumps(stands))
         (found / "trace.png").write_text(name)
-        is_best = report.would_be_best("recall", "h3", runs)
-        report.add("recall", "h3", runs, {})
-        _place(job, found, is_best)
+        _place(job, found)
         (left,) = (tmp_path / "models").iterdir()
-        expected = "good" if name == "bad" else name
         assert (left / "weights").read_text() == expected
         assert (tmp_path / "trace-recall.png").read_text() == expected
+    (left / "lab.json").unlink()  # of an older version, or another's
+    found = tmp_path / "models" / ".new"
+    (found / "model").mkdir(parents=True)
+    (found / "model" / "lab.json").write_text(json.dumps(stands | {"accuracy": 0.1}))
+    _place(job, found)
+    assert not (left / "weights").exists()
 
 
 def test_a_file_that_trainings_cannot_go_on_from_is_refused(tmp_path):

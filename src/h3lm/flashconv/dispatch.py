@@ -306,9 +306,10 @@ def choose_method(
 def _measured_method(dtype: torch.dtype, problem: Problem) -> Choice:
     """The faster of both methods for a diagonal system on a GPU.
 
-    Without gates, as they were timed: under one, chunks take other and slower convolutions.
+    Without gates, as they were timed: under one, chunks of half inputs take other and slower
+    convolutions.
     """
-    if problem.gated:
+    if problem.gated and dtype != torch.float32:
         return _SCAN_BY_BYTES
     table = measured.METHODS.get(_generation(problem))
     kinds = (

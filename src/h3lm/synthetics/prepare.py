@@ -21,6 +21,7 @@ from h3lm.synthetics.ensemble import Ensemble, sizes_on_a_gpu
 
 logger = logging.getLogger("h3lm.synthetics")
 _CORES_EACH = 2  # of a process, besides those that it starts for its kernels
+_OVER: list[Event] = []  # kept, since a process that still starts opens its own by name
 J = TypeVar("J")
 
 
@@ -44,6 +45,7 @@ def prepared(
     workers = max(1, min(len(jobs), cores // _CORES_EACH))
     processes = get_context("spawn")
     over = processes.Event()
+    _OVER.append(over)
     pool = ProcessPoolExecutor(
         workers,
         mp_context=processes,
@@ -70,8 +72,8 @@ def prepared(
     try:
         yield ready
     finally:
+        over.set()  # first: a process that the pool ends waits for what the compiler has started
         pool.shutdown(wait=False, cancel_futures=True)
-        over.set()
 
 
 def _begin(threads: int, over: Event) -> None:

@@ -143,14 +143,6 @@ class Report:
         self._take(runs)
         self.sizes[f"{setting} {mixer}"] = size
 
-    def would_be_best(self, setting: str, mixer: str, runs: list[Run]) -> bool:
-        """Whether none of the runs held is better than the best of these."""
-        held = [r for r in self.runs if (r.setting, r.mixer) == (setting, mixer)]
-        first, second = (
-            [merit(r.finished, r.accuracy, r.test_loss) for r in group] for group in (runs, held)
-        )
-        return not second or max(first) >= max(second)
-
     def merge(self, other: "Report") -> None:
         """Take up what another report holds and this one lacks."""
         self._take(other.runs)

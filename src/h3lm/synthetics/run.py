@@ -1,6 +1,7 @@
 """The expressivity lab: train any mixer on any task, and write down what came out."""
 
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -36,6 +37,7 @@ from h3lm.synthetics.tasks import Baseline, Dataset, Task, check_known, make_tas
 NUM_LAYERS = 2
 SEARCH_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SEARCH_LENGTH = 2  # times the recipe's epochs
+STANDS = "lab.json"  # beside a saved model: how good it is
 _ROWS = ("num_train", "num_test")
 SIDE_BY_SIDE = 8  # jobs on one GPU: their kernels are too small to fill it
 _GIVEN_UP = threading.Event()  # set where a person stops jobs that are threads
@@ -286,7 +288,6 @@ def run(
             cut.append(f"{job.name} {job.mixer}")
         if outcome is None:
             continue
-        is_best = report.would_be_best(job.name, job.mixer, outcome.runs)
         report.add(job.name, job.mixer, outcome.runs, outcome.size)
         came.append(job)
         call = _describe_call(came, devices)
@@ -294,7 +295,7 @@ def run(
         _measure_baselines(report, job.name, job.setting)
         report.write()
         unfinished.settle(outcome.standing)
-        _place(job, outcome.best, is_best)
+        _place(job, outcome.best)
         say(f"{job.name} {job.mixer}: {report.summary(job.name, job.mixer)}")
     if report.runs:
         report.write()
@@ -460,6 +461,8 @@ def _outcome(
         f".{_model_folder(job).name}-{kind}-{seed}-{recipe.learning_rate:g}-{recipe.epochs}"
     )
     _save(best.model, folder / "model")
+    stands = {"finished": best.finished, "accuracy": best.last, "test_loss": best.test_loss}
+    (folder / "model" / STANDS).write_text(json.dumps(stands))
     config = best.model.config
     one_channel = set(config.mixers) == {"h3"} and config.h3_head_dim == 1
     if one_channel and not job.name.startswith("mqar"):
@@ -494,10 +497,18 @@ def _model_folder(job: Job) -> Path:
     return job.out / "models" / f"{job.name}-{_file_name(job.mixer)}"
 
 
-def _place(job: Job, found: Path, is_best: bool) -> None:
+def _merit_of(model: Path) -> tuple[bool, float, float]:
+    """Of a saved model; the least of one that does not say it."""
+    try:
+        return merit(**json.loads((model / STANDS).read_text()))
+    except (OSError, ValueError, TypeError):
+        return merit(False, -math.inf, math.inf)
+
+
+def _place(job: Job, found: Path) -> None:
     """Put a job's best model in place, and its picture, unless the one that is there is better."""
     model, picture = _model_folder(job), found / "trace.png"
-    if is_best or not model.exists():
+    if _merit_of(found / "model") >= _merit_of(model):
         shutil.rmtree(model, ignore_errors=True)
         (found / "model").replace(model)
         if picture.exists():

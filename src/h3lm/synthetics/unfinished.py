@@ -103,8 +103,11 @@ def write(
 
 
 def settle(pending: Pending) -> None:
-    """Put in place what `write` has written."""
-    for partial, file in pending.files:
+    """Put in place what `write` has written, last what takes the place of the file of before.
+
+    If it ends between two, that one still holds all.
+    """
+    for partial, file in sorted(pending.files, key=lambda pair: pair[1] == pending.replaced):
         partial.replace(file)
     if pending.replaced is not None and pending.replaced not in [f for _, f in pending.files]:
         pending.replaced.unlink(missing_ok=True)
