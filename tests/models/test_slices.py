@@ -136,8 +136,11 @@ def test_a_compiled_block_is_not_cut_at_the_buckets_of_ddp(alone, monkeypatch):
     compile_model(model, "blocks")
     ids = torch.randint(0, 8, (1, 16))
     call = torch.nn.parallel.DistributedDataParallel(model)
+    before = torch._dynamo.config.optimize_ddp
+    assert before
     call(ids, labels=ids, shift_labels=ids, num_items_in_batch=torch.tensor(16)).loss.backward()
     assert len(pieces) == 2  # in front of what others are sent, and behind it
+    assert torch._dynamo.config.optimize_ddp == before  # for the user's own modules
 
 
 def test_recomputed_blocks_ask_nobody_again(alone, monkeypatch):
