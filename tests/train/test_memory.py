@@ -73,6 +73,19 @@ def test_gradients_that_are_not_accumulated_take_the_place_of_activations():
     assert few.needs(True) > few.held
 
 
+def test_gradients_in_the_buckets_of_copies_are_there_all_along(tiny):
+    config = H3Config(**TINY["model"], vocab_size=24, mixers="h3")
+
+    def accumulated(mesh, **changes):
+        return Estimate.of(config, tiny(**changes), mesh, CPU, False).accumulated
+
+    assert not accumulated(Mesh())
+    assert accumulated(Mesh(shard=2))
+    assert accumulated(Mesh(seq=2))
+    assert not accumulated(Mesh(shard=2), parallel="fsdp")
+    assert accumulated(Mesh(), micro_batch_size=1)
+
+
 @pytest.mark.parametrize("mixers", ["h3", "attention", "s4d", "linear_attention"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_what_blocks_keep_is_what_a_training_step_keeps(mixers, rows):

@@ -102,6 +102,11 @@ def test_two_processes_train_as_one_does(together, way):
 
 
 @pytest.mark.slow
+def test_copies_hold_their_gradients_once(together):
+    assert together[1]["gradients are views of buckets"] is True
+
+
+@pytest.mark.slow
 def test_blocks_that_stay_gathered_train_alike_and_are_clipped_alike(together):
     folder, _ = together
     assert min(log(folder / "gathered", "grad_norm")) > 0.1

@@ -62,7 +62,8 @@ class Estimate:
         tokens: Positions that a process takes through the model at once.
         parts: Among how many processes weights, gradients and optimiser are divided.
         total: What the device has, or None if that is not known.
-        accumulated: Whether gradients of several parts of a batch are summed.
+        accumulated: Whether gradients are there beside all that blocks keep: those of several parts
+            of a batch are summed, or DDP holds them in its buckets all along.
         half: Whether under bfloat16 autocast.
         share: Rows that a process takes of each batch; the whole batch if None.
         evaluation: What an evaluation takes beside a step that is captured as a CUDA graph, and so
@@ -105,15 +106,17 @@ class Estimate:
             for mixer, kept in zip(config.mixers, kept_by_blocks(config, device, half), strict=True)
         )
         captured = device.type == "cuda" and world_size() == 1 and wants_graphs(recipe, False)
+        sharded = recipe.parallel == "fsdp"
+        in_buckets = mesh.shard * mesh.seq > 1 and not sharded
         return cls(
             parameters=parameters,
             width=config.hidden_size,
             vocab=config.vocab_size,
             kept=kept,
             tokens=rows * -(-recipe.block_length // mesh.seq),
-            parts=mesh.shard * mesh.seq if recipe.parallel == "fsdp" else 1,
+            parts=mesh.shard * mesh.seq if sharded else 1,
             total=device_memory(),
-            accumulated=rows < share,
+            accumulated=rows < share or in_buckets,
             half=half,
             share=share,
             evaluation=_of_evaluation(config, recipe, rows, kept) if captured else 0.0,

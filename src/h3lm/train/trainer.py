@@ -94,6 +94,9 @@ class H3Trainer(Trainer):
         super().__init__(**arguments)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        if self.accelerator.ddp_handler is not None:
+            # else DDP keeps all gradients once more, and copies them
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.finite = FiniteWatch(self.args.device)
         captured = self.args.device.type == "cuda" and world_size() == 1 and self.wants_graphs()
         self.graphs = GraphedSteps(self.model.parameters()) if captured else None
