@@ -26,6 +26,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from h3lm.layers import Block, CausalAttention
+from h3lm.models.capture import without_collection
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.ssm import SSMModule
@@ -743,7 +744,7 @@ def capture(
     with _GATE.alone():
         for _ in range(3):
             work()
-        with thread_local:
+        with without_collection(), thread_local:
             work()
     return graph.replay
 
