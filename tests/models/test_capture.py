@@ -26,6 +26,17 @@ def test_the_garbage_collector_rests_while_a_graph_is_captured(enabled, monkeypa
         (gc.enable if before else gc.disable)()
 
 
+def test_the_collector_is_back_when_the_last_of_two_captures_is_done(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: nullcontext())
+    one, other = capturing(None), capturing(None)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert not gc.isenabled()
+    other.__exit__(None, None, None)
+    assert gc.isenabled()
+
+
 @pytest.mark.gpu
 def test_a_graph_in_a_cycle_does_not_spoil_the_next():
     x = torch.zeros(8, device="cuda")

@@ -1,11 +1,16 @@
 """CUDA graphs are captured while nothing lets go of another."""
 
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+_lock = threading.Lock()
+_captures = 0  # that are under way, in any thread
+_was_enabled = False
 
 
 @contextmanager
@@ -22,11 +27,22 @@ def capturing(graph: torch.cuda.CUDAGraph, **how: Any) -> Iterator[None]:
     Raises:
         RuntimeError: Something was called that cannot be captured.
     """
-    enabled = gc.isenabled()
-    gc.disable()
+    with _without_collection(), torch.cuda.graph(graph, **how):
+        yield
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    global _captures, _was_enabled
+    with _lock:
+        if not _captures:
+            _was_enabled = gc.isenabled()
+            gc.disable()
+        _captures += 1
     try:
-        with torch.cuda.graph(graph, **how):
-            yield
+        yield
     finally:
-        if enabled:
-            gc.enable()
+        with _lock:
+            _captures -= 1
+            if not _captures and _was_enabled:
+                gc.enable()
