@@ -1,69 +1,61 @@
-"""Captures of CUDA graphs are not disturbed by what the collector would destroy."""
-
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from h3lm.models.capture import without_collection
-from h3lm.synthetics.ensemble import capture
-from h3lm.train.graphs import record
+from h3lm.models.capture import capturing
 
 
-def test_the_collector_is_back_when_the_last_capture_is_done():
-    assert gc.isenabled()
-    with without_collection():
-        with without_collection():
-            assert not gc.isenabled()
-        assert not gc.isenabled()
-    assert gc.isenabled()
-    with pytest.raises(RuntimeError, match="ours"), without_collection():
-        raise RuntimeError("ours")
-    assert gc.isenabled()
-    gc.disable()
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_rests_while_a_graph_is_captured(enabled, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: nullcontext())
+    before, seen = gc.isenabled(), []
+
+    def lost():
+        with capturing(None, stream=None):
+            seen.append(gc.isenabled())
+            raise RuntimeError("lost")
+
     try:
-        with without_collection():
-            pass
-        assert not gc.isenabled()  # as it was
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(RuntimeError, match="lost"):
+            lost()
+        assert (seen, gc.isenabled()) == ([False], enabled)
     finally:
-        gc.enable()
+        (gc.enable if before else gc.disable)()
+
+
+def test_the_collector_is_back_when_the_last_of_two_captures_is_done(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: nullcontext())
+    one, other = capturing(None), capturing(None)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert not gc.isenabled()
+    other.__exit__(None, None, None)
+    assert gc.isenabled()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", ["train", "lab"])
-def test_a_graph_that_is_garbage_ends_no_capture(way):
-    x = torch.zeros(4, device="cuda")
-    held: list[object] = []
+def test_a_graph_in_a_cycle_does_not_spoil_the_next():
+    x = torch.zeros(8, device="cuda")
 
-    def work():
-        if torch.cuda.is_current_stream_capturing():
-            held.clear()  # nothing reaches the earlier graph now but itself
-        for _ in range(200):
-            [[] for _ in range(20)]  # what the collector counts
-            x.add_(1)
-        return x
+    def captured():
+        graph = torch.cuda.CUDAGraph()
+        with capturing(graph, capture_error_mode="thread_local"):
+            for _ in range(50):
+                held = [x.add_(1)]
+                held.append(held)  # garbage for the collector, as it may be made anywhere
+        return graph
 
-    earlier = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(earlier):
-        x.add_(1)
-    cycle: list[object] = [earlier]
-    cycle.append(cycle)
-    held.append(cycle)
-    del earlier, cycle
-    thresholds = gc.get_threshold()
-    gc.set_threshold(10, 1, 1)
+    old = gc.get_threshold()
+    gc.set_threshold(10, 2, 2)
     try:
-        if way == "train":
-            replay = record(work, None)[0].replay
-        else:
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):
-                replay = capture(work, stream)
+        cycle = [captured()]
+        cycle.append(cycle)
+        del cycle
+        captured().replay()
     finally:
-        gc.set_threshold(*thresholds)
-    assert not held
-    torch.cuda.synchronize()
-    before = x.clone()
-    replay()
-    torch.cuda.synchronize()
-    assert torch.equal(x, before + 200)
+        gc.set_threshold(*old)
+    assert x.eq(50).all()

@@ -1,32 +1,48 @@
-"""What captures of CUDA graphs share."""
+"""CUDA graphs are captured while nothing lets go of another."""
 
 import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import torch
 
 _lock = threading.Lock()
-_inside = 0
-_was_on = False
+_captures = 0  # that are under way, in any thread
+_was_enabled = False
 
 
 @contextmanager
-def without_collection() -> Iterator[None]:
-    """Keep Python's collector away while something is captured, in any thread.
+def capturing(graph: torch.cuda.CUDAGraph, **how: Any) -> Iterator[None]:
+    """`torch.cuda.graph`, with Python's garbage collector at rest.
 
-    What it would find may be an earlier graph, and to destroy one ends the capture in its thread:
-    "operation failed due to a previous error during capture".
+    Graphs are in cycles with what replays them, so the collector is what destroys them; in the
+    middle of a capture CUDA does not permit that, and the capture is lost.
+
+    Args:
+        graph: Holds what is launched in the block.
+        how: Arguments of `torch.cuda.graph`.
+
+    Raises:
+        RuntimeError: Something was called that cannot be captured.
     """
-    global _inside, _was_on
+    with _without_collection(), torch.cuda.graph(graph, **how):
+        yield
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    global _captures, _was_enabled
     with _lock:
-        if not _inside:
-            _was_on = gc.isenabled()
+        if not _captures:
+            _was_enabled = gc.isenabled()
             gc.disable()
-        _inside += 1
+        _captures += 1
     try:
         yield
     finally:
         with _lock:
-            _inside -= 1
-            if not _inside and _was_on:
+            _captures -= 1
+            if not _captures and _was_enabled:
                 gc.enable()

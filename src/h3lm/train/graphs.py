@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from h3lm.models.capture import without_collection
+from h3lm.models.capture import capturing
 from h3lm.train.recipe import Recipe
 
 logger = logging.getLogger("h3lm.train")
@@ -145,8 +145,7 @@ def record(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, 
     before = generator.clone_state()
     try:
         # a thread that pins memory for the data loader may call CUDA meanwhile
-        thread_local = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
-        with without_collection(), thread_local:
+        with capturing(graph, pool=pool, capture_error_mode="thread_local"):
             loss = run()
     except RuntimeError:
         generator.graphsafe_set_state(before)  # else it would wait for the graph for ever
