@@ -8,6 +8,7 @@ the plain path in float32, where nothing is rounded between steps.
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -110,10 +111,10 @@ def _everything(run: Run, leaves: dict[str, Tensor], final: bool) -> dict[str, T
 
 def _check(
     run: Run, leaves: dict[str, Tensor], final: bool, head_dim: int = 1,
-    bounds: Tensor | None = None, by_row: bool = False,
+    bounds: Tensor | None = None, by_row: bool = False, gated_conv: bool = False,
 ) -> None:  # fmt: skip
-    plain = _plain(leaves["q"].dtype, head_dim, bounds)
-    exactly = _plain(torch.float64, head_dim, bounds)
+    made = _plain_ssm_conv if gated_conv else partial(_plain, head_dim, bounds)
+    plain, exactly = made(leaves["q"].dtype), made(torch.float64)
 
     def squares(wrong: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Tensor]:
         assert wrong.keys() == exact.keys()
@@ -139,7 +140,7 @@ def _check(
     raise AssertionError(f"times plain PyTorch's error: {times}")
 
 
-def _plain(dtype: torch.dtype, head_dim: int, bounds: Tensor | None) -> Run:
+def _plain(head_dim: int, bounds: Tensor | None, dtype: torch.dtype) -> Run:
     """Plain PyTorch: in half precision by steps that round, else as a whole."""
 
     def run(
@@ -150,6 +151,23 @@ def _plain(dtype: torch.dtype, head_dim: int, bounds: Tensor | None) -> Run:
             return chunked.h3_core(q, k, v, operators, **options)
         assert operators.taps is not None
         return stepwise.h3_core(q, k, v, operators.taps, operators.system, **options)
+
+    return run
+
+
+def _plain_ssm_conv(dtype: torch.dtype) -> Run:
+    """`ssm_conv` of k between the gates v and q, by `_plain`'s choice."""
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, operators: ChunkOperators, state: H3State | None
+    ) -> tuple[Tensor, H3State | None]:
+        assert state is not None
+        options = {"pre_gate": v, "post_gate": q, "initial_state": state.diagonal}
+        if dtype.itemsize > 2:
+            y, x = chunked.ssm_conv(k, operators, **options)
+        else:
+            y, x = stepwise.ssm_conv(k, operators.system, **options)
+        return y, H3State(state.shift, x)
 
     return run
 
@@ -238,6 +256,24 @@ def test_triton_kernels_in_half_precision_of_hard_problems(head_dim: int) -> Non
     run = _kernel("triton", True, head_dim)
     _check(run, _leaves(*sizes, decay=0.9999), True, head_dim)
     _check(run, _of_two_sizes(_leaves(*sizes)), True, head_dim, by_row=True)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("L", [70, pytest.param(4160, marks=pytest.mark.gpu)])
+def test_gated_ssm_conv_in_half_precision(L: int) -> None:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, operators: ChunkOperators, state: H3State | None
+    ) -> tuple[Tensor, H3State | None]:
+        assert state is not None
+        y, x = library.ssm_conv(
+            k, operators, backend="triton", pre_gate=v, post_gate=q, initial_state=state.diagonal
+        )
+        return y, H3State(state.shift, x)
+
+    # products of bfloat16 are wrong in the interpreter
+    leaves = _leaves(2, 4, L, 16, 3, torch.bfloat16 if GPU else torch.float16, True)
+    _check(run, leaves, True, gated_conv=True)
 
 
 @needs_triton

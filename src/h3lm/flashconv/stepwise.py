@@ -1,4 +1,4 @@
-"""The H3 core as one writes it in PyTorch: what the kernels' errors are measured against.
+"""The operations as one writes them in PyTorch: what errors in half precision are measured against.
 
 Each step is computed in float32, convolutions by `torch.fft`, and leaves its result in the dtype of
 the inputs; autograd does the same on the way back. Nothing runs by it: it serves tests, reports
@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from h3lm.flashconv.fft import fft_conv
+from h3lm.flashconv import fft
 from h3lm.flashconv.state import H3State, diagonal_shape
 from h3lm.ssm.operators import DiagonalSystem
 
@@ -50,7 +50,7 @@ def h3_core(
         (B, D, L), before = q.shape, taps.shape[1] - 1
         history = k.new_zeros(B, D, before) if initial_state is None else initial_state.shift
         seen = torch.cat([history, k], -1)
-        s = fft_conv(seen, taps)[..., before:]
+        s = fft.fft_conv(seen, taps)[..., before:]
         q, s, v = (x.unflatten(1, (-1, head_dim)) for x in (q, s, v))  # (B, H, head_dim, L)
         w = s[:, :, :, None] * v[:, :, None]
         y, end = _diagonal(w, system, initial_state and initial_state.diagonal)
@@ -58,11 +58,40 @@ def h3_core(
         return o.flatten(1, 2).to(q.dtype), H3State(seen[..., L:], end)
 
 
+def ssm_conv(
+    u: Tensor,
+    system: DiagonalSystem,
+    *,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`flashconv.ssm_conv`, left to right, in steps that round."""
+    with torch.autocast(u.device.type, enabled=False):
+        w = u if pre_gate is None else pre_gate * u
+        y, end = _diagonal(w[:, :, None, None], system, initial_state)
+        y = y[:, :, 0, 0]
+        return y if post_gate is None else post_gate * y, end
+
+
+def fft_conv(
+    u: Tensor,
+    f: Tensor,
+    *,
+    skip: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    post_gate: Tensor | None = None,
+) -> Tensor:
+    """`flashconv.fft_conv`, causal, in steps that round."""
+    y = fft.fft_conv(u if pre_gate is None else pre_gate * u, f, skip=skip)
+    return y if post_gate is None else post_gate * y
+
+
 def _diagonal(w: Tensor, system: DiagonalSystem, start: Tensor | None) -> tuple[Tensor, Tensor]:
     """The diagonal SSM over (B, H, head_dim, head_dim, L), and the state that it leaves."""
     B, H, i, j, L = w.shape
     x = w.permute(0, 2, 3, 1, 4).flatten(0, 2).to(system.skip.dtype)  # (rows, H, L)
-    y = fft_conv(x, system.filter(L), skip=system.skip)
+    y = fft.fft_conv(x, system.filter(L), skip=system.skip)
     powers = system.powers(torch.arange(L, device=w.device)).to(system.a.dtype)  # (H, N/2, L)
     into = system.b[..., None] * powers.flip(-1)
     rows = x.transpose(0, 1)  # (H, rows, L)
