@@ -5,7 +5,6 @@ wrong as plain PyTorch in the same dtype on the same inputs: as `stepwise` in ha
 the plain path in float32, where nothing is rounded between steps.
 """
 
-import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from h3lm.bench.accuracy import (
+    HARDLY,
+    Run,
+    as_a_whole,
+    by_kernel,
+    by_steps,
+    everything,
+    random_problem,
+    random_system,
+    widened,
+)
 from h3lm.flashconv import (
     chunked,
     dispatch,
@@ -28,7 +38,7 @@ from h3lm.flashconv import (
 from h3lm.flashconv.dispatch import Problem, choose, segments
 from h3lm.flashconv.kernels import self_test
 from h3lm.flashconv.kernels.launch import Operators, multiprocessors, segment_length
-from h3lm.flashconv.state import H3State, diagonal_shape
+from h3lm.flashconv.state import H3State
 from h3lm.ssm.operators import ChunkOperators, DiagonalSystem
 
 GPU = torch.cuda.is_available()
@@ -42,79 +52,19 @@ needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 DRAWS = 24  # of numbers, at most: what is a few sums has an error by luck
 OF_ROWS = ("o", "dq", "dk", "dv", "end x", "dx", "dshift")  # by row of the batch
 
-Run = Callable[..., tuple[Tensor, H3State | None]]
-
-
-def _system(D: int, modes: int, decay: float | None = None) -> DiagonalSystem:
-    """Systems of steps of 1e-3 to 0.1; or, with a decay, of b = 1 that all forget so slowly."""
-    dt = torch.exp(torch.rand(D, 1, dtype=torch.float64) * 4.6 - 6.9)
-    poles = torch.complex(torch.tensor(-0.5).double(), math.pi * torch.arange(modes).double())
-    a = torch.exp(poles * dt)
-    b = (a - 1) / poles
-    if decay is not None:
-        a = torch.polar(
-            torch.full(a.shape, decay).double(), 2 * math.pi * torch.rand(a.shape).double()
-        )
-        b = torch.ones_like(a)
-    c = torch.complex(torch.randn(D, modes), torch.randn(D, modes)) / 2
-    return DiagonalSystem(
-        a.to(DEVICE, torch.complex64), b.to(DEVICE, torch.complex64),
-        c.to(DEVICE), torch.randn(D).to(DEVICE),
-    )  # fmt: skip
-
-
-def _leaves(
-    B: int, D: int, L: int, modes: int, n_taps: int, dtype: torch.dtype, state: bool,
-    head_dim: int = 1, sequences: int | None = None, decay: float | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    system = _system(D // head_dim, modes, decay)
-    leaves = {name: torch.randn(B, D, L).to(DEVICE, dtype) for name in "qkv"}
-    leaves |= {"taps": (torch.randn(D, n_taps) / n_taps**0.5).to(DEVICE)}
-    leaves |= {"a": system.a, "b": system.b, "c": system.c, "skip": system.skip}
-    if state:
-        rows = sequences or B
-        leaves["shift"] = torch.randn(rows, D, n_taps - 1).to(DEVICE, dtype)
-        shape = diagonal_shape(rows, D // head_dim, head_dim, modes)
-        leaves["x"] = torch.randn(shape, dtype=torch.complex64).to(DEVICE)
-    return leaves
-
-
-def _widened(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    wide = {True: torch.complex128, False: torch.float64}
-    return {name: x.to(wide[x.is_complex()]) for name, x in leaves.items()}
-
-
-def _everything(run: Run, leaves: dict[str, Tensor], final: bool) -> dict[str, Tensor]:
-    """Output, final state and every gradient, by name."""
-    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-    state = H3State(leaves["shift"], leaves["x"]) if "x" in leaves else None
-    system = DiagonalSystem(*(leaves[name] for name in ("a", "b", "c", "skip")))
-    operators = system.chunk_operators(leaves["taps"])
-    o, end = run(leaves["q"], leaves["k"], leaves["v"], operators, state)
-    random = torch.Generator().manual_seed(1)
-
-    def weighed(x: Tensor) -> Tensor:  # by the same numbers in every dtype
-        weight = torch.randn(x.shape, generator=random).bfloat16()
-        return (x * weight.to(x.device, x.dtype)).sum(dtype=torch.float64)
-
-    loss = weighed(o)
-    results = {"o": o}
-    if final:
-        assert end is not None
-        results |= {"end shift": end.shift, "end x": torch.view_as_real(end.diagonal)}
-        loss = loss + weighed(end.shift) + weighed(torch.view_as_real(end.diagonal))
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    found = {f"d{name}": g for name, g in zip(leaves, grads, strict=True) if g is not None}
-    found |= results
-    return {n: (torch.view_as_real(g) if g.is_complex() else g).detach() for n, g in found.items()}
+_system = partial(random_system, device=DEVICE, decay=None)
+_leaves = partial(random_problem, device=DEVICE)
 
 
 def _check(
     run: Run, leaves: dict[str, Tensor], final: bool, head_dim: int = 1,
     bounds: Tensor | None = None, by_row: bool = False, gated_conv: bool = False,
 ) -> None:  # fmt: skip
-    made = _plain_ssm_conv if gated_conv else partial(_plain, head_dim, bounds)
-    plain, exactly = made(leaves["q"].dtype), made(torch.float64)
+    exactly, plain = as_a_whole(head_dim, bounds), by_steps(head_dim, bounds)
+    if gated_conv:
+        exactly, plain = _ssm_conv(chunked.ssm_conv), _ssm_conv(stepwise.ssm_conv)
+    if leaves["q"].dtype == torch.float32:
+        plain = exactly
 
     def squares(wrong: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Tensor]:
         assert wrong.keys() == exact.keys()
@@ -127,8 +77,8 @@ def _check(
     draws: list[tuple[dict[str, Tensor], ...]] = []
     while len(draws) < DRAWS:
         problem = _with_other_signs(leaves) if draws else leaves
-        exact = _everything(exactly, _widened(problem), final)
-        draws.append(tuple(squares(_everything(x, problem, final), exact) for x in (run, plain)))
+        exact = everything(exactly, widened(problem), final)
+        draws.append(tuple(squares(everything(x, problem, final), exact) for x in (run, plain)))
         found, allowed = (
             {n: sum(x[n] for x in side) for n in exact} for side in zip(*draws, strict=True)
         )
@@ -140,33 +90,15 @@ def _check(
     raise AssertionError(f"times plain PyTorch's error: {times}")
 
 
-def _plain(head_dim: int, bounds: Tensor | None, dtype: torch.dtype) -> Run:
-    """Plain PyTorch: in half precision by steps that round, else as a whole."""
-
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, operators: ChunkOperators, state: H3State | None
-    ) -> tuple[Tensor, H3State | None]:
-        options = {"head_dim": head_dim, "initial_state": state, "cu_seqlens": bounds}
-        if dtype.itemsize > 2:
-            return chunked.h3_core(q, k, v, operators, **options)
-        assert operators.taps is not None
-        return stepwise.h3_core(q, k, v, operators.taps, operators.system, **options)
-
-    return run
-
-
-def _plain_ssm_conv(dtype: torch.dtype) -> Run:
-    """`ssm_conv` of k between the gates v and q, by `_plain`'s choice."""
+def _ssm_conv(op: Callable[..., tuple[Tensor, Tensor]]) -> Run:
+    """`ssm_conv` of k between the gates v and q."""
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, operators: ChunkOperators, state: H3State | None
     ) -> tuple[Tensor, H3State | None]:
         assert state is not None
-        options = {"pre_gate": v, "post_gate": q, "initial_state": state.diagonal}
-        if dtype.itemsize > 2:
-            y, x = chunked.ssm_conv(k, operators, **options)
-        else:
-            y, x = stepwise.ssm_conv(k, operators.system, **options)
+        system = operators.system if op is stepwise.ssm_conv else operators
+        y, x = op(k, system, pre_gate=v, post_gate=q, initial_state=state.diagonal)
         return y, H3State(state.shift, x)
 
     return run
@@ -179,20 +111,6 @@ def _with_other_signs(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         if name in ("q", "k", "v", "shift", "x") else x
         for name, x in leaves.items()
     }  # fmt: skip
-
-
-def _kernel(backend: str, final: bool, head_dim: int = 1, bounds: Tensor | None = None) -> Run:
-    return lambda q, k, v, operators, state: library.h3_core(
-        q,
-        k,
-        v,
-        operators,
-        backend=backend,
-        head_dim=head_dim,
-        initial_state=state,
-        with_state=final,
-        cu_seqlens=bounds,
-    )
 
 
 INTERPRETED = [
@@ -213,7 +131,7 @@ INTERPRETED = [
 def test_triton_kernels_equal_float64_on_small_problems(case: tuple) -> None:
     *shape, state = case
     leaves = _leaves(*shape, torch.float32, state)
-    _check(_kernel("triton", True), leaves, True)
+    _check(by_kernel("triton", True), leaves, True)
 
 
 @needs_triton
@@ -226,7 +144,7 @@ def test_triton_kernels_with_heads_of_several_channels(
     rows: int, head_dim: int, L: int, n_taps: int
 ) -> None:
     leaves = _leaves(rows, head_dim, L, 8, n_taps, torch.float32, True, head_dim)
-    run = _kernel("triton", True, head_dim)
+    run = by_kernel("triton", True, head_dim)
     _check(run, leaves, True, head_dim)
 
 
@@ -235,7 +153,7 @@ def test_triton_kernels_with_heads_of_several_channels(
 @pytest.mark.parametrize(("L", "modes", "n_taps"), [(128, 8, 17), (200, 32, 64)])
 def test_triton_kernels_in_half_precision(L: int, modes: int, n_taps: int) -> None:
     leaves = _leaves(2, 1, L, modes, n_taps, torch.float16, True)
-    _check(_kernel("triton", True), leaves, True)
+    _check(by_kernel("triton", True), leaves, True)
 
 
 def _of_two_sizes(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -253,8 +171,8 @@ def _of_two_sizes(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("head_dim", [1, 8])
 def test_triton_kernels_in_half_precision_of_hard_problems(head_dim: int) -> None:
     sizes = (2, 4 * head_dim, 100, 8, 64, torch.float16, True, head_dim)
-    run = _kernel("triton", True, head_dim)
-    _check(run, _leaves(*sizes, decay=0.9999), True, head_dim)
+    run = by_kernel("triton", True, head_dim)
+    _check(run, _leaves(*sizes, decay=HARDLY), True, head_dim)
     _check(run, _of_two_sizes(_leaves(*sizes)), True, head_dim, by_row=True)
 
 
@@ -262,18 +180,9 @@ def test_triton_kernels_in_half_precision_of_hard_problems(head_dim: int) -> Non
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 @pytest.mark.parametrize("L", [70, pytest.param(4160, marks=pytest.mark.gpu)])
 def test_gated_ssm_conv_in_half_precision(L: int) -> None:
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, operators: ChunkOperators, state: H3State | None
-    ) -> tuple[Tensor, H3State | None]:
-        assert state is not None
-        y, x = library.ssm_conv(
-            k, operators, backend="triton", pre_gate=v, post_gate=q, initial_state=state.diagonal
-        )
-        return y, H3State(state.shift, x)
-
     # products of bfloat16 are wrong in the interpreter
     leaves = _leaves(2, 4, L, 16, 3, torch.bfloat16 if GPU else torch.float16, True)
-    _check(run, leaves, True, gated_conv=True)
+    _check(_ssm_conv(partial(library.ssm_conv, backend="triton")), leaves, True, gated_conv=True)
 
 
 @needs_triton
@@ -404,8 +313,8 @@ def _poisoned():
 def test_kernel_equals_float64_in_every_gradient(backend: str, case: tuple) -> None:
     *shape, dtype, state = case
     leaves = _leaves(*shape, dtype, state)
-    _check(_kernel(backend, True), leaves, True)
-    first, second = (_everything(_kernel(backend, True), leaves, True) for _ in range(2))
+    _check(by_kernel(backend, True), leaves, True)
+    first, second = (everything(by_kernel(backend, True), leaves, True) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
 
 
@@ -465,9 +374,9 @@ HEADS_CASES += [pytest.param("gluon", case, marks=needs_hopper) for case in HEAD
 def test_heads_of_several_channels_in_every_gradient(backend: str, case: tuple) -> None:
     *shape, dtype, state, head_dim = case
     leaves = _leaves(*shape, dtype, state, head_dim)
-    run = _kernel(backend, True, head_dim)
+    run = by_kernel(backend, True, head_dim)
     _check(run, leaves, True, head_dim)
-    first, second = (_everything(run, leaves, True) for _ in range(2))
+    first, second = (everything(run, leaves, True) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
 
 
@@ -488,8 +397,8 @@ HARD = [pytest.param(*case, marks=needs_hopper if case[0] == "gluon" else ()) fo
 @pytest.mark.gpu
 @pytest.mark.parametrize(("backend", "L", "dtype", "head_dim"), HARD)
 def test_systems_that_hardly_decay(backend: str, L: int, dtype: torch.dtype, head_dim: int) -> None:
-    leaves = _leaves(2, 16, L, 32, 64, dtype, True, head_dim, decay=0.9999)
-    _check(_kernel(backend, True, head_dim), leaves, True, head_dim)
+    leaves = _leaves(2, 16, L, 32, 64, dtype, True, head_dim, decay=HARDLY)
+    _check(by_kernel(backend, True, head_dim), leaves, True, head_dim)
 
 
 @pytest.mark.gpu
@@ -498,7 +407,7 @@ def test_rows_of_very_different_size(
     backend: str, L: int, dtype: torch.dtype, head_dim: int
 ) -> None:
     leaves = _of_two_sizes(_leaves(2, 16, L, 32, 64, dtype, True, head_dim))
-    _check(_kernel(backend, True, head_dim), leaves, True, head_dim, by_row=True)
+    _check(by_kernel(backend, True, head_dim), leaves, True, head_dim, by_row=True)
 
 
 def _check_packed(
@@ -507,11 +416,11 @@ def _check_packed(
     modes, n_taps, dtype, state = sizes
     bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
     L = sum(lengths)
-    leaves = _leaves(1, D, L, modes, n_taps, dtype, state, head_dim, len(lengths))
-    run = _kernel("triton", True, head_dim, bounds)
+    leaves = _leaves(1, D, L, modes, n_taps, dtype, state, head_dim, sequences=len(lengths))
+    run = by_kernel("triton", True, head_dim, bounds)
     _check(run, leaves, True, head_dim, bounds)
     if repeat:
-        first, second = (_everything(run, leaves, True) for _ in range(2))
+        first, second = (everything(run, leaves, True) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"
 
 
@@ -554,7 +463,7 @@ def test_any_strides_of_rows_and_channels(backend: str) -> None:
     leaves = _leaves(3, 4, 512, 32, 64, torch.bfloat16, False)
     for name in "qkv":  # (D, B, L) in memory, beside each other
         leaves[name] = leaves[name].transpose(0, 1).contiguous().transpose(0, 1)
-    _check(_kernel(backend, False), leaves, False)
+    _check(by_kernel(backend, False), leaves, False)
 
 
 def _thirds(backend: str, outermost: bool, head_dim: int = 1) -> Run:
@@ -803,7 +712,7 @@ def test_segments_side_by_side_equal_float64(case: tuple, monkeypatch: pytest.Mo
     B, D, L, n_taps, state, cut = case
     monkeypatch.setattr(dispatch, "segments", lambda *problem: cut)
     leaves = _leaves(B, D, L, 8, n_taps, torch.float32, state)
-    _check(_kernel("triton", True), leaves, True)
+    _check(by_kernel("triton", True), leaves, True)
 
 
 @needs_triton
@@ -849,7 +758,7 @@ def test_segments_are_checked_before_they_are_used(
 def test_segments_of_heads_with_several_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "segments", lambda *problem: 2)
     leaves = _leaves(1, 2, 4096 + 100, 8, 64, torch.float32, True, 2)
-    _check(_kernel("triton", True, 2), leaves, True, 2)
+    _check(by_kernel("triton", True, 2), leaves, True, 2)
 
 
 @pytest.mark.gpu
@@ -860,6 +769,6 @@ def test_segments_of_heads_with_several_channels(monkeypatch: pytest.MonkeyPatch
 def test_few_channels_in_segments(backend: str, L: int) -> None:
     leaves = _leaves(1, 3, L, 32, 64, torch.bfloat16, True)
     assert segments(3, L, multiprocessors(DEVICE)) > 1
-    _check(_kernel(backend, True), leaves, True)
-    first, second = (_everything(_kernel(backend, True), leaves, True) for _ in range(2))
+    _check(by_kernel(backend, True), leaves, True)
+    first, second = (everything(by_kernel(backend, True), leaves, True) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first), "not deterministic"

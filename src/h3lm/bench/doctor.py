@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -178,11 +178,9 @@ def _draw(
         x.requires_grad_()
     if op not in used:
         bounds = torch.tensor([0, 100, L], device=device) if op == PACKED else None
-        options = {"head_dim": head_dim, "cu_seqlens": bounds}
-        if backend == STEPS:
-            y, _ = stepwise.h3_core(q, k, v, taps, system, **options)
-        else:
-            y, _ = flashconv.h3_core(q, k, v, taps, system, backend=backend, **options)
+        steps = backend == STEPS
+        run = stepwise.h3_core if steps else partial(flashconv.h3_core, backend=backend)
+        y, _ = run(q, k, v, taps, system, head_dim=head_dim, cu_seqlens=bounds)
     elif backend == STEPS:
         gates = {"pre_gate": v, "post_gate": q}
         if op == "fft_conv":

@@ -47,15 +47,15 @@ def h3_core(
         shifts, diagonals = zip(*ends, strict=True)
         return torch.cat(outputs, -1), H3State(torch.cat(shifts), torch.cat(diagonals))
     with torch.autocast(q.device.type, enabled=False):
-        (B, D, L), before = q.shape, taps.shape[1] - 1
-        history = k.new_zeros(B, D, before) if initial_state is None else initial_state.shift
+        (B, D, L), reach = q.shape, taps.shape[1] - 1
+        history = k.new_zeros(B, D, reach) if initial_state is None else initial_state.shift
         seen = torch.cat([history, k], -1)
-        s = fft.fft_conv(seen, taps)[..., before:]
-        q, s, v = (x.unflatten(1, (-1, head_dim)) for x in (q, s, v))  # (B, H, head_dim, L)
-        w = s[:, :, :, None] * v[:, :, None]
-        y, end = _diagonal(w, system, initial_state and initial_state.diagonal)
+        filtered = fft.fft_conv(seen, taps)[..., reach:]
+        q, filtered, v = (x.unflatten(1, (-1, head_dim)) for x in (q, filtered, v))
+        w = filtered[:, :, :, None] * v[:, :, None]  # (B, H, head_dim, head_dim, L)
+        y, diagonal = _diagonal(w, system, initial_state and initial_state.diagonal)
         o = (q[:, :, :, None].to(system.skip.dtype) * y.to(system.skip.dtype)).sum(2)
-        return o.flatten(1, 2).to(q.dtype), H3State(seen[..., L:], end)
+        return o.flatten(1, 2).to(q.dtype), H3State(seen[..., L:], diagonal)
 
 
 def ssm_conv(
