@@ -97,7 +97,9 @@ def _ssm_conv(op: Callable[..., tuple[Tensor, Tensor]]) -> Run:
         q: Tensor, k: Tensor, v: Tensor, operators: ChunkOperators, state: H3State | None
     ) -> tuple[Tensor, H3State | None]:
         assert state is not None
-        system = operators.system if op is stepwise.ssm_conv else operators
+        system = operators.system  # operators of the filter as well have a gradient of taps, 0
+        if op is not stepwise.ssm_conv:
+            system = system.chunk_operators()
         y, x = op(k, system, pre_gate=v, post_gate=q, initial_state=state.diagonal)
         return y, H3State(state.shift, x)
 
