@@ -31,7 +31,7 @@ def test_the_plain_path_rounds_once_and_steps_round_several_times(dtype: torch.d
 def test_rows_of_the_table_hold_both_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "SHAPES", ((1, 4, 70, None), (1, 4, 70, accuracy.HARDLY)))
     monkeypatch.setattr(accuracy, "DRAWS", 1)
-    rows = list(accuracy._rows("triton", 1, torch.float16, DEVICE))
+    rows = list(accuracy.errors("triton", 1, torch.float16, DEVICE))
     assert [row["B×D×L"] for row in rows] == ["1×4×70", "1×4×70, |a| = 0.9999, b = 1"]
     for row in rows:
         for name in ("o", "dk", "end x", "dx", "dskip"):
