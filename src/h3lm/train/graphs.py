@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from h3lm.models.capture import capturing
+
 logger = logging.getLogger("h3lm.train")
 WARM_STEPS = 2  # of a form before it is captured: kernels compile, libraries take their memory
 MAX_FORMS = 128  # that are captured; others run as they are
@@ -127,7 +129,7 @@ def record(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, 
     before = generator.clone_state()
     try:
         # a thread that pins memory for the data loader may call CUDA meanwhile
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with capturing(graph, pool=pool, capture_error_mode="thread_local"):
             loss = run()
     except RuntimeError:
         generator.graphsafe_set_state(before)  # else it would wait for the graph for ever
