@@ -32,7 +32,7 @@ HOPPER_SHARED = ((9, 0), (10, 0), (10, 3))
 MAX_FFT_LENGTH = 8192
 FFT_LENGTHS = {
     torch.bfloat16: (MAX_FFT_LENGTH, 2048),
-    torch.float16: (4096, 1024),
+    torch.float16: (MAX_FFT_LENGTH, 1024),
     torch.float32: (2048, 2048),
 }
 MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL = 1 << 22, 1 << 19
