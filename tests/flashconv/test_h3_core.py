@@ -17,7 +17,7 @@ from h3lm.flashconv import (
     stepwise,
     zero_state,
 )
-from h3lm.ssm import DiagonalSSM, DiagonalSystem, ShiftSSM
+from h3lm.ssm import DPLRSSM, DiagonalSSM, DiagonalSystem, ShiftSSM
 
 
 def make(head_dim=1, D=4, n_taps=20, dtype=torch.float64):
@@ -336,6 +336,30 @@ MISTAKES = {
         "to the length 10",
     ),
     "backend": ({"backend": "cuda"}, "backend='cuda' is not one of"),
+    "no tensor": ({"q": [1.0]}, "q must be a tensor, not list"),
+    "the short filter's module": (
+        {"taps": ShiftSSM(4, 20)}, r"taps is the module ShiftSSM; .* its taps\(\)"
+    ),
+    "half taps": ({"taps": torch.zeros(4, 20).half()}, "taps is torch.float16 on cpu; .* float32"),
+    "the diagonal SSM's module": (
+        {"system": DiagonalSSM(4, 8)}, r"system is the module DiagonalSSM; .* its system\(\)"
+    ),
+    "no system": ({"system": None}, "system must be a DiagonalSystem or the like, not NoneType"),
+    "a system that is not diagonal": (
+        {"system": DPLRSSM(4, 8).system()}, "has diagonal systems, not a DPLRSystem"
+    ),
+    "a system elsewhere": (
+        {"system": DiagonalSSM(4, 8, device="meta").system()}, "system is on meta, .* are on cpu"
+    ),
+    "a pair as state": (
+        {"initial_state": (torch.zeros(2, 4, 19), torch.zeros(2, 4, 4).cfloat())},
+        "initial_state must be an H3State, not tuple",
+    ),
+    "a real state": (
+        {"initial_state": H3State(torch.zeros(2, 4, 19), torch.zeros(2, 4, 4))},
+        "initial_state.diagonal is torch.float32 .* need complex",
+    ),
+    "a list of boundaries": ({"cu_seqlens": [0, 10]}, "cu_seqlens must be a tensor, not list"),
 }  # fmt: skip
 
 
