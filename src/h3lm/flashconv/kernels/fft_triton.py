@@ -26,9 +26,9 @@ their transposes. The parts of a point alternate in groups of 8 columns
 so that the thread that holds one part in the layout of the matrix units holds the other one too.
 
 That way a table of W holds each number twice, and an operand of F both parts of a row. Where shared
-memory decides, parts stand APART: F and W are two matrices each, those of W symmetric, and a product
-of complex matrices is four real ones. A program of 8,192 points of pairs takes 192 KB, where it took
-256, one of 4,096 80, of which a multiprocessor of Hopper holds two.
+memory decides, parts stand APART: F and W are two matrices each, those of W symmetric, and a
+product of complex matrices is four real ones. A program of 8,192 points of pairs takes 192 KB,
+where it took 256, one of 4,096 80, of which a multiprocessor of Hopper holds two.
 
 For half inputs the operands are float16: a row is scaled by a power of two to a maximum in [1, 2),
 a spectrum's largest part to [2^h, 2^(h+1)). All transforms are unitary: no value inside exceeds
