@@ -5,8 +5,17 @@ from typing import Annotated
 
 import typer
 
+from h3lm.cli.options import refuse
+
+FOR_TEXTS = ("vocab_size", "subset", "block_length", "shard_tokens", "workers")
+FOR_LABELS = (
+    "length", "pad", "test_fraction", "label_field", "values_field", "split_field", "test_value",
+    "sample_rate", "resample", "channels", "speaker", "examples",
+)  # fmt: skip
+
 
 def prepare(
+    call: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -79,6 +88,7 @@ def prepare(
     A text collection, interrupted, goes on where it was when it is called again in the same way.
     """
     if labelled is not None:
+        refuse(call, FOR_TEXTS, "texts of language models, not for --labelled")
         from h3lm.data.prepare_labelled import LabelledOptions, describe, prepare_labelled
 
         options = LabelledOptions(
@@ -92,6 +102,7 @@ def prepare(
         print("\n".join(describe(made)))
         print(f"prepared: {out_dir}")
         return
+    refuse(call, FOR_LABELS, "--labelled")
     from h3lm.data.prepare import prepare
 
     index = prepare(
