@@ -91,7 +91,9 @@ def _loading(folder: str | Path) -> Iterator[None]:
     """Say in one line what is wrong with a folder that is being loaded."""
     path = Path(folder)
     if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"{folder}: not a model folder, it has no config.json")
+        inside = path / "model"  # where a training run keeps it
+        there = f"; {inside} is one" if (inside / "config.json").is_file() else ""
+        raise UserError(f"{folder}: not a model folder, it has no config.json{there}")
     if not path.exists() and (path.is_absolute() or str(folder).startswith(".")):
         raise UserError(f"{folder}: no such model folder")
     try:
@@ -101,7 +103,8 @@ def _loading(folder: str | Path) -> Iterator[None]:
         raise UserError(f"{folder}: model.safetensors is damaged: {error}") from None
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder}: cannot load this model: {first}") from None
+        here = "" if path.exists() else "there is no such folder, and as a name on the hub: "
+        raise UserError(f"{folder}: cannot load this model: {here}{first}") from None
 
 
 @contextmanager
