@@ -77,6 +77,7 @@ def test_help_and_version():
         (["eval", "x", "--data", "y", "--num-fewshot", "3"], "--num-fewshot is for --tasks"),
         (["eval", "x", "--tasks", "y", "--context", "3"], "--context is for --data and --perplex"),
         (["prepare", "x", "y", "--sample-rate", "8000"], "--sample-rate is for --labelled"),
+        (["prepare", "x", "y", "--labelled", "table", "--length", "0"], "--length"),
         (
             ["prepare", "x", "y", "--labelled", "table", "--block-length", "8"],
             "--block-length is for texts",
@@ -120,6 +121,9 @@ def test_generate_without_a_model_or_with_a_broken_one(folder, tmp_path):
     real = h3lm("generate", tmp_path / "no", "--prompt", "a", status=1)
     assert "no such model folder" in one_line(real.returncode, real.stderr)
     assert "has no config.json" in mistake("generate", tmp_path, "--prompt", "a")
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "a model of type 'gpt2'" in mistake("generate", tmp_path / "gpt2", "--prompt", "a")
     assert f"; {folder} is one" in mistake("generate", folder.parent, "--prompt", "a")
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -62,7 +62,9 @@ def prepare(
             "lra-text, lra-retrieval, lra-image, lra-pathfinder, lra-pathx.",
         ),
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Labelled: cut longer rows there.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Labelled: cut longer rows there.")
+    ] = None,
     pad: Annotated[
         bool, typer.Option("--pad", help="Labelled: rows may have unequal lengths.")
     ] = False,
@@ -75,7 +77,9 @@ def prepare(
     test_value: Annotated[
         str | None, typer.Option(help="Labelled: value of that field that is the test split.")
     ] = None,
-    sample_rate: Annotated[int | None, typer.Option(help="Sound: wanted rate in Hz.")] = None,
+    sample_rate: Annotated[
+        int | None, typer.Option(min=1, help="Sound: wanted rate in Hz.")
+    ] = None,
     resample: Annotated[
         bool, typer.Option("--resample", help="Sound: convert other rates.")
     ] = False,

@@ -280,7 +280,8 @@ class H3Model(H3PreTrainedModel):
         Args:
             input_ids: (B, L) token ids; or give `inputs_embeds`.
             attention_mask: (B, S) with zeros at padding, S counting what the cache has seen.
-                A model of attention alone takes (B, 1, L, S) too.
+                A model of attention alone takes (B, 1, L, S) too; behind a filled cache any
+                does, of which it says to attention which keys are there.
             position_ids: (B, L). Where they restart within a row (and no attention mask or
                 filled cache is given), documents are packed: none sees another's state or keys.
             past_key_values: Cache to continue; filled in place.
@@ -461,8 +462,8 @@ class H3Model(H3PreTrainedModel):
             )
         if mask is None:
             return
-        if mask.dim() == 4 and set(self.config.layer_types) == {"full_attention"}:
-            return
+        if mask.dim() == 4 and (seen or set(self.config.layer_types) == {"full_attention"}):
+            return  # behind a cache it tells attention which slots of keys are filled
         if mask.dim() != 2:
             raise ValueError(
                 f"attention_mask is {tuple(mask.shape)}: give (B, S), zeros at padding; what one "
