@@ -321,6 +321,8 @@ def _check_output(out: Path, settings: dict) -> None:
         except UserError as error:
             raise UserError(f"{error} (into another folder, or delete this one)") from None
     elif lines := journal_lines(out):
+        if len(lines) == 1:
+            return  # begun, but nothing is finished that other settings would lose
         if lines[0].get("format_version") != FORMAT_VERSION:
             raise UserError(f"{out}: begun by another version of h3lm: delete it or take another")
         found = lines[0]["settings"]
