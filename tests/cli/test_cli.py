@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import unittest.mock
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,10 +72,30 @@ def test_help_and_version():
         (["fly"], "fly"),
         (["generate", "x", "--prompt", "a", "--colour", "red"], "--colour"),
         (["generate", "x", "--prompt", "a", "--top-p", "2"], "--top-p"),
+        (["generate", "x", "--prompt", "a", "--seed", "-1"], "--seed"),
+        (["generate", "x", "--prompt", "a", "--seed", str(2**32)], "--seed"),
+        (["eval", "x", "--data", "y", "--num-fewshot", "3"], "--num-fewshot is for --tasks"),
+        (["eval", "x", "--tasks", "y", "--context", "3"], "--context is for --data and --perplex"),
+        (["prepare", "x", "y", "--sample-rate", "8000"], "--sample-rate is for --labelled"),
+        (["prepare", "x", "y", "--labelled", "table", "--length", "0"], "--length"),
+        (
+            ["prepare", "x", "y", "--labelled", "table", "--block-length", "8"],
+            "--block-length is for texts",
+        ),
     ],
 )
 def test_unknown_words_are_one_line(arguments, message):
     assert message in mistake(*arguments, status=2)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "h3lm", "recipes"],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        )  # fmt: skip
+    assert "no space left" in one_line(done.returncode, done.stderr)
 
 
 def test_generate_streams_reproducible_text(folder):
@@ -100,6 +121,10 @@ def test_generate_without_a_model_or_with_a_broken_one(folder, tmp_path):
     real = h3lm("generate", tmp_path / "no", "--prompt", "a", status=1)
     assert "no such model folder" in one_line(real.returncode, real.stderr)
     assert "has no config.json" in mistake("generate", tmp_path, "--prompt", "a")
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "a model of type 'gpt2'" in mistake("generate", tmp_path / "gpt2", "--prompt", "a")
+    assert f"; {folder} is one" in mistake("generate", folder.parent, "--prompt", "a")
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in folder.iterdir():

@@ -25,7 +25,7 @@ def generate(
         float, Option(min=0.0, max=1.0, help="Sample within this probability mass.")
     ] = 1.0,
     top_k: Annotated[int, Option(min=0, help="Sample among so many likeliest tokens; 0: all.")] = 0,
-    seed: Annotated[int | None, Option(help="Seed of the sampling.")] = None,
+    seed: Annotated[int | None, Option(min=0, max=2**32 - 1, help="Seed of the sampling.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Continue a text, streaming it as it is made, or many texts at once."""

@@ -38,6 +38,22 @@ GRAPH_FROM = 8  # steps from which capturing pays
 ROUND = 64  # capacities are multiples of this
 
 
+def check_prompts(ids: Tensor, arguments: dict[str, Any]) -> None:
+    """Check that there is something to continue in every row.
+
+    Raises:
+        UserError: if there are no rows, or one has no prompt.
+    """
+    mask = arguments.get("attention_mask")
+    if not len(ids):
+        raise UserError("generate was given a batch without rows")
+    if not ids.shape[1] and arguments.get("inputs_embeds") is None:
+        raise UserError("the prompt is empty: begin with a token, such as the end of text")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.any(1).all()):
+        row = int(mask.any(1).logical_not().nonzero()[0])
+        raise UserError(f"row {row} has no prompt: its attention_mask is 0 everywhere")
+
+
 def refusal(
     model: Any,
     ids: Tensor,
@@ -62,7 +78,7 @@ def refusal(
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "the model is spread over devices"
     if ids.shape[1] == 0 or _steps(criteria, ids) < 1:
-        return "the prompt is empty or nothing is to be generated"
+        return "the prompt is no ids or nothing is to be generated"
     if config.prefill_chunk_size is not None and config.prefill_chunk_size < 1:
         return "prefill_chunk_size is no size"
     if not _counts_positions(arguments.get("position_ids"), arguments.get("attention_mask")):

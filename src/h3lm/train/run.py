@@ -17,7 +17,7 @@ from transformers.utils import logging as library_logging
 
 from h3lm.data.joined import JoinedBlocks
 from h3lm.data.lock import only_writer
-from h3lm.errors import UserError
+from h3lm.errors import NO_SPACE, UserError
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.folders import fit_tokenizer, load_config, load_model
 from h3lm.models.generation import load_tokenizer_of
@@ -70,7 +70,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
                 return train_classifier(recipe, console)
             return _train(recipe, console)
     except OSError as error:
-        if not checkpoints.is_no_space(error):
+        if error.errno not in NO_SPACE:
             raise
         where = error.filename or recipe.folder
         raise UserError(f"{where}: cannot be written: {error.strerror}") from error
