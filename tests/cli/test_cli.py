@@ -174,6 +174,8 @@ def test_convert_mistakes(data_dir, tmp_path):
     (tmp_path / "file").write_text("in the way")
     pure = golden / "pure_hd4" / "model.pt"
     assert "cannot write" in mistake("convert", pure, tmp_path / "file" / "out")
+    assert "cannot write" in mistake("convert", pure, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     # some versions of torch read this format too
     assert "not a" in mistake("convert", tmp_path / "x.safetensors", tmp_path / "out")
