@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import unittest.mock
@@ -115,6 +116,20 @@ def test_generate_streams_reproducible_text(folder):
     assert greedy == "".join(again) + "\n"
     sampled = [h3lm(*options, "--seed", seed, "--top-k", "40").stdout for seed in (1, 2)]
     assert sampled[0] != sampled[1]
+
+
+def test_ctrl_c_ends_a_text_without_a_crash(folder):
+    arguments = ("--prompt", "ROMEO:", "--max-new-tokens", "50000", "--device", "cpu")
+    with subprocess.Popen(
+        [sys.executable, "-m", "h3lm", "generate", str(folder), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as running:  # fmt: skip
+        assert running.stdout.read(8)  # the prompt and more
+        running.send_signal(signal.SIGINT)
+        _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert stderr.decode().strip() == "error: interrupted"
 
 
 def test_generate_without_a_model_or_with_a_broken_one(folder, tmp_path):
