@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h3lm.flashconv import H3State, h3_core, h3_end_state, h3_step, zero_state
+from h3lm.flashconv import (
+    H3State,
+    chunked,
+    h3_core,
+    h3_end_state,
+    h3_step,
+    stepwise,
+    zero_state,
+)
 from h3lm.ssm import DPLRSSM, DiagonalSSM, DiagonalSystem, ShiftSSM
 
 
@@ -106,6 +114,24 @@ def test_packed_rows_equal_separate_sequences(head_dim, lengths, T, stateful, re
                 initial_state=state and H3State(*(x[s : s + 1] for x in state)),
             )  # fmt: skip
             assert_close([actual[0][..., a:b]], [alone])
+
+
+@pytest.mark.parametrize("head_dim", [1, 2])
+@pytest.mark.parametrize("lengths", [(70,), (40, 1, 29)])
+def test_steps_that_round_are_the_definition_where_they_do_not(lengths, head_dim, monkeypatch):
+    diagonal, shift = make(head_dim)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v = inputs(1, 4, 70)
+    state = random_state(len(lengths), k, shift.taps(), diagonal.system(), head_dim)
+    options = {"head_dim": head_dim, "cu_seqlens": bounds}
+    expected = run_with_gradients("reference", q, k, v, diagonal, shift, state, **options)
+
+    def steps(q, k, v, operators, **options):
+        return stepwise.h3_core(q, k, v, operators.taps, operators.system, **options)
+
+    monkeypatch.setattr(chunked, "h3_core", steps)
+    actual = run_with_gradients("torch", q, k, v, diagonal, shift, state, **options)
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("head_dim", [1, 4])

@@ -386,10 +386,10 @@ def fft_conv(
 
     Forward and backward, any device, whatever the autocast. On a GPU from compute capability 8.0
     on, half inputs go through a block FFT on the matrix units, with float16 operands under a scale
-    of their own for each row, and float32 sums: one kernel up to 8,192 positions of bfloat16 and,
-    whose operands are pairs, 4,096 of float16 (2,048 and 1,024 without Hopper's shared memory),
-    more of them beyond. On Hopper float32 does too, up to 2,048. Elsewhere, and for float16 over
-    524,288, where it is faster, `torch.fft` computes in float32.
+    of their own for each row, and float32 sums: one kernel up to 8,192 positions (without Hopper's
+    shared memory 2,048, of float16, whose operands are pairs, 1,024), more of them beyond. On
+    Hopper float32 does too, up to 2,048. Elsewhere, and for float16 over 524,288, where it is
+    faster, `torch.fft` computes in float32.
 
     Args:
         u: Input, (B, D, L), float32, bfloat16, float16 or float64.

@@ -25,6 +25,7 @@ from h3lm.flashconv import StepOperators, lagging
 from h3lm.layers import H3
 from h3lm.models import kept
 from h3lm.models.cache import DecodingCache, lags
+from h3lm.models.capture import capturing
 from h3lm.models.sampling import Chooser, unknown_processor
 
 CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
@@ -225,7 +226,7 @@ class Decoder:
                 self._advance()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with capturing(graph, stream=stream):
             self._advance()
         torch.cuda.set_rng_state(random, device)
         return graph

@@ -37,7 +37,7 @@ from h3lm.train.corpus import (
 )
 from h3lm.train.interrupt import RunStopped, StopOnSignal
 from h3lm.train.memory import Estimate, short_of_memory
-from h3lm.train.mesh import Mesh, check_same_recipe
+from h3lm.train.mesh import Mesh
 from h3lm.train.outcome import Result, finish
 from h3lm.train.parallel import shard_model
 from h3lm.train.param_groups import describe_groups, parameter_groups
@@ -82,7 +82,6 @@ def _train(recipe: Recipe, console: Console) -> Result:
     checkpoint = find_checkpoint(recipe, console)
     before = checkpoint.point.precision if checkpoint else ""
     arguments = training_arguments(recipe, before)  # several processes find each other here
-    check_same_recipe(recipe)
     mesh = Mesh.of(recipe)
     library_logging.disable_progress_bar()
     blocks = _open_blocks(recipe)

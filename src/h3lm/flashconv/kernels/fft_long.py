@@ -420,6 +420,7 @@ class LongRun:
         self.inner: dict[str, Any] = {
             "N1": size.inner.N1, "N2": size.inner.N2, "REAL": False,
             "SCALED": False, "EVEN": True, "FAST": size.inner.fast(u), "PRECISION": precision,
+            "APART": size.inner.apart,
             "KEEP": size.inner.keep and precision == "half", "AHEAD": size.inner.ahead,
             "num_warps": size.inner.warps, "maxnreg": size.inner.registers,
         }  # fmt: skip
