@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import unittest.mock
@@ -117,6 +118,20 @@ def test_generate_streams_reproducible_text(folder):
     assert sampled[0] != sampled[1]
 
 
+def test_ctrl_c_ends_a_text_without_a_crash(folder):
+    arguments = ("--prompt", "ROMEO:", "--max-new-tokens", "50000", "--device", "cpu")
+    with subprocess.Popen(
+        [sys.executable, "-m", "h3lm", "generate", str(folder), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as running:  # fmt: skip
+        assert running.stdout.read(8)  # the prompt and more
+        running.send_signal(signal.SIGINT)
+        _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert stderr.decode().strip() == "error: interrupted"
+
+
 def test_generate_without_a_model_or_with_a_broken_one(folder, tmp_path):
     real = h3lm("generate", tmp_path / "no", "--prompt", "a", status=1)
     assert "no such model folder" in one_line(real.returncode, real.stderr)
@@ -174,6 +189,8 @@ def test_convert_mistakes(data_dir, tmp_path):
     (tmp_path / "file").write_text("in the way")
     pure = golden / "pure_hd4" / "model.pt"
     assert "cannot write" in mistake("convert", pure, tmp_path / "file" / "out")
+    assert "cannot write" in mistake("convert", pure, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     # some versions of torch read this format too
     assert "not a" in mistake("convert", tmp_path / "x.safetensors", tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
@@ -26,6 +27,8 @@ from h3lm.errors import NO_SPACE, UserError
 UsageMistake: type[Any] = next(
     c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
 )
+
+INTERRUPTED = 128 + signal.SIGINT  # as shells have it
 
 app = typer.Typer(
     name="h3lm",
@@ -62,6 +65,8 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()  # what cannot be written shall fail here
+        if status == INTERRUPTED:  # newer typers turn Ctrl-C into a status
+            _fail("interrupted", INTERRUPTED)
     except UsageMistake as error:
         _fail(" ".join(error.format_message().split()), error.exit_code)
     except UserError as error:
@@ -69,7 +74,7 @@ def main() -> None:
             raise
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
+        _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # `h3lm recipes | head`
         _close_stdout()
         status = 0

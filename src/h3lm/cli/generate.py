@@ -1,5 +1,6 @@
 """`h3lm generate`."""
 
+from contextlib import closing
 from typing import Annotated
 
 from typer import Argument, Option
@@ -31,7 +32,7 @@ def generate(
     """Continue a text, streaming it as it is made, or many texts at once."""
     from h3lm.models.generation import answer
 
-    for piece in answer(
+    pieces = answer(
         model,
         prompt,
         requests,
@@ -42,6 +43,8 @@ def generate(
         top_k=top_k,
         seed=seed,
         device=device,
-    ):
-        print(piece, end="", flush=True)
+    )
+    with closing(pieces):  # Ctrl-C may come while a piece is printed
+        for piece in pieces:
+            print(piece, end="", flush=True)
     print()

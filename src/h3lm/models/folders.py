@@ -34,13 +34,14 @@ def save_model(
     """
     if tokenizer is not None and isinstance(model, H3ForCausalLM):
         fit_tokenizer(model, tokenizer)
+    if Path(out_dir).is_file():  # of which transformers only warns, and saves nothing
+        raise UserError(f"{out_dir}: cannot write the model there: it is a file")
     try:
         with _no_progress_bars():
             model.save_pretrained(out_dir, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(out_dir)
-    except (OSError, SafetensorError, AssertionError) as error:
-        # transformers asserts that the path is no file
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{out_dir}: cannot write the model there: {error}") from None
 
 

@@ -64,6 +64,7 @@ def training_arguments(recipe: Recipe, before: str = "") -> TrainingArguments:
         # or each batch waits for the step before it
         accelerator_config={"non_blocking": torch.cuda.is_available()},
         remove_unused_columns=False,
+        use_cache=recipe.task == "language",  # as the saved model shall have it; no step makes one
         disable_tqdm=True,
         report_to=[],
     )

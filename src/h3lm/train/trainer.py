@@ -307,7 +307,8 @@ class H3Trainer(Trainer):
 
     def point(self, step: int) -> RunPoint:
         """Where the run is."""
-        model = {name: getattr(self.model.config, name) for name in H3Config.__annotations__}
+        names = H3Config.__annotations__.keys() - {"use_cache"}  # decides nothing here
+        model = {name: getattr(self.model.config, name) for name in names}
         return RunPoint(
             step=step,
             blocks_seen=step * self.recipe.batch_size,
