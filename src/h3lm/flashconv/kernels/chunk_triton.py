@@ -57,7 +57,6 @@ from h3lm.flashconv.kernels.tile import (
     power8,
     shift_left,
     span_of,
-    split_decay,
     split_groups,
     split_states,
     store_complex,
@@ -197,8 +196,7 @@ def forward_kernel(
         F2 = load_square(F, channel * BLOCKS + BLOCKS - 1) if BLOCKS > 2 else F1
     modes = tl.arange(0, N // 2)
     decay_re, decay_im = load_complex(decay + channel * N, modes, None)
-    power_re, power_im = power8(decay_re, decay_im)
-    group_re, group_im, rest_re, rest_im = split_decay(power_re, power_im)
+    group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re.to(tl.float32)[:, None]
     chunk_im = decay_im.to(tl.float32)[:, None]
     if EARLY:
@@ -282,7 +280,7 @@ def forward_kernel(
                 first_im = given_im
             start_re, start_im, last_re, last_im = group_starts(
                 split_groups(total_re, C), split_groups(total_im, C), first_re, first_im,
-                group_re, group_im, group, zero, GROUPS, ROWS, False, rest_re, rest_im,
+                group_re, group_im, group, zero, GROUPS, ROWS, False,
             )  # fmt: skip
             x_re = last_re[0]
             x_im = last_im[0]
@@ -371,9 +369,7 @@ def backward_kernel(
         reach: tl.constexpr = (BLOCKS - 1) * T  # of a carry
     modes = tl.arange(0, N // 2)
     decay_re, decay_im = load_complex(decay + channel * N, modes, None)
-    power_re, power_im = power8(decay_re, decay_im)
-    group_re, group_im, rest_re, rest_im = split_decay(power_re, power_im)
-    _, _, _, back_im = split_decay(power_re, -power_im)
+    group_re, group_im = power8(decay_re, decay_im)
     chunk_re = decay_re.to(tl.float32)[:, None]
     chunk_im = decay_im.to(tl.float32)[:, None]
     sum_M = tl.zeros([T, T], tl.float32)
@@ -479,7 +475,7 @@ def backward_kernel(
             total_re, total_im = group_totals(z_re, z_im, chunk_re, chunk_im, False)
             start_re, start_im, _, _ = group_starts(
                 split_groups(total_re, C), split_groups(total_im, C), first_re, first_im,
-                group_re, group_im, group, zero, GROUPS, ROWS, False, rest_re, rest_im,
+                group_re, group_im, group, zero, GROUPS, ROWS, False,
             )  # fmt: skip
             states_re, states_im = group_states(start_re, start_im, z_re, z_im, chunk_re, chunk_im)
             x = join_states(states_re, states_im, N, C, None).to(dtype)
@@ -488,7 +484,7 @@ def backward_kernel(
             total_re, total_im = group_totals(p_re, p_im, chunk_re, -chunk_im, True)
             start_re, start_im, last_re, last_im = group_starts(
                 split_groups(total_re, C), split_groups(total_im, C), behind_re, behind_im,
-                group_re, -group_im, group, zero, GROUPS, ROWS, True, rest_re, back_im,
+                group_re, -group_im, group, zero, GROUPS, ROWS, True,
             )  # fmt: skip
             g_re = last_re[0]
             g_im = last_im[0]

@@ -112,19 +112,6 @@ def power8(re, im):
 
 
 @triton.jit
-def split_decay(re, im):
-    """A complex decay in float32, and what that leaves of it if it is float64, else None.
-
-    One rounding of it counts in each chunk of a row: states of float32 rows take the rest too.
-    """
-    if re.dtype == tl.float64:
-        high_re, high_im = re.to(tl.float32), im.to(tl.float32)
-        return high_re, high_im, (re - high_re).to(tl.float32), (im - high_im).to(tl.float32)
-    else:
-        return re, im, None, None
-
-
-@triton.jit
 def load_complex(pointer, modes, mask):
     """Complex numbers that lie as pairs (re, im); 0 where masked."""
     if mask is None:
@@ -263,17 +250,17 @@ def split_groups(x, C: tl.constexpr):
 @triton.jit
 def group_starts(
     total_re, total_im, first_re, first_im, decay_re, decay_im, group, zero,
-    GROUPS: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr, rest_re=None, rest_im=None,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """State before each group, and after the last group of each row.
 
     Args:
         total_re, total_im: What each group leaves, tuples of GROUPS vectors [N/2].
         first_re, first_im: State before each row of the tile, tuples of ROWS vectors.
-        decay_re, decay_im: Decay over a group, [N/2].
+        decay_re, decay_im: Decay over a group, [N/2]. If it is float64, what rounding leaves of it
+            counts too: it would be missing from every group of a row.
         group: Group of each column of the result, [1, groups].
         zero: Zeros of the result's shape and layout, [N/2, groups].
-        rest_re, rest_im: What `split_decay` leaves of the decay, or None.
     """
     start_re = zero
     start_im = zero
@@ -291,9 +278,13 @@ def group_starts(
         start_im = tl.where(here, im[:, None], start_im)
         left_re = total_re[GROUPS - 1 - n if REVERSE else n]
         left_im = total_im[GROUPS - 1 - n if REVERSE else n]
-        if rest_re is not None:
+        if decay_re.dtype == tl.float64:
+            rest_re = (decay_re - decay_re.to(tl.float32)).to(tl.float32)
+            rest_im = (decay_im - decay_im.to(tl.float32)).to(tl.float32)
             left_re, left_im = multiply_add(re, im, rest_re, rest_im, left_re, left_im)
-        re, im = multiply_add(re, im, decay_re, decay_im, left_re, left_im)
+        re, im = multiply_add(
+            re, im, decay_re.to(tl.float32), decay_im.to(tl.float32), left_re, left_im
+        )
         if n % per_row == per_row - 1:
             if REVERSE:
                 last_re = (re,) + last_re
