@@ -1,4 +1,9 @@
-"""The one exception for mistakes that a user can mend."""
+"""The one exception for mistakes that a user can mend, and the errors of a full disk."""
+
+import errno
+
+# of the disk, a quota, and a limit on the size of files
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):

@@ -3,9 +3,11 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import unittest.mock
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,10 +73,30 @@ def test_help_and_version():
         (["fly"], "fly"),
         (["generate", "x", "--prompt", "a", "--colour", "red"], "--colour"),
         (["generate", "x", "--prompt", "a", "--top-p", "2"], "--top-p"),
+        (["generate", "x", "--prompt", "a", "--seed", "-1"], "--seed"),
+        (["generate", "x", "--prompt", "a", "--seed", str(2**32)], "--seed"),
+        (["eval", "x", "--data", "y", "--num-fewshot", "3"], "--num-fewshot is for --tasks"),
+        (["eval", "x", "--tasks", "y", "--context", "3"], "--context is for --data and --perplex"),
+        (["prepare", "x", "y", "--sample-rate", "8000"], "--sample-rate is for --labelled"),
+        (["prepare", "x", "y", "--labelled", "table", "--length", "0"], "--length"),
+        (
+            ["prepare", "x", "y", "--labelled", "table", "--block-length", "8"],
+            "--block-length is for texts",
+        ),
     ],
 )
 def test_unknown_words_are_one_line(arguments, message):
     assert message in mistake(*arguments, status=2)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "h3lm", "recipes"],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        )  # fmt: skip
+    assert "no space left" in one_line(done.returncode, done.stderr)
 
 
 def test_generate_streams_reproducible_text(folder):
@@ -96,10 +118,28 @@ def test_generate_streams_reproducible_text(folder):
     assert sampled[0] != sampled[1]
 
 
+def test_ctrl_c_ends_a_text_without_a_crash(folder):
+    arguments = ("--prompt", "ROMEO:", "--max-new-tokens", "50000", "--device", "cpu")
+    with subprocess.Popen(
+        [sys.executable, "-m", "h3lm", "generate", str(folder), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as running:  # fmt: skip
+        assert running.stdout.read(8)  # the prompt and more
+        running.send_signal(signal.SIGINT)
+        _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert stderr.decode().strip() == "error: interrupted"
+
+
 def test_generate_without_a_model_or_with_a_broken_one(folder, tmp_path):
     real = h3lm("generate", tmp_path / "no", "--prompt", "a", status=1)
     assert "no such model folder" in one_line(real.returncode, real.stderr)
     assert "has no config.json" in mistake("generate", tmp_path, "--prompt", "a")
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "a model of type 'gpt2'" in mistake("generate", tmp_path / "gpt2", "--prompt", "a")
+    assert f"; {folder} is one" in mistake("generate", folder.parent, "--prompt", "a")
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in folder.iterdir():
@@ -149,6 +189,8 @@ def test_convert_mistakes(data_dir, tmp_path):
     (tmp_path / "file").write_text("in the way")
     pure = golden / "pure_hd4" / "model.pt"
     assert "cannot write" in mistake("convert", pure, tmp_path / "file" / "out")
+    assert "cannot write" in mistake("convert", pure, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     # some versions of torch read this format too
     assert "not a" in mistake("convert", tmp_path / "x.safetensors", tmp_path / "out")

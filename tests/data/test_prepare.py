@@ -586,6 +586,19 @@ def test_an_unfinished_folder_of_other_settings_is_refused_as_well(novels, tmp_p
         prepare(novels, out, seed=1)
 
 
+def test_a_folder_in_which_nothing_was_finished_takes_other_settings(novels, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="vocab_size=3 is too small"):
+        prepare(novels, out, tokenizer="bpe", vocab_size=3)
+    assert prepare(novels, out, tokenizer="bpe", vocab_size=270).vocab_size == 270
+    assert contents(out) == contents_of_new(novels, tmp_path, tokenizer="bpe", vocab_size=270)
+
+
+def contents_of_new(source, tmp_path, **settings):
+    prepare(source, tmp_path / "new", **settings)
+    return contents(tmp_path / "new")
+
+
 def test_places_that_cannot_be_written_are_refused_before_reading(novels, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("precious")

@@ -57,6 +57,15 @@ def test_half_precision_computes_in_float32(dtype):
     assert torch.equal(y, fft_conv(u.float(), f).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_filters_of_a_narrowed_module_are_widened(dtype):
+    """As in `model.bfloat16()`, which narrows a filter that is a plain parameter."""
+    u, f, skip = (torch.randn(shape).to(dtype) for shape in ((2, 3, 100), (3, 50), (3,)))
+    y = fft_conv(u, f, skip=skip, f_reverse=f)
+    wide = fft_conv(u.float(), f.float(), skip=skip.float(), f_reverse=f.float())
+    assert torch.equal(y, wide.to(dtype))
+
+
 @pytest.mark.parametrize("mode", ["causal", "circular"])
 def test_a_kept_filter_serves_rows_of_any_length(mode):
     kept = KeptFilter(torch.randn(3, 50), torch.randn(3), torch.randn(3, 20), mode)
@@ -93,6 +102,8 @@ def test_a_kept_filter_serves_rows_of_any_length(mode):
             "belong into the KeptFilter",
         ),
         ({"mode": "linear"}, "mode='linear' is not one of causal, circular"),
+        ({"f": [1.0]}, "f must be a tensor, not list"),
+        ({"skip": 1.0}, "skip must be a tensor, not float"),
         ({"u": torch.zeros(1, 3, 10).cfloat()}, "complex64; use float32"),
         ({"u": torch.zeros(1, 3, 10).long()}, "int64; use float32"),
         ({"post_gate": torch.zeros(2, 3, 10)}, "post_gate is"),

@@ -107,6 +107,8 @@ INTERPRETED: list[tuple[Case, torch.dtype]] = [
     ((1, 1, 77, 77, 5, "ac"), torch.float16),
     ((1, 1, 1, 1, 1, ""), torch.float32),
     ((2, 1, 600, 600, 0, "b"), torch.float16),
+    ((1, 1, 4096, 4096, 0, ""), torch.float16),
+    ((1, 1, 8001, 8001, 77, "sab"), torch.float16),
 ]
 
 
@@ -311,6 +313,21 @@ def test_long_rows_in_the_interpreter(precision: str, monkeypatch) -> None:
 
 
 @needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+def test_long_rows_of_parts_that_are_apart(monkeypatch) -> None:
+    from h3lm.flashconv.kernels import fft_long
+
+    right = fft_long.size_for
+
+    def apart(length: int, large: bool, precision: str) -> fft_long.LongSize:
+        size = right(length, large, precision)
+        return replace(size, inner=replace(size.inner, apart=not size.inner.apart))
+
+    monkeypatch.setattr(fft_long, "size_for", apart)
+    _check((2, 1, 2100, 2100, 3, "ab"), torch.float16)
+
+
+@needs_triton
 @pytest.mark.usefixtures("_transforms")
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 @pytest.mark.parametrize("precision", ["half", "pairs"])
@@ -402,7 +419,8 @@ def test_float16_may_overflow_under_a_gate_but_not_behind_it() -> None:
         ({}, torch.bfloat16, "triton", "block FFT"),
         ({"length": 8193}, torch.bfloat16, "triton", "through memory"),
         ({"length": 8192}, torch.bfloat16, "triton", "kernel: block FFT"),
-        ({"length": 4097}, torch.float16, "triton", "through memory"),
+        ({"length": 8193}, torch.float16, "triton", "through memory"),
+        ({"length": 8192}, torch.float16, "triton", "kernel: block FFT"),
         ({"length": 128}, torch.bfloat16, "triton", "Toeplitz"),
         ({"length": 128, "gated": True}, torch.float16, "triton", "block FFT"),
         ({"capability": (8, 6), "lags": 256}, torch.bfloat16, "triton", "Toeplitz"),

@@ -8,8 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h3lm.flashconv import H3State, h3_core, h3_end_state, h3_step, zero_state
-from h3lm.ssm import DiagonalSSM, DiagonalSystem, ShiftSSM
+from h3lm.flashconv import (
+    H3State,
+    chunked,
+    h3_core,
+    h3_end_state,
+    h3_step,
+    stepwise,
+    zero_state,
+)
+from h3lm.ssm import DPLRSSM, DiagonalSSM, DiagonalSystem, ShiftSSM
 
 
 def make(head_dim=1, D=4, n_taps=20, dtype=torch.float64):
@@ -106,6 +114,24 @@ def test_packed_rows_equal_separate_sequences(head_dim, lengths, T, stateful, re
                 initial_state=state and H3State(*(x[s : s + 1] for x in state)),
             )  # fmt: skip
             assert_close([actual[0][..., a:b]], [alone])
+
+
+@pytest.mark.parametrize("head_dim", [1, 2])
+@pytest.mark.parametrize("lengths", [(70,), (40, 1, 29)])
+def test_steps_that_round_are_the_definition_where_they_do_not(lengths, head_dim, monkeypatch):
+    diagonal, shift = make(head_dim)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v = inputs(1, 4, 70)
+    state = random_state(len(lengths), k, shift.taps(), diagonal.system(), head_dim)
+    options = {"head_dim": head_dim, "cu_seqlens": bounds}
+    expected = run_with_gradients("reference", q, k, v, diagonal, shift, state, **options)
+
+    def steps(q, k, v, operators, **options):
+        return stepwise.h3_core(q, k, v, operators.taps, operators.system, **options)
+
+    monkeypatch.setattr(chunked, "h3_core", steps)
+    actual = run_with_gradients("torch", q, k, v, diagonal, shift, state, **options)
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("head_dim", [1, 4])
@@ -310,6 +336,30 @@ MISTAKES = {
         "to the length 10",
     ),
     "backend": ({"backend": "cuda"}, "backend='cuda' is not one of"),
+    "no tensor": ({"q": [1.0]}, "q must be a tensor, not list"),
+    "the short filter's module": (
+        {"taps": ShiftSSM(4, 20)}, r"taps is the module ShiftSSM; .* its taps\(\)"
+    ),
+    "half taps": ({"taps": torch.zeros(4, 20).half()}, "taps is torch.float16 on cpu; .* float32"),
+    "the diagonal SSM's module": (
+        {"system": DiagonalSSM(4, 8)}, r"system is the module DiagonalSSM; .* its system\(\)"
+    ),
+    "no system": ({"system": None}, "system must be a DiagonalSystem or the like, not NoneType"),
+    "a system that is not diagonal": (
+        {"system": DPLRSSM(4, 8).system()}, "has diagonal systems, not a DPLRSystem"
+    ),
+    "a system elsewhere": (
+        {"system": DiagonalSSM(4, 8, device="meta").system()}, "system is on meta, .* are on cpu"
+    ),
+    "a pair as state": (
+        {"initial_state": (torch.zeros(2, 4, 19), torch.zeros(2, 4, 4).cfloat())},
+        "initial_state must be an H3State, not tuple",
+    ),
+    "a real state": (
+        {"initial_state": H3State(torch.zeros(2, 4, 19), torch.zeros(2, 4, 4))},
+        "initial_state.diagonal is torch.float32 .* need complex",
+    ),
+    "a list of boundaries": ({"cu_seqlens": [0, 10]}, "cu_seqlens must be a tensor, not list"),
 }  # fmt: skip
 
 

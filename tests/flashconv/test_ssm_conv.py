@@ -41,6 +41,14 @@ def test_torch_equals_reference_with_gradients(L, gated, stateful, reverse, pack
         assert (actual - expected).norm() <= 1e-10 * expected.norm() + 1e-12
 
 
+@pytest.mark.parametrize("method", ["scan", "fft_chunks"])
+def test_an_empty_batch(method):
+    u = torch.zeros(0, 3, 100)
+    y, end = ssm_conv(u, DiagonalSSM(3, 8).system(), method=method, return_final_state=True)
+    assert y.shape == (0, 3, 100)
+    assert end.shape == (0, 3, 4)
+
+
 def test_equals_convolution_with_its_filter():
     diagonal = DiagonalSSM(3, 8).double()
     u = torch.randn(2, 3, 301, dtype=torch.float64)
@@ -56,6 +64,8 @@ def test_equals_convolution_with_its_filter():
     [
         ({"u": torch.zeros(1, 4, 9)}, "system has 3 systems, u has 4 channels"),
         ({"method": "fft"}, "method='fft' is not one of"),
+        ({"system": DiagonalSSM(3, 8)}, r"system is the module DiagonalSSM; .* its system\(\)"),
+        ({"initial_state": torch.zeros(1, 3, 4)}, "initial_state is torch.float32 .* complex"),
         ({"pre_gate": torch.zeros(1, 3, 8)}, "pre_gate is"),
         ({"initial_state": torch.zeros(2, 3, 4).cfloat()}, r"this call needs \(1, 3, 4\)"),
     ],

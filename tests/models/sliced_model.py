@@ -1,9 +1,9 @@
 """A model on rows in slices over several processes, against the same model on whole rows.
 
-python -m tests.models.sliced_model [DEVICE] prints, as a line of JSON, how far loss and gradients
-are off in each case, relative to the largest value: in four processes, or on two GPUs. There
-"h3 2 plain" takes the kernels, in float32 and slices of unlike length, and "long" in bfloat16, as
-training does; for the rest they would compile for minutes.
+python -m tests.models.sliced_model [DEVICE [CASE]...] prints, as a line of JSON, how far loss and
+gradients are off in each case, or in those named, relative to the largest value: in four processes,
+or on two GPUs. There "h3 2 plain" takes the kernels, in float32 and in slices of unlike length and
+several tiles, and "long" in bfloat16, as training does; the rest would compile for minutes.
 """
 
 # ruff: noqa: T201 (what it prints is its result)
@@ -24,6 +24,7 @@ from h3lm.train.compiling import compile_model
 from tests.processes import in_processes
 
 L = 75  # divides neither by 2 nor by 4
+SEVERAL_TILES = 4501  # a tile of float32 has 2048 positions
 LONG = 3301  # slices of which forget what was in front of them
 DOCUMENTS = [0, 11, 19, 60, 63]  # one begins with a slice, one goes over two edges
 
@@ -78,6 +79,8 @@ def run_case(mixers: str, way: str, group, device: str) -> dict[str, float]:
     packed, length = way == "packed", {"long": LONG, "compiled": L + 1}.get(way, L)
     if in_bf16(way, device):
         length -= length % 32  # Hopper's take multiples of 16
+    elif by_kernels(mixers, way, device):
+        length = SEVERAL_TILES
     rows = 1 if packed else 2
     tokens = torch.randint(0, 32, (rows, length + 1))
     labels = tokens[:, 1:].clone()
@@ -109,7 +112,7 @@ def run_case(mixers: str, way: str, group, device: str) -> dict[str, float]:
     return off
 
 
-def process(device: str, rank: int) -> dict[str, dict[str, float]]:
+def process(device: str, cases: list[str], rank: int) -> dict[str, dict[str, float]]:
     groups = [(distributed.get_world_size(), distributed.group.WORLD)]
     if device == "cpu":
         pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
@@ -121,16 +124,19 @@ def process(device: str, rank: int) -> dict[str, dict[str, float]]:
             if world == 2:
                 ways.append("long" if mixers == "h3" else "compiled")
             for way in ways:
+                case = f"{mixers} {world} {way}"
+                if cases and case not in cases:
+                    continue
                 again = way == "compiled" and rank > 1  # by a second pair, which takes long
                 off = {} if again else run_case(mixers, way, group, device)
-                report[f"{mixers} {world} {way}"] = off
+                report[case] = off
     return report
 
 
 if __name__ == "__main__":
-    device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    device, *cases = sys.argv[1:] or ["cpu"]
     where = (4, "gloo") if device == "cpu" else (2, "nccl")
-    reports = in_processes(where[0], partial(process, device), where[1])
+    reports = in_processes(where[0], partial(process, device, cases), where[1])
     worst = {
         case: {
             key: max(report[case].get(key, 0.0) for report in reports)

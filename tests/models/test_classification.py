@@ -178,6 +178,10 @@ def test_lengths_are_a_mask_whose_padding_stands_behind(case):
         model(ids, attention_mask=mask, lengths=lengths)
     with pytest.raises(ValueError, match=r"lengths \(B,\)"):
         model.model(ids[:, 0], lengths=lengths[:1, 0])
+    with pytest.raises(ValueError, match=f"lengths go from 1 to {LENGTH + 1}, rows have {LENGTH}"):
+        model.model(ids[:, 0], lengths=torch.tensor([1, LENGTH + 1]))
+    with pytest.raises(ValueError, match="rows without positions"):
+        model.model(ids[:, 0, :0])
 
 
 def test_a_row_of_length_0_is_no_nan_and_changes_no_other(case):

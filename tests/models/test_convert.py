@@ -139,7 +139,7 @@ def test_files_that_are_no_checkpoint(tmp_path, data_dir):
     with pytest.raises(UserError, match="no such checkpoint file"):
         convert_official(path)
     whole = (data_dir / "release" / "pure_hd4" / "model.pt").read_bytes()
-    for contents in (b"", b"not a checkpoint", whole[: len(whole) // 2]):
+    for contents in (b"", b"not a checkpoint", b"a", b"0", b"R.", whole[: len(whole) // 2]):
         path.write_bytes(contents)
         with pytest.raises(UserError, match="not a PyTorch checkpoint, or a damaged one"):
             convert_official(path)

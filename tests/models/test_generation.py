@@ -192,3 +192,14 @@ def test_prepare_cache_is_idempotent(model):
     layers = list(cache.layers)
     assert prepare_cache(cache, model.config) is cache
     assert all(a is b for a, b in zip(layers, cache.layers, strict=True))
+
+
+def test_a_row_without_a_prompt_is_named(model, ids):
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    with pytest.raises(UserError, match="row 1 has no prompt"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2)
+    with pytest.raises(UserError, match="a batch without rows"):
+        model.generate(ids[:0], attention_mask=mask[:0], max_new_tokens=2)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        model.generate(ids[:, :0], attention_mask=mask[:, :0], max_new_tokens=2)

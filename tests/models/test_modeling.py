@@ -64,6 +64,36 @@ def test_padding_changes_nothing(model, ids, side, rows):
     assert torch.allclose(actual[mask.bool()].view_as(expected), expected, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 36)}, r"is \(2, 36\), these inputs need \(2, 37\)"),
+        ({"attention_mask": torch.ones(1, 37)}, r"is \(1, 37\), these inputs need \(2, 37\)"),
+        ({"attention_mask": torch.ones(37)}, r"attention_mask is \(37,\): give \(B, S\)"),
+        ({"position_ids": torch.arange(36)[None]}, r"position_ids is \(1, 36\) .* of 37 positions"),
+    ],
+)
+def test_masks_and_positions_of_other_shapes_are_refused(model, ids, options, message):
+    with pytest.raises(ValueError, match=message):
+        model(ids, **options)
+
+
+def test_a_mask_counts_what_the_cache_has_seen(model, ids):
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"is \(2, 3\), these inputs need \(2, 40\)"):
+        model(ids[:, :3], past_key_values=cache, attention_mask=torch.ones(2, 3))
+
+
+def test_only_attention_takes_a_mask_of_pairs(model, ids):
+    pairs = torch.ones(37, 37).tril().bool().expand(2, 1, 37, 37)
+    if set(model.config.mixers) == {"attention"}:
+        actual = model(ids, attention_mask=pairs).logits
+        assert torch.allclose(actual, model(ids).logits, atol=2e-5)
+    else:
+        with pytest.raises(ValueError, match="is attention's alone"):
+            model(ids, attention_mask=pairs)
+
+
 def test_packed_documents_do_not_see_each_other(model, ids):
     lengths = (5, 20, 12)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]

@@ -2,14 +2,17 @@ import io
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 from h3lm.errors import UserError
+from h3lm.evals.perplexity import score_tokens
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.train import memory
 from h3lm.train import run as run_module
+from h3lm.train.graphs import GraphedSteps
 from h3lm.train.memory import (
     Estimate,
     Kept,
@@ -68,6 +71,19 @@ def test_gradients_that_are_not_accumulated_take_the_place_of_activations():
     assert SMALL.needs(False) - once.needs(False) == 4 * SMALL.parameters
     few = replace(SMALL, tokens=1, accumulated=False)  # the backward pass ends with more
     assert few.needs(True) > few.held
+
+
+def test_gradients_in_the_buckets_of_copies_are_there_all_along(tiny):
+    config = H3Config(**TINY["model"], vocab_size=24, mixers="h3")
+
+    def accumulated(mesh, **changes):
+        return Estimate.of(config, tiny(**changes), mesh, CPU, False).accumulated
+
+    assert not accumulated(Mesh())
+    assert accumulated(Mesh(shard=2))
+    assert accumulated(Mesh(seq=2))
+    assert not accumulated(Mesh(shard=2), parallel="fsdp")
+    assert accumulated(Mesh(), micro_batch_size=1)
 
 
 @pytest.mark.parametrize("mixers", ["h3", "attention", "s4d", "linear_attention"])
@@ -142,11 +158,50 @@ def test_the_nearest_setting_that_fits_is_named(tiny, tokens, room, changes, rem
 
 def test_a_model_too_large_for_one_device_is_divided(tiny):
     large = Estimate(10**9, 2048, 50000, (Kept(1e6, 1e4),) * 10, tokens=16, total=10 * 10**9)
-    with pytest.raises(UserError, match="parallel=fsdp on 4 processes of one copy divides it"):
+    with pytest.raises(UserError, match="parallel=fsdp on 4 processes of one copy fits"):
         large.check(tiny(batch_size=1))
     assert replace(large, parts=4).needs(True) < large.total < replace(large, parts=2).needs(True)
-    with pytest.raises(UserError, match="no number of processes divides it far enough"):
+    long = replace(large, tokens=10**5)  # of a block of 16
+    with pytest.raises(
+        UserError,
+        match=r"parallel=fsdp on 32 processes of one copy with block_length=8 \(or rows shared by "
+        r"mesh.seq\) fits$",
+    ):
+        long.check(tiny(batch_size=1))
+    half = replace(long, tokens=10**5 // 2)
+    assert replace(half, parts=32).needs(True) < large.total < replace(half, parts=16).needs(True)
+    assert replace(long, parts=2**11).needs(True) > large.total
+    with pytest.raises(UserError, match="no setting does: the model is too large"):
         replace(large, tokens=10**9).check(tiny(batch_size=1))
+
+
+def test_an_evaluation_stands_beside_a_captured_step(tiny):
+    """A graph keeps the memory of its step; blocks that are recomputed are not captured."""
+    config = H3Config(**TINY["model"], vocab_size=24, mixers="h3")
+    launched = Estimate.of(config, tiny(eval_every=2), Mesh(), CPU, False)
+    assert launched.evaluation == 0
+    captured = replace(launched, evaluation=5e8, total=10**9)
+    assert captured.needs(0) - launched.needs(0) == pytest.approx(5e8)
+    assert captured.needs(1) == launched.needs(1)
+    assert captured.activations(0) == pytest.approx(launched.activations(0))
+    assert "activations 0.00, evaluation 0.50; of 1.00" in captured.words(0)
+    assert "evaluation" not in captured.words(1)
+    tight = replace(captured, total=5 * 10**8)
+    assert tight.choose(None)[0] == 1
+    with pytest.raises(UserError, match=r"evaluation .* lacks .* graphs=false fits$"):
+        tight.check(tiny(gradient_checkpointing=False))
+
+
+def test_what_an_evaluation_takes_are_the_logits_of_its_windows(tiny):
+    config = H3Config(**TINY["model"], vocab_size=2**20, mixers="h3")
+    kept = (Kept(0, 10), Kept(50, 20))
+    assert memory._of_evaluation(config, tiny(), 4, kept) == 0
+    found = memory._of_evaluation(config, tiny(eval_every=2), 4, kept)
+    assert found == 12 * 4 * 16 * 2**20 + 50 + 20 * 4 * 16
+    few = memory._of_evaluation(config, tiny(eval_every=2), 64, kept)
+    assert few == 12 * 2**28 + 50 + 20 * 2**28 // 2**20  # as many windows as may be at once
+    strided = memory._of_evaluation(config, tiny(eval_every=2, eval_stride=4), 4, kept)
+    assert strided == 12 * 4 * 4 * 2**20 + 50 + 20 * 4 * 16
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_made(tiny, monkeypatch):
@@ -244,6 +299,39 @@ def test_the_estimate_is_what_a_gpu_takes(tiny, mixers, recomputed):
         optimizer.zero_grad()
     taken = torch.cuda.max_memory_allocated()
     assert taken == pytest.approx(estimate.needs(recomputed), rel=0.25)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_and_an_evaluation_take_what_is_estimated(tiny):
+    device = torch.device("cuda")
+    config = H3Config.from_preset("125m", embedding_dropout=0.0, attention_dropout=0.0)
+    recipe = tiny(block_length=2048, batch_size=8, model={}, preset="125m", eval_every=1)
+    estimate = Estimate.of(config, recipe, Mesh(), device, True)
+    assert estimate.evaluation > 1e9
+    with device:
+        model = H3ForCausalLM(config).train()
+        ids = torch.zeros(8, 2048, dtype=torch.long)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    steps = GraphedSteps(model.parameters())
+
+    def step(inputs):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**inputs, skip_logits=True).loss
+        loss.backward()
+        return loss.detach()
+
+    for _ in range(4):
+        steps({"input_ids": ids, "labels": ids}, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert steps.captured
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.autocast("cuda", torch.bfloat16):
+        score_tokens(model, np.zeros(8 * 2048 + 1, np.int64), context=2048, batch_size=8)
+    # what a graph has in its pool is reserved, whether it runs or not
+    taken = torch.cuda.max_memory_reserved()
+    assert taken == pytest.approx(estimate.needs(0), rel=0.25)
 
 
 def test_what_would_fit_divides_the_rows_of_a_process_and_fits():

@@ -1,9 +1,13 @@
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from h3lm.data.order import Order
 from h3lm.errors import UserError
@@ -13,16 +17,17 @@ from h3lm.train.mesh import Mesh
 from h3lm.train.recipe import make_recipe
 
 from .conftest import TINY
-from .test_parallel import log, run
+from .test_parallel import log, output_of, run, torchrun
 
 MODEL = TINY["model"] | {"embedding_dropout": 0.0, "d_state": 4}
+UNEVEN = 19  # slices of 5, 5, 5 and 4
 
 
 @pytest.fixture(scope="module")
 def arranged(blocks, tmp_path_factory) -> tuple[Path, dict]:
     """Runs of four processes in all arrangements, beside the run of one, and what they said."""
     folder = tmp_path_factory.mktemp("arranged")
-    changes = {"model": MODEL, "steps": 3, "eval_every": 3}
+    changes = {"model": MODEL, "steps": 3, "eval_every": 3, "block_length": UNEVEN}
     places = {"data": str(blocks), "output_dir": str(folder / "one")}
     recipe = make_recipe(TINY | changes | places)
     (folder / "tiny.yaml").write_text(recipe.to_yaml())
@@ -31,19 +36,52 @@ def arranged(blocks, tmp_path_factory) -> tuple[Path, dict]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=root)
     assert done.returncode == 0, done.stderr
     run(recipe)
+    packed = {"reset_state_at_documents": True, "output_dir": str(folder / "one-packed")}
+    run(replace(recipe, **packed))
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["seq-4", "seq-2", "hybrid"])
+@pytest.mark.parametrize("way", ["seq-4", "seq-2", "seq-packed", "hybrid"])
 def test_four_processes_train_as_one_does(arranged, way):
     folder, said = arranged
+    one = folder / ("one-packed" if way == "seq-packed" else "one")
     for key in ("loss", "grad_norm", "eval_loss"):
         found = log(folder / way, key)
         assert len(found) == (1 if key == "eval_loss" else 3)
-        assert found == pytest.approx(log(folder / "one", key), abs=1e-5)
+        assert found == pytest.approx(log(one, key), abs=1e-5)
     assert "4 processes" in said[way]
     assert ("seq=" in said[way]) == way.startswith("seq")
+
+
+@pytest.mark.slow
+def test_documents_kept_apart_are_another_run(arranged):
+    folder, _ = arranged
+    assert log(folder / "one-packed") != pytest.approx(log(folder / "one"), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_four_have_written(arranged):
+    """The parts of the optimiser and of the model are others then."""
+    folder, _ = arranged
+    straight, cut = folder / "hybrid", folder / "cut"
+    shutil.copytree(straight, cut)
+    shutil.rmtree(cut / "checkpoints" / "checkpoint-3")
+    written = cut / "checkpoints" / "checkpoint-2"
+    assert len(list((written / "optimizer").glob("*.distcp"))) > 1
+    exported = H3ForCausalLM.from_pretrained(written)  # one folder of whole weights
+    assert exported.num_parameters() == sum(p.numel() for p in exported.parameters())
+    changes = "parallel=fsdp", f"output_dir={cut}"
+    command = "-m", "h3lm", "train", folder / "tiny.yaml", *changes
+    shown = output_of(torchrun(2, *command, COLUMNS="300"))
+    assert "resuming at step 2" in shown
+    assert "written by 4 processes and read by 2" in shown
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert log(cut, key) == pytest.approx(log(straight, key), abs=1e-5)
+    before, after = (load_file(place / "model" / "model.safetensors") for place in (straight, cut))
+    assert before.keys() == after.keys()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name])
 
 
 @pytest.mark.slow

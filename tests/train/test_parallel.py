@@ -28,6 +28,7 @@ from .conftest import TINY
 
 MODEL = TINY["model"] | {"embedding_dropout": 0.0}
 RECIPE = {"model": MODEL, "steps": 6, "save_every": 4, "eval_every": 4, "sample": "it was"}
+PRECISIONS = ("bf16", "fp32")
 
 
 def torchrun(processes: int, *command, **environment) -> subprocess.Popen:
@@ -98,6 +99,11 @@ def test_two_processes_train_as_one_does(together, way):
     assert len(summaries[1]["sample"]) > 0
     model = H3ForCausalLM.from_pretrained(two / "model")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.slow
+def test_copies_hold_their_gradients_once(together):
+    assert together[1]["gradients are views of buckets"] is True
 
 
 @pytest.mark.slow
@@ -198,20 +204,22 @@ def test_of_processes_that_fail_alike_the_first_speaks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def on_gpus(blocks, tmp_path_factory) -> tuple[Path, dict]:
-    """Runs of two GPUs in all ways, beside those of one, and what they said."""
+    """Runs of two GPUs in all ways, beside those of one, and what they said; all at once."""
     folder = tmp_path_factory.mktemp("gpus")
     places = {"data": str(blocks), "output_dir": str(folder / "run")}
-    recipe = make_recipe(TINY | RECIPE | {"steps": 8, "deterministic": True} | places)
+    changes = {"steps": 8, "deterministic": True, "sample": ""}
+    recipe = make_recipe(TINY | RECIPE | changes | places)
     (folder / "tiny.yaml").write_text(recipe.to_yaml())
     command = "-m", "tests.train.train_on_gpus", folder / "tiny.yaml", folder
-    runs = [torchrun(processes, *command) for processes in (1, 2)]
-    return folder, json.loads([output_of(process) for process in runs][1].splitlines()[-1])
+    runs = [torchrun(n, *command, name) for name in PRECISIONS for n in (1, 2)]
+    said = [json.loads(output_of(process).splitlines()[-1]) for process in runs]
+    return folder, {name: words for of_run in said for name, words in of_run.items()}
 
 
 @pytest.mark.gpu
 @pytest.mark.multi_gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_two_gpus_train_sharded_as_one_does_and_resume(on_gpus, precision):
     folder, said = on_gpus
     # sums in another order; in bfloat16 that can move a product by a unit in the last place

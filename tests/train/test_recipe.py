@@ -71,6 +71,10 @@ def test_overrides_replace_values_and_fields_of_the_model(tmp_path):
     assert recipe.model == {"hidden_size": 32, "d_state": 8}
     assert recipe.mixers == ["h3", "h3"]
     assert load_recipe(str(path), ["epochs=2"]).steps is None
+    text = load_recipe(str(path), ["sample=", "name=2024", "output_dir=no", 'task="language"'])
+    assert (text.sample, text.name, text.output_dir, text.task) == ("", "2024", "no", "language")
+    assert load_recipe(str(path), ["sample=Tell me: why"]).sample == "Tell me: why"
+    assert load_recipe(str(path), ['sample="\\n"']).sample == "\n"
     assert load_recipe(str(path), ["steps=1e5"]).steps == 100_000
     with pytest.raises(UserError, match="it has steps and epochs"):
         load_recipe(str(path), ["epochs=2", "steps=3"])

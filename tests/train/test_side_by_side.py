@@ -56,6 +56,12 @@ def test_table_and_picture_are_written(tmp_path):
     assert (tmp_path / "out" / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_counts_once(tmp_path):
+    folder = run(tmp_path / "a", 0, 3.0)
+    with pytest.raises(UserError, match="named twice"):
+        side_by_side([folder, tmp_path / "b" / ".." / "a"])
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(UserError, match="no finished training run"):
         side_by_side([tmp_path])
@@ -92,5 +98,5 @@ def test_the_command_compares_runs(tmp_path, capsys):
     folders = [run(tmp_path / "a", 0, 3.0), run(tmp_path / "b", 1, 3.2)]
     compare(folders, tmp_path / "out")
     assert "3.1 ± 0.14" in capsys.readouterr().out
-    with pytest.raises(UserError, match="of 3 folders 2 are such runs"):
+    with pytest.raises(UserError, match=f"no such run: {tmp_path}$"):
         compare([*folders, tmp_path])

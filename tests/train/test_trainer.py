@@ -53,7 +53,9 @@ def test_a_run_leaves_model_tokenizer_curve_log_recipe_and_summary(tiny):
     assert len(summary["sample"]) > 0
     assert (folder / "loss.png").stat().st_size > 1000
     assert len(losses(folder)) == 6
-    assert load_model(folder / "model").num_parameters() == summary["parameters"]
+    loaded = load_model(folder / "model")
+    assert loaded.num_parameters() == summary["parameters"]
+    assert loaded.config.use_cache  # as a model that was never trained
     assert (folder / "model" / "tokenizer.json").is_file()
     evaluations = [e for e in (folder / "log.jsonl").read_text().splitlines() if "eval_loss" in e]
     assert len(evaluations) == 2  # at steps 3 and 6, which are the final weights

@@ -25,8 +25,11 @@ WAYS = {
     "seq-4": {"mesh": {"seq": 4}},
     # two readers, accumulated
     "seq-2": {"mesh": {"seq": 2}, "parallel": "fsdp", "micro_batch_size": 1},
-    "hybrid": {"mesh": {"replicate": 2}, "parallel": "fsdp"},
-}
+    "seq-packed": {
+        "mesh": {"seq": 4}, "micro_batch_size": 1, "reset_state_at_documents": True,
+    },
+    "hybrid": {"mesh": {"replicate": 2}, "parallel": "fsdp", "save_every": 2},
+}  # fmt: skip
 
 
 def process(recipe_file: str, place: str, rank: int) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Train on the GPUs of `torchrun`'s processes: copies, sharded, and sharded, cut and resumed.
 
-python -m torch.distributed.run --nproc-per-node N -m tests.train.train_on_gpus RECIPE FOLDER leaves
-a run's folder for each precision and way, and prints what the runs said as a line of JSON. One
+python -m torch.distributed.run --nproc-per-node N -m tests.train.train_on_gpus RECIPE FOLDER
+PRECISION leaves a run's folder for each way, and prints what the runs said as a line of JSON. One
 process alone leaves what they are held beside.
 """
 
@@ -26,22 +26,21 @@ def without_kernels() -> None:
     H3.__init__ = lambda self, *given, **named: make(self, *given, **named | {"backend": "torch"})
 
 
-def main(recipe_file: str, place: str) -> None:
+def main(recipe_file: str, place: str, precision: str) -> None:
     h3lm.train.outcome.plot_losses = lambda *_: None
     recipe, folder = load_recipe(recipe_file), Path(place)
     report = {}
-    for precision in ("bf16", "fp32"):
-        if precision == "fp32":
-            without_kernels()
+    if precision == "fp32":
+        without_kernels()
 
-        def to(name: str, parallel: str, precision: str = precision) -> None:
-            where = str(folder / f"{precision}-{name}")
-            changes = {"output_dir": where, "precision": precision, "parallel": parallel}
-            report[f"{precision}-{name}"] = run(replace(recipe, **changes))
+    def to(name: str, parallel: str) -> None:
+        where = str(folder / f"{precision}-{name}")
+        changes = {"output_dir": where, "precision": precision, "parallel": parallel}
+        report[f"{precision}-{name}"] = run(replace(recipe, **changes))
 
-        if world_size() == 1:
-            to("one", "ddp")
-            continue
+    if world_size() == 1:
+        to("one", "ddp")
+    else:
         for way in ("ddp", "fsdp"):
             to(way, way)
         if is_first():

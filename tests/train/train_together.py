@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import h3lm.train.memory
 import h3lm.train.outcome
@@ -143,6 +144,13 @@ def main(recipe_file: str, place: str) -> None:
         return replace(recipe, output_dir=str(folder / name), **changes)
 
     report = {}
+    wrap = DistributedDataParallel.__init__
+
+    def noting_wrap(self, *given, **named):
+        wrap(self, *given, **named)
+        report["gradients are views of buckets"] = self.gradient_as_bucket_view
+
+    DistributedDataParallel.__init__ = noting_wrap
     for parallel in ("ddp", "fsdp"):
         run(to(parallel, parallel=parallel))
         report[parallel] = run_cut(to(f"{parallel}-cut", parallel=parallel))

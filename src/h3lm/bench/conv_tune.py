@@ -57,19 +57,15 @@ def _of_pairs() -> Iterator[Variant]:
     """What is tried for float16."""
     one = sizes("pairs")
     yield from one.items()
-    long = [8192, *_LONG]
+    long = [*_LONG, 524288]
     yield from ((length, fft_long.size_for(length, True, "pairs")) for length in long)
-    small, wide = one[2048], replace(one[4096], warps=8, together=False)
-    yield from ((n, replace(one[n], together=not one[n].together)) for n in (2048, 4096))
-    yield from ((4096, wide), (4096, LongSize(2, small, stages=2)), (4096, LongSize(2, small, 128)))
+    yield from ((n, replace(size, apart=not size.apart)) for n, size in one.items() if n <= 4096)
+    yield from ((n, replace(one[n], together=not one[n].together)) for n in (512, 4096, 8192))
+    yield from ((n, replace(one[n], ahead=True)) for n in (4096, 8192))
     for length in long:
-        outer = length // small.points
-        yield length, LongSize(outer, small, 128, warps=8, stages=2)
-        yield length, LongSize(outer // 2, wide, stages=2)
-        yield (
-            length,
-            LongSize(outer // 2, replace(wide, warps=4), 128 if outer <= 32 else 64, stages=2),
-        )
+        for inner in (one[4096], one[8192]):
+            outer = length // inner.points
+            yield length, LongSize(outer, inner, 128 if outer <= 16 else 64, stages=2)
 
 
 _LONG = [131072, 16384, 32768, 1048576]
@@ -134,7 +130,8 @@ def _name(size: AnySize) -> str:
         return f"{size.outer} {cut} * {_name(size.inner)}"
     kernels = "one" if size.together else "two"
     launch = f"w{size.warps} r{size.registers or '-'} p{size.programs}"
-    return f"{size.N1}x{size.N2} {launch} {kernels}{' kept' * size.keep}{' ahead' * size.ahead}"
+    more = " kept" * size.keep + " ahead" * size.ahead + " apart" * size.apart
+    return f"{size.N1}x{size.N2} {launch} {kernels}{more}"
 
 
 def _kernels(size: AnySize) -> ModuleType:

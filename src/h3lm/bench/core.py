@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from h3lm.bench import measure, report, scaling
+from h3lm.bench import accuracy, measure, report, scaling
 from h3lm.bench.doctor import run_check
 from h3lm.bench.registry import Shape, core_shapes, length_shapes, small_shapes, width_shapes
 from h3lm.bench.roofline import both_roof_ms, forward_roof_ms
@@ -50,8 +50,8 @@ def run(folder: Path, say: Callable[[str], None], shapes: list[Shape] | None = N
     Args:
         folder: Where the report goes.
         say: Called with a line for each result.
-        shapes: What to measure; if None, one size in five shapes, and then the growth with length
-            and width, with a picture.
+        shapes: What to measure; if None, one size in five shapes, and then how wrong the kernels
+            are, and the growth with length and width, with a picture.
 
     Raises:
         UserError: without a CUDA device.
@@ -68,6 +68,7 @@ def run(folder: Path, say: Callable[[str], None], shapes: list[Shape] | None = N
         rows += _measure_all(small_shapes(), partial(measure_captured, backends=backends), say)
     path = report.write(name, folder, environment, NOTES, rows)
     if shapes is None:
+        accuracy.write(folder, backends, say)
         _write_growth(f"{name}_growth", folder, environment, backends[:1], say)
     return path
 

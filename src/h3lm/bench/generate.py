@@ -28,6 +28,7 @@ from h3lm.layers import H3
 from h3lm.layers.step import Stream, add_norm, attend_step, product, product_in_parts
 from h3lm.models import H3Config, H3ForCausalLM, decoding, kept
 from h3lm.models.cache import DecodingCache, SlotLayer
+from h3lm.models.capture import capturing
 from h3lm.models.sampling import Chooser
 
 NEW_TOKENS = 128
@@ -423,7 +424,7 @@ def graph_ms(call: Callable[[], object], launches: int = 1) -> float:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with capturing(graph, stream=stream):
         call()
     return measure.median_ms(graph.replay) / launches
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from h3lm.models.capture import capturing
+
 
 def median_ms(
     call: Callable[[], object], repeats: int = 25, warm_up: int = 4, *, ahead: bool = False
@@ -48,7 +50,7 @@ def replayed_ms(call: Callable[[], object], repeats: int = 25) -> tuple[float, s
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with capturing(graph):
             call()
     except torch.cuda.OutOfMemoryError:
         raise

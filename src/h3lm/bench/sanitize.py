@@ -78,17 +78,19 @@ def problems() -> Iterator[tuple[str, Problem]]:
     yield f"conv: {blocks}", Problem(blocks, 5, 2, 1000, 200, 30, "s")
     yield f"conv: {blocks}", Problem(blocks, 70, 2, 250, 250, options="s")
     yield f"conv: {blocks}", Problem(blocks, 2, 2, 130, 70, 20, "c")
+    yield f"conv: {blocks}, float16", Problem(blocks, 3, 2, 301, 301, 30, "s", torch.float16)
     for points in SIZES:
         name = f"conv: {fft}, {points}"
         yield name, Problem(fft, 3, 2, points, points)
         yield name, Problem(fft, 3, 2, points - 3, points - 7, 5, "gs")
     yield f"conv: {fft}, 512", Problem(fft, 2, 2, 300, 300, 7, "c")
     yield f"conv: {fft}, float32", Problem(fft, 3, 2, 700, 600, 5, "gs", torch.float32)
-    for length in (1500, 4096):
+    for length in (1500, 4096, 8192):
         yield f"conv: {fft}, float16", Problem(fft, 3, 2, length, length, 5, "gs", torch.float16)
     memory = f"{fft} through memory"
-    long = Problem(memory, 2, 2, 9000, 9000, 77, "gs", torch.float16)
-    yield f"conv: {memory}, float16", long
+    for length, options in ((9000, "gs"), (300_000, "")):  # inner transforms of their own
+        long = Problem(memory, 2, 2, length, min(length, 20_000), 77, options, torch.float16)
+        yield f"conv: {memory}, float16", long
     for length in (9000, 40000, 131072):
         yield f"conv: {memory}", Problem(memory, 3, 2, length, length, 0, "g" * (length == 9000))
     yield f"conv: {memory}", Problem(memory, 1, 2, 20011, 20011, 77, "gs")

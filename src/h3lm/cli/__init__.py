@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
@@ -20,12 +21,14 @@ from h3lm.cli.presets import presets
 from h3lm.cli.recipes import recipes
 from h3lm.cli.synthetics import synthetics
 from h3lm.cli.train import train
-from h3lm.errors import UserError
+from h3lm.errors import NO_SPACE, UserError
 
 # typer 0.29 carries a click of its own, earlier ones use the package: the base of their errors
 UsageMistake: type[Any] = next(
     c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
 )
+
+INTERRUPTED = 128 + signal.SIGINT  # as shells have it
 
 app = typer.Typer(
     name="h3lm",
@@ -61,6 +64,9 @@ def main() -> None:
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         status = app(standalone_mode=False)
+        sys.stdout.flush()  # what cannot be written shall fail here
+        if status == INTERRUPTED:  # newer typers turn Ctrl-C into a status
+            _fail("interrupted", INTERRUPTED)
     except UsageMistake as error:
         _fail(" ".join(error.format_message().split()), error.exit_code)
     except UserError as error:
@@ -68,11 +74,25 @@ def main() -> None:
             raise
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
+        _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # `h3lm recipes | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (nobody reads on)
+        _close_stdout()
         status = 0
+    except OSError as error:  # a disk may be full wherever a command writes
+        if error.errno not in NO_SPACE or os.environ.get("H3LM_TRACEBACK"):
+            raise
+        _close_stdout()
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}no space left ({error.strerror}): make room and run the same again", 1)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _close_stdout() -> None:
+    """Spare Python, as it ends, a failing try to write what is left."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (nobody reads on)
 
 
 def _fail(message: str, status: int) -> None:

@@ -30,10 +30,11 @@ def compare(
         groups = runs.side_by_side(folders)
         print(runs.write(groups, output) if output else runs.markdown(runs.table(groups)), end="")
         return
-    if len(folders) != 2:
+    others = [str(folder) for folder in folders if not runs.is_run(folder)]
+    if len(folders) != 2 or len(others) != 2:
         raise UserError(
-            f"two report folders are compared, or training runs that are done: of {len(folders)} "
-            f"folders {sum(map(runs.is_run, folders))} are such runs"
+            "two report folders are compared, or finished training runs; no such run: "
+            f"{', '.join(others)}"
         )
     from h3lm.evals import compare as reports
 

@@ -4,10 +4,16 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, BadParameter, Option
+from typer import Argument, BadParameter, Context, Option
+
+from h3lm.cli.options import refuse
+
+FOR_TASKS = ("num_fewshot", "fixed_fewshot", "max_length", "memory_gb")
+FOR_TEXTS = ("lengths", "split", "context", "stride", "batch_size")
 
 
 def evaluate(
+    call: Context,
     model: Annotated[str, Argument(help="Model folder, or a name on the Hugging Face hub.")],
     data: Annotated[
         str | None,
@@ -52,12 +58,15 @@ def evaluate(
     split: Annotated[str, Option(help="Perplexity: split of a prepared folder.")] = "valid",
     context: Annotated[
         int | None,
-        Option(min=1, help="Longest context in tokens; that of the prepared blocks, or 1024."),
+        Option(
+            min=1, help="Perplexity: longest context in tokens; that of prepared blocks, or 1024."
+        ),
     ] = None,
     stride: Annotated[
-        int | None, Option(min=1, help="New tokens of each window; as many as the context.")
+        int | None,
+        Option(min=1, help="Perplexity: new tokens of each window; as many as the context."),
     ] = None,
-    batch_size: Annotated[int, Option(min=1, help="Windows at a time.")] = 8,
+    batch_size: Annotated[int, Option(min=1, help="Perplexity: windows at a time.")] = 8,
     precision: Annotated[str, Option(help="fp32 or bf16.")] = "fp32",
     device: Annotated[str, Option(help="auto, cpu, cuda or mps.")] = "auto",
     output: Annotated[
@@ -76,6 +85,7 @@ def evaluate(
     if (not data and not perplexity) == (not tasks):
         raise BadParameter("give either --data or --perplexity, or --tasks")
     if tasks:
+        refuse(call, FOR_TEXTS, "--data and --perplexity")
         from h3lm.evals.progress import RequestLine
         from h3lm.evals.tasks import evaluate_tasks
 
@@ -96,6 +106,7 @@ def evaluate(
             )
         print(found.markdown())
         return
+    refuse(call, FOR_TASKS, "--tasks")
     from h3lm.evals.progress import token_line
     from h3lm.evals.text import evaluate_texts
 

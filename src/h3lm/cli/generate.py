@@ -1,5 +1,6 @@
 """`h3lm generate`."""
 
+from contextlib import closing
 from typing import Annotated
 
 from typer import Argument, Option
@@ -25,13 +26,13 @@ def generate(
         float, Option(min=0.0, max=1.0, help="Sample within this probability mass.")
     ] = 1.0,
     top_k: Annotated[int, Option(min=0, help="Sample among so many likeliest tokens; 0: all.")] = 0,
-    seed: Annotated[int | None, Option(help="Seed of the sampling.")] = None,
+    seed: Annotated[int | None, Option(min=0, max=2**32 - 1, help="Seed of the sampling.")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Continue a text, streaming it as it is made, or many texts at once."""
     from h3lm.models.generation import answer
 
-    for piece in answer(
+    pieces = answer(
         model,
         prompt,
         requests,
@@ -42,6 +43,8 @@ def generate(
         top_k=top_k,
         seed=seed,
         device=device,
-    ):
-        print(piece, end="", flush=True)
+    )
+    with closing(pieces):  # Ctrl-C may come while a piece is printed
+        for piece in pieces:
+            print(piece, end="", flush=True)
     print()

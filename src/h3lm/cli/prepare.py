@@ -5,8 +5,17 @@ from typing import Annotated
 
 import typer
 
+from h3lm.cli.options import refuse
+
+FOR_TEXTS = ("vocab_size", "subset", "block_length", "shard_tokens", "workers")
+FOR_LABELS = (
+    "length", "pad", "test_fraction", "label_field", "values_field", "split_field", "test_value",
+    "sample_rate", "resample", "channels", "speaker", "examples",
+)  # fmt: skip
+
 
 def prepare(
+    call: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -53,7 +62,9 @@ def prepare(
             "lra-text, lra-retrieval, lra-image, lra-pathfinder, lra-pathx.",
         ),
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Labelled: cut longer rows there.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Labelled: cut longer rows there.")
+    ] = None,
     pad: Annotated[
         bool, typer.Option("--pad", help="Labelled: rows may have unequal lengths.")
     ] = False,
@@ -66,7 +77,9 @@ def prepare(
     test_value: Annotated[
         str | None, typer.Option(help="Labelled: value of that field that is the test split.")
     ] = None,
-    sample_rate: Annotated[int | None, typer.Option(help="Sound: wanted rate in Hz.")] = None,
+    sample_rate: Annotated[
+        int | None, typer.Option(min=1, help="Sound: wanted rate in Hz.")
+    ] = None,
     resample: Annotated[
         bool, typer.Option("--resample", help="Sound: convert other rates.")
     ] = False,
@@ -79,6 +92,7 @@ def prepare(
     A text collection, interrupted, goes on where it was when it is called again in the same way.
     """
     if labelled is not None:
+        refuse(call, FOR_TEXTS, "texts of language models, not for --labelled")
         from h3lm.data.prepare_labelled import LabelledOptions, describe, prepare_labelled
 
         options = LabelledOptions(
@@ -92,6 +106,7 @@ def prepare(
         print("\n".join(describe(made)))
         print(f"prepared: {out_dir}")
         return
+    refuse(call, FOR_LABELS, "--labelled")
     from h3lm.data.prepare import prepare
 
     index = prepare(

@@ -51,8 +51,9 @@ def synthetics(
     minutes: Annotated[
         float,
         Option(
+            min=0.0,
             help="Give up what is not finished by then; the report keeps where it stood, marked, "
-            "and the same call goes on from there. With 0 only tables and pictures are made."
+            "and the same call goes on from there. With 0 only tables and pictures are made.",
         ),
     ] = math.inf,
     device: Annotated[str, Option(help="auto, cpu, cuda (all of them), cuda:0 or mps.")] = "auto",

@@ -37,7 +37,7 @@ from h3lm.data.shards import Journal, ShardWriter, journal_lines, write_text
 from h3lm.data.sources import Piece, open_source
 from h3lm.data.splits import Part, Survey, plan_splits, survey_split
 from h3lm.data.tokenizers import END_OF_TEXT, Encoder, load_tokenizer, train_bpe
-from h3lm.errors import UserError
+from h3lm.errors import NO_SPACE, UserError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 # Texts for the training of a BPE, which holds 256 of them in memory.
 _TRAINING_CHARACTERS = 2**14
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def prepare(
@@ -323,6 +321,8 @@ def _check_output(out: Path, settings: dict) -> None:
         except UserError as error:
             raise UserError(f"{error} (into another folder, or delete this one)") from None
     elif lines := journal_lines(out):
+        if len(lines) == 1:
+            return  # begun, but nothing is finished that other settings would lose
         if lines[0].get("format_version") != FORMAT_VERSION:
             raise UserError(f"{out}: begun by another version of h3lm: delete it or take another")
         found = lines[0]["settings"]
@@ -387,7 +387,7 @@ def _room_on_disk(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = "no space left" if error.errno in _NO_SPACE else "cannot be written"
+        what = "no space left" if error.errno in NO_SPACE else "cannot be written"
         raise UserError(
             f"{out}: {what} ({error.strerror or error}); the finished shards are kept: make room "
             "and run the same again"

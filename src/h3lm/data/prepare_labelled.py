@@ -113,7 +113,7 @@ def prepare_labelled(
     for split, fraction in (("test", options.test_fraction), ("valid", options.valid_fraction)):
         if fraction is not None:
             found = HeldOut(found, split, fraction, seed=2357 + (split == "test"))
-    length = options.length or LRA_LENGTHS.get(form)
+    length = LRA_LENGTHS.get(form) if options.length is None else options.length
     found = Shaped(found, length=length, pad=options.pad or form in UNEQUAL)
     settings = {"form": form, "source": str(source)} | asdict(options)
     return write_labelled(found, out_dir, settings, tokenizer=tokenizer, progress=progress)

@@ -120,9 +120,9 @@ class Journal:
         # Where there is an index, it is a damaged one, and everything is made again.
         damaged = (folder / INDEX_FILE).exists()
         old = [] if damaged else journal_lines(folder)
-        if not old:
-            shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
         lines = [{"format_version": FORMAT_VERSION, "settings": settings}]
+        if len(old) < 2 and old != lines:
+            shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
         lines += _up_to_damage(folder, old[1:])
         # Written anew: neither a line that a crash cut short nor one of a damaged shard may stand
         # before those to come.

@@ -119,7 +119,7 @@ def load_tasks(
             config["num_fewshot"] = 0
         if data_dir is not None:
             local = read_set(name, data_dir, num_fewshot=num_fewshot)
-            config |= _local_source(config, local.documents)
+            config |= _local_source(local.documents)
             notes += local.notes
             loaded.files.update(local.files)
         elif name == "lambada_openai" and num_fewshot:
@@ -209,7 +209,7 @@ def _no_task(name: str, known: Sequence[str], where: str) -> str:
     return f"there is no task {name!r} {where}{hint}"
 
 
-def _local_source(config: dict[str, Any], documents: dict[str, list[Any]]) -> dict[str, Any]:
+def _local_source(documents: dict[str, list[Any]]) -> dict[str, Any]:
     """What of a task's definition is replaced: where documents come from, and splits' names."""
     from datasets import Dataset
 

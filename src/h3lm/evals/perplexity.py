@@ -57,6 +57,11 @@ class TextScore:
         return self.nats / math.log(2) / units
 
 
+def windows_at_once(wanted: int, stride: int, vocab_size: int) -> int:
+    """Windows of a batch: as many as wanted, unless their logits would be too many."""
+    return max(1, min(wanted, BATCH_LOGITS // (stride * vocab_size)))
+
+
 def score_tokens(
     model: torch.nn.Module,
     tokens: Tokens,
@@ -103,7 +108,7 @@ def score_tokens(
     model.eval()
     nats, counted = 0.0, 0
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", 1)
-    batch_size = max(1, min(batch_size, BATCH_LOGITS // (stride * vocab_size)))
+    batch_size = windows_at_once(batch_size, stride, vocab_size)
     batches = list(_batches(list(_windows(first, len(tokens), context, stride)), batch_size))
     number, of = share
     # not inference_mode: what a sharded model gathers in it could not be trained with afterwards

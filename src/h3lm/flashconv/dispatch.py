@@ -32,7 +32,7 @@ HOPPER_SHARED = ((9, 0), (10, 0), (10, 3))
 MAX_FFT_LENGTH = 8192
 FFT_LENGTHS = {
     torch.bfloat16: (MAX_FFT_LENGTH, 2048),
-    torch.float16: (4096, 1024),
+    torch.float16: (MAX_FFT_LENGTH, 1024),
     torch.float32: (2048, 2048),
 }
 MAX_LONG_LENGTH, MAX_LONG_LENGTH_SMALL = 1 << 22, 1 << 19
@@ -44,7 +44,7 @@ MAX_TOEPLITZ_LAGS = 256
 # where they were: transforms are faster from 2,048 lags on, whose cost for blocks grows with them
 MAX_TIMED_LAGS = 1536
 TIMED_LONG_LENGTH = 65536
-# they were in bfloat16: of float16, transforms take 1.5 to 2.1 times as long up to 1,024 (H200)
+# they were in bfloat16: of float16, transforms take 1.1 to 1.3 times as long at 512, else 2 (H200)
 PAIRS_SLOWER = {"transforms": 2.0}
 # a segment of a row is whole tiles of half inputs (two of float32), and at least 8 of them
 SEGMENT_UNIT, MIN_SEGMENT = 4096, 8 * 4096

@@ -24,7 +24,7 @@ def fft_conv(
 ) -> Tensor:
     """`flashconv.fft_conv` in float32 (float64 for float64 inputs), padded against wrap-around."""
     L = u.shape[-1]
-    wide = torch.promote_types(u.dtype, f.dtype)
+    wide = torch.promote_types(torch.promote_types(u.dtype, f.dtype), torch.float32)
     with torch.autocast(u.device.type, enabled=False):
         x = u.to(wide) if pre_gate is None else u.to(wide) * pre_gate.to(wide)
         taps_reverse = None if f_reverse is None else f_reverse.shape[1]

@@ -165,7 +165,10 @@ def _fastest(
     gated: bool,
     rows: int,
 ) -> tuple[ConvAlgorithm, ConvAlgorithm]:
-    """What `dispatch.conv_algorithm` says, forward and backward."""
+    """What `dispatch.conv_algorithm` says, forward and backward.
+
+    It is asked once for each kind of call; another one in its place is asked anew.
+    """
     problem = Problem(length=length, capability=capability, lags=lags, gated=gated, rows=rows)
     return algorithm(dtype, problem, False), algorithm(dtype, problem, True)
 

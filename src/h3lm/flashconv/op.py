@@ -27,6 +27,7 @@ from h3lm.flashconv.fft_chunks import FFTOperators
 from h3lm.flashconv.fft_library import KeptFilter
 from h3lm.flashconv.state import H3State, diagonal_shape
 from h3lm.ssm.dplr import DPLRSystem
+from h3lm.ssm.hints import SSMModule
 from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH, ChunkOperators, DiagonalSystem
 
 AnySystem = DiagonalSystem | ChunkOperators | DPLRSystem | FFTOperators
@@ -86,9 +87,10 @@ def h3_core(
         tensor argument, both states included.
 
     Raises:
-        ValueError: if shapes or dtypes do not belong together, `cu_seqlens` does not increase
-            from 0 to L, operators were made without these taps, no backend can do it, or a slice
-            of a process group is reversed or shorter than the short filter reaches back.
+        ValueError: if shapes, dtypes or devices do not belong together, an argument is no tensor
+            or system, `cu_seqlens` does not increase from 0 to L, operators were made without
+            these taps, no backend can do it, or a slice of a process group is reversed or shorter
+            than the short filter reaches back.
 
     Example:
         >>> import torch
@@ -131,6 +133,8 @@ def h3_core_qkv(
     Raises:
         ValueError: as there, or if the channels of qkv are no three times those of the taps.
     """
+    _check_like("qkv", qkv)
+    _check_taps(taps, qkv)
     if qkv.shape[1] != 3 * len(taps):
         raise ValueError(
             f"qkv has {qkv.shape[1]} channels, not 3 times the {len(taps)} of the taps"
@@ -286,7 +290,7 @@ def ssm_conv(
         tensor argument.
 
     Raises:
-        ValueError: if shapes or dtypes do not belong together or no backend can do it.
+        ValueError: if shapes, dtypes or devices do not belong together or no backend can do it.
     """
     if process_group is not None:
         from h3lm.flashconv import sequence_parallel  # it runs this op on each slice
@@ -299,11 +303,13 @@ def ssm_conv(
         return y, end if return_final_state else None
     gates = {"pre_gate": pre_gate, "post_gate": post_gate}
     _check_like("u", u, **{name: gate for name, gate in gates.items() if gate is not None})
+    _check_system(system, u)
     whole = _system(system)
     if whole.num_systems != u.shape[1]:
         raise ValueError(f"system has {whole.num_systems} systems, u has {u.shape[1]} channels")
     sequences = _check_sequences(u, cu_seqlens)
     shape = (sequences, u.shape[1], whole.num_modes)
+    _check_complex("initial_state", initial_state, u)
     if initial_state is not None and initial_state.shape != shape:
         raise ValueError(f"initial_state is {tuple(initial_state.shape)}, this call needs {shape}")
     present = [x for x in (u, pre_gate, post_gate) if x is not None]
@@ -325,7 +331,7 @@ def ssm_conv(
     else:
         choice = choose("ssm_conv", u.device, u.dtype, backend, problem)
     announce("ssm_conv", choice)
-    if u.shape[-1] == 0:
+    if u.numel() == 0:
         unseen = initial_state if initial_state is not None else whole.c.new_zeros(shape)
         return torch.zeros_like(u), unseen if return_final_state else None
     if reverse:
@@ -380,15 +386,15 @@ def fft_conv(
 
     Forward and backward, any device, whatever the autocast. On a GPU from compute capability 8.0
     on, half inputs go through a block FFT on the matrix units, with float16 operands under a scale
-    of their own for each row, and float32 sums: one kernel up to 8,192 positions of bfloat16 and,
-    whose operands are pairs, 4,096 of float16 (2,048 and 1,024 without Hopper's shared memory),
-    more of them beyond. On Hopper float32 does too, up to 2,048. Elsewhere, and for float16 over
-    524,288, where it is faster, `torch.fft` computes in float32.
+    of their own for each row, and float32 sums: one kernel up to 8,192 positions (without Hopper's
+    shared memory 2,048, of float16, whose operands are pairs, 1,024), more of them beyond. On
+    Hopper float32 does too, up to 2,048. Elsewhere, and for float16 over 524,288, where it is
+    faster, `torch.fft` computes in float32.
 
     Args:
         u: Input, (B, D, L), float32, bfloat16, float16 or float64.
-        f: Filter, (D, Lf), float32, 1 <= Lf <= L; or a `KeptFilter` of any length, with skip,
-            f_reverse and mode of its own.
+        f: Filter, (D, Lf), float32 (what is narrower is widened), 1 <= Lf <= L; or a `KeptFilter`
+            of any length, with skip, f_reverse and mode of its own.
         skip: Direct term, (D,).
         pre_gate, post_gate: As `u`.
         f_reverse: Anti-causal filter, (D, Lr), 1 <= Lr <= L.
@@ -399,8 +405,8 @@ def fft_conv(
         (B, D, L), dtype of `u`. Differentiable in every tensor argument.
 
     Raises:
-        ValueError: if a filter is longer than the row, shapes or dtypes do not belong together,
-            the mode is unknown, or no backend can do it.
+        ValueError: if a filter is longer than the row, shapes, dtypes or devices do not belong
+            together, the mode is unknown, or no backend can do it.
     """
     names = {"pre_gate": pre_gate, "post_gate": post_gate}
     gates = {name: gate for name, gate in names.items() if gate is not None}
@@ -439,7 +445,10 @@ def _fft_choice(
     """Check what belongs to a filter, and choose the implementation."""
     _, D, L = u.shape
     for name, given in (("f", f), ("f_reverse", f_reverse), ("skip", skip)):
-        if given is not None and not (given.dtype.is_floating_point and given.device == u.device):
+        if given is None:
+            continue
+        _check_tensor(name, given)
+        if not (given.dtype.is_floating_point and given.device == u.device):
             raise ValueError(
                 f"{name} is {given.dtype} on {given.device}; u, on {u.device}, needs float32 there"
             )
@@ -674,12 +683,59 @@ def _check_slice(reverse: bool) -> None:
         raise ValueError("reverse with a process_group is not supported: states go left to right")
 
 
+def _refuse_module(name: str, x: object) -> None:
+    if isinstance(x, SSMModule):
+        raise ValueError(
+            f"{name} is the module {type(x).__name__}; give what its parameters make, its {name}()"
+        )
+
+
+def _check_tensor(name: str, x: object) -> None:
+    _refuse_module(name, x)
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, not {type(x).__name__}")
+
+
+def _check_taps(taps: Tensor, x: Tensor) -> None:
+    _check_tensor("taps", taps)
+    if taps.dim() != 2 or taps.shape[1] < 1:
+        raise ValueError(f"taps is {tuple(taps.shape)}: need (D, n_taps)")
+    if taps.dtype not in (torch.float32, torch.float64) or taps.device != x.device:
+        raise ValueError(
+            f"taps is {taps.dtype} on {taps.device}; the inputs, on {x.device}, need float32 there"
+        )
+
+
+def _check_system(system: AnySystem, x: Tensor) -> None:
+    _refuse_module("system", system)
+    if not isinstance(system, AnySystem):
+        raise ValueError(
+            f"system must be a DiagonalSystem or the like, not {type(system).__name__}"
+        )
+    skip = _system(system).skip
+    if skip.device != x.device:
+        raise ValueError(f"system is on {skip.device}, the inputs are on {x.device}")
+
+
+def _check_complex(name: str, state: Tensor | None, x: Tensor) -> None:
+    if state is None:
+        return
+    _check_tensor(name, state)
+    if not state.is_complex() or state.device != x.device:
+        raise ValueError(
+            f"{name} is {state.dtype} on {state.device}; the inputs, on {x.device}, need complex "
+            "numbers there"
+        )
+
+
 def _check_like(name: str, x: Tensor, **others: Tensor) -> None:
+    _check_tensor(name, x)
     if x.dim() != 3:
         raise ValueError(f"{name} must be (B, D, L), got {tuple(x.shape)}")
     if x.dtype not in FLOATS:
         raise ValueError(f"{name} is {x.dtype}; use float32, bfloat16, float16 or float64")
     for other, y in others.items():
+        _check_tensor(other, y)
         if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
             raise ValueError(
                 f"{other} is {tuple(y.shape)} {y.dtype} on {y.device}, "
@@ -690,8 +746,12 @@ def _check_like(name: str, x: Tensor, **others: Tensor) -> None:
 def _check_heads(
     k: Tensor, taps: Tensor, system: DiagonalSystem | ChunkOperators, head_dim: int
 ) -> None:
+    _check_taps(taps, k)
+    _check_system(system, k)
+    if not isinstance(_system(system), DiagonalSystem):
+        raise ValueError(f"an H3 core has diagonal systems, not a {type(system).__name__}")
     D, H = k.shape[1], _system(system).num_systems
-    if taps.dim() != 2 or taps.shape[0] != D or taps.shape[1] < 1:
+    if taps.shape[0] != D:
         raise ValueError(f"taps is {tuple(taps.shape)}, k has {D} channels: need ({D}, n_taps)")
     if head_dim < 1 or head_dim * H != D:
         raise ValueError(
@@ -703,6 +763,7 @@ def _check_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
     """Number of sequences with a state of their own."""
     if cu_seqlens is None:
         return x.shape[0]
+    _check_tensor("cu_seqlens", cu_seqlens)
     if x.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs sequences in one row, the batch has {x.shape[0]}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype.is_floating_point:
@@ -734,6 +795,10 @@ def _check_h3_state(
 ) -> None:
     if state is None:
         return
+    if not isinstance(state, H3State):
+        raise ValueError(f"initial_state must be an H3State, not {type(state).__name__}")
+    _check_tensor("initial_state.shift", state.shift)
+    _check_complex("initial_state.diagonal", state.diagonal, k)
     shift = (rows, k.shape[1], taps.shape[1] - 1)
     diagonal = diagonal_shape(rows, k.shape[1] // head_dim, head_dim, _system(system).num_modes)
     if state.shift.shape != shift or state.diagonal.shape != diagonal:

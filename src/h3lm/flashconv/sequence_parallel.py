@@ -57,7 +57,6 @@ def h3_core(
     cu_seqlens: Tensor | None,
     backend: str,
     with_state: bool = True,
-    slowest: float | None = None,
     qkv: Tensor | None = None,
     received: "Received | None" = None,
 ) -> tuple[Tensor, H3State | None]:
@@ -67,10 +66,9 @@ def h3_core(
         q, k, v, taps, system, process_group, head_dim: As there.
         initial_state, cu_seqlens, backend: As there.
         with_state: As `return_final_state` there.
-        slowest: The largest |a| of the system; without it, it is asked for, and the host waits for
-            all that the device has to do.
         qkv: What q, k and v are thirds of, as in `flashconv.h3_core_qkv`.
         received: Where to keep what others send, and to find it if this call is one done again.
+            Without its `slowest` the host asks the device, and waits for all that that has to do.
     """
     received = Received() if received is None else received
     slice_ = _Slice.of(k.shape[-1], cu_seqlens, process_group)
@@ -79,7 +77,7 @@ def h3_core(
     count = taps.shape[1] - 1
     slice_.check_long_enough(count)
     # Every process takes the same steps, needed or not: what one skips, another would wait for
-    begin = slice_.remembered(slice_.reach(modes, slowest), count)
+    begin = slice_.remembered(slice_.reach(modes, received.slowest), count)
     tail = max(slice_.last_start, slice_.length - count)
     D = k.shape[1]
     run: Callable[..., tuple[Tensor, H3State | None]]
@@ -185,7 +183,14 @@ class Received:
     """What others have sent in a call, for the same call done again in a backward pass.
 
     A recomputed layer so waits for nobody in its forward pass. All processes must keep it, or none.
+
+    Attributes:
+        parts: What was sent, by name.
+        layers: The same for each of several layers.
+        slowest: The largest |a| of the layer's system in this call, where it is known.
     """
+
+    slowest: float | None = None
 
     def __init__(self) -> None:
         self.parts: dict[str, Tensor] = {}

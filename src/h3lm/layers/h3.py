@@ -98,9 +98,6 @@ class H3(PreparingModule):
         )
         self.output_proj = nn.Linear(d_model, d_model, bias=bias, device=device, dtype=dtype)
         self._prepared: Prepared[tuple[Tensor, ChunkOperators]] = Prepared()
-        # The diagonal SSM's largest |a|, while somebody who knows it keeps it true: what slices of
-        # a process group would otherwise wait for the device for
-        self.slowest: float | None = None
 
     def forward(
         self,
@@ -228,7 +225,7 @@ class H3(PreparingModule):
             q, k, v, taps, operators,
             process_group=process_group, head_dim=self.head_dim, initial_state=state,
             cu_seqlens=cu_seqlens, backend=self.backend, with_state=with_state,
-            slowest=self.slowest, qkv=qkv,
+            qkv=qkv,
             received=None if received is None else received.of(self),
         )  # fmt: skip
 

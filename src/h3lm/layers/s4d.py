@@ -4,6 +4,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from h3lm.flashconv import KeptFilter
 from h3lm.layers import border
 from h3lm.layers.both_ways import BackwardReadout, convolve_both_ways, refuse_state
 from h3lm.layers.projection import dtype_of_products, project_channel_last
@@ -14,7 +15,54 @@ from h3lm.ssm.shared_modes import TiedDiagonalSSM
 OUTPUTS = ("linear", "glu")
 
 
-class S4D(Recurrence):
+class ChannelSystems(Recurrence):
+    """A system for each channel, GELU, and an output map: what S4D and S4 share.
+
+    Attributes:
+        output: "linear" or "glu".
+        backward_readout: A second C for what comes after a position; None if nothing is seen of it.
+        output_proj: The output map.
+    """
+
+    reads_positions_last = True  # of its input: no copy where they are contiguous
+    output: str
+    backward_readout: BackwardReadout | None
+    output_proj: nn.Linear
+
+    def forward(
+        self,
+        u: Float[Tensor, "B L D"],
+        state: RecurrentState | None = None,
+        *,
+        mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
+        cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
+        lengths: Integer[Tensor, " B"] | None = None,
+        residual: Float[Tensor, "B L D"] | None = None,
+        with_state: bool = True,
+    ) -> tuple[Float[Tensor, "B L D"], RecurrentState | None]:
+        """Mix positions; arguments as in `H3.forward`, and a residual that the output is added to.
+
+        Raises:
+            ValueError: if a bidirectional layer is given a state.
+        """
+        x = u.to(dtype_of_products(u)).transpose(1, 2)
+        if self.backward_readout is None:
+            y, end = self.mix(x, state, mask, cu_seqlens, with_state)
+            return finish(self.output_proj, y, self.output, residual), end
+        refuse_state(state)
+        y = convolve_both_ways(
+            x, self.prepared_system(), self.backward_readout,
+            mask=mask, cu_seqlens=cu_seqlens, lengths=lengths, backend=self.backend,
+            kept=self._kept_both_ways(),
+        )  # fmt: skip
+        return finish(self.output_proj, y, self.output, residual), None
+
+    def _kept_both_ways(self) -> dict[int, KeptFilter] | None:
+        """Where to keep filters of both directions, by their length; None for nowhere."""
+        return None
+
+
+class S4D(ChannelSystems):
     """One diagonal SSM for each channel, GELU, and a linear map or a gated one.
 
         y = W gelu(diagonal_ssm(u)) + b                       output="linear"
@@ -43,8 +91,6 @@ class S4D(Recurrence):
         ValueError: if `output` is unknown or d_state is odd.
     """
 
-    reads_positions_last = True  # of its input: no copy where they are contiguous
-
     def __init__(
         self,
         d_model: int,
@@ -62,7 +108,7 @@ class S4D(Recurrence):
         super().__init__()
         check_output(output)
         self.d_model, self.d_state = d_model, d_state
-        self.output: str = output
+        self.output = output
         make = TiedDiagonalSSM if tied else DiagonalSSM
         self.diagonal_ssm = make(
             d_model,
@@ -78,33 +124,6 @@ class S4D(Recurrence):
     def system(self) -> ChunkOperators:
         """The discrete system and its chunk operators."""
         return self.diagonal_ssm.system().chunk_operators(chunk_length=self.chunk_length)
-
-    def forward(
-        self,
-        u: Float[Tensor, "B L D"],
-        state: RecurrentState | None = None,
-        *,
-        mask: Bool[Tensor, "B L"] | Integer[Tensor, "B L"] | None = None,
-        cu_seqlens: Integer[Tensor, " S_plus_1"] | None = None,
-        lengths: Integer[Tensor, " B"] | None = None,
-        residual: Float[Tensor, "B L D"] | None = None,
-        with_state: bool = True,
-    ) -> tuple[Float[Tensor, "B L D"], RecurrentState | None]:
-        """Mix positions; arguments as in `H3.forward`, and a residual that the output is added to.
-
-        Raises:
-            ValueError: if a bidirectional layer is given a state.
-        """
-        x = u.to(dtype_of_products(u)).transpose(1, 2)
-        if self.backward_readout is None:
-            y, end = self.mix(x, state, mask, cu_seqlens, with_state)
-            return finish(self.output_proj, y, self.output, residual), end
-        refuse_state(state)
-        y = convolve_both_ways(
-            x, self.prepared_system(), self.backward_readout,
-            mask=mask, cu_seqlens=cu_seqlens, lengths=lengths, backend=self.backend,
-        )  # fmt: skip
-        return finish(self.output_proj, y, self.output, residual), None
 
 
 def finish(projection: nn.Module, y: Tensor, output: str, residual: Tensor | None = None) -> Tensor:

@@ -7,7 +7,6 @@ one place later.
 
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -86,7 +85,9 @@ def _read(path: Path) -> object:
                 f"{path}: holds objects other than tensors, which could run code; not loaded"
             ) from None
         raise UserError(f"{path}: not a PyTorch checkpoint, or a damaged one") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except MemoryError:
+        raise
+    except Exception:  # what is no pickle is read as one, and fails in any way
         raise UserError(f"{path}: not a PyTorch checkpoint, or a damaged one") from None
 
 

@@ -25,6 +25,7 @@ from h3lm.flashconv import StepOperators, lagging
 from h3lm.layers import H3
 from h3lm.models import kept
 from h3lm.models.cache import DecodingCache, lags
+from h3lm.models.capture import capturing
 from h3lm.models.sampling import Chooser, unknown_processor
 
 CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
@@ -35,6 +36,22 @@ PREFILL_TOKENS = {"cuda": 2**16, "cpu": 4096}  # of all rows, that are in memory
 GRAPH_DEVICES = {"cuda"}
 GRAPH_FROM = 8  # steps from which capturing pays
 ROUND = 64  # capacities are multiples of this
+
+
+def check_prompts(ids: Tensor, arguments: dict[str, Any]) -> None:
+    """Check that there is something to continue in every row.
+
+    Raises:
+        UserError: if there are no rows, or one has no prompt.
+    """
+    mask = arguments.get("attention_mask")
+    if not len(ids):
+        raise UserError("generate was given a batch without rows")
+    if not ids.shape[1] and arguments.get("inputs_embeds") is None:
+        raise UserError("the prompt is empty: begin with a token, such as the end of text")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.any(1).all()):
+        row = int(mask.any(1).logical_not().nonzero()[0])
+        raise UserError(f"row {row} has no prompt: its attention_mask is 0 everywhere")
 
 
 def refusal(
@@ -61,7 +78,7 @@ def refusal(
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "the model is spread over devices"
     if ids.shape[1] == 0 or _steps(criteria, ids) < 1:
-        return "the prompt is empty or nothing is to be generated"
+        return "the prompt is no ids or nothing is to be generated"
     if config.prefill_chunk_size is not None and config.prefill_chunk_size < 1:
         return "prefill_chunk_size is no size"
     if not _counts_positions(arguments.get("position_ids"), arguments.get("attention_mask")):
@@ -209,7 +226,7 @@ class Decoder:
                 self._advance()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with capturing(graph, stream=stream):
             self._advance()
         torch.cuda.set_rng_state(random, device)
         return graph

@@ -1,5 +1,6 @@
 """Model folders: weights, configuration and tokenizer together."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,13 +34,14 @@ def save_model(
     """
     if tokenizer is not None and isinstance(model, H3ForCausalLM):
         fit_tokenizer(model, tokenizer)
+    if Path(out_dir).is_file():  # of which transformers only warns, and saves nothing
+        raise UserError(f"{out_dir}: cannot write the model there: it is a file")
     try:
         with _no_progress_bars():
             model.save_pretrained(out_dir, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(out_dir)
-    except (OSError, SafetensorError, AssertionError) as error:
-        # transformers asserts that the path is no file
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{out_dir}: cannot write the model there: {error}") from None
 
 
@@ -91,7 +93,11 @@ def _loading(folder: str | Path) -> Iterator[None]:
     """Say in one line what is wrong with a folder that is being loaded."""
     path = Path(folder)
     if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"{folder}: not a model folder, it has no config.json")
+        inside = path / "model"  # where a training run keeps it
+        there = f"; {inside} is one" if (inside / "config.json").is_file() else ""
+        raise UserError(f"{folder}: not a model folder, it has no config.json{there}")
+    if path.exists():
+        _check_kind(path)
     if not path.exists() and (path.is_absolute() or str(folder).startswith(".")):
         raise UserError(f"{folder}: no such model folder")
     try:
@@ -101,7 +107,21 @@ def _loading(folder: str | Path) -> Iterator[None]:
         raise UserError(f"{folder}: model.safetensors is damaged: {error}") from None
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder}: cannot load this model: {first}") from None
+        here = "" if path.exists() else "there is no such folder, and as a name on the hub: "
+        raise UserError(f"{folder}: cannot load this model: {here}{first}") from None
+
+
+def _check_kind(folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # loading says what is wrong with it
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in (None, H3Config.model_type):
+        raise UserError(
+            f"{folder}: its config.json is of a model of type {kind!r}; this is for language "
+            f"models of type {H3Config.model_type!r}"
+        )
 
 
 @contextmanager

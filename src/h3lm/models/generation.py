@@ -1,7 +1,7 @@
 """Text in, text out."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -39,7 +39,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def answer(
     model: str, prompt: str | None, requests: str | None, *, slots: int, **options: Any
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """The text of `stream_text`, or the lines of `serve_text`: what `h3lm generate` prints.
 
     Raises:
@@ -138,14 +138,21 @@ def continue_ids(
                 streamer=streamer,
                 **sampling,
             )
+        except _NobodyListens:
+            pass
         except BaseException as error:  # handed to the caller's thread
             failure.append(error)
             streamer.end()
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:
+        # also where the caller stops listening, as by Ctrl-C: a process that ends while a thread
+        # is within PyTorch is aborted
+        streamer.closed = True
+        thread.join()
     if failure:
         raise failure[0]
 
@@ -237,11 +244,18 @@ def _pad_id(model: H3ForCausalLM) -> int:
     return 0
 
 
+class _NobodyListens(Exception):
+    """Ends a generation behind its step."""
+
+
 class _TextStreamer(BaseStreamer):
     """Yields text as soon as it is certain, byte-level tokens of one character together.
 
     transformers' own streamer holds a word back until a space follows it, which a text of
     characters may not have for long.
+
+    Attributes:
+        closed: Whether nobody listens any more.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -249,8 +263,11 @@ class _TextStreamer(BaseStreamer):
         self.queue: SimpleQueue[str | None] = SimpleQueue()
         self.pending: list[int] = []
         self.prompt_seen = False
+        self.closed = False
 
     def put(self, value: Tensor) -> None:
+        if self.closed:
+            raise _NobodyListens
         if not self.prompt_seen:
             self.prompt_seen = True
             return

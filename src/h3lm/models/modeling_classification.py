@@ -183,7 +183,7 @@ class H3Encoder(H3ClassificationPreTrainedModel):
 
         Raises:
             ValueError: if not exactly one input is given, or it is not one of this model; or if
-                there are a mask and lengths.
+                there are a mask and lengths, or a length is not of a row.
         """
         embeds = self.embed(input_ids, input_values, inputs_embeds)
         r, _, seen = self.run(embeds, attention_mask, lengths)
@@ -202,7 +202,10 @@ class H3Encoder(H3ClassificationPreTrainedModel):
         else:
             if attention_mask is not None or lengths.shape != embeds.shape[:1]:
                 raise ValueError("give lengths (B,) in place of an attention_mask, not beside it")
+            _check_lengths(lengths, embeds.shape[1])
             r = _without_padding(embeds, lengths)
+        if not r.shape[1]:
+            raise ValueError("rows without positions have nothing to tell a class by")
         if self.config.num_learned_positions:
             if r.shape[1] > self.config.num_learned_positions:
                 raise ValueError(
@@ -392,6 +395,15 @@ def _to_the_front(
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
     front = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
     return _without_padding(front, lengths), lengths
+
+
+def _check_lengths(lengths: Tensor, most: int) -> None:
+    """Refuse lengths beyond the rows, on the CPU: nothing else is waited for."""
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or not len(lengths):
+        return
+    low, high = int(lengths.min()), int(lengths.max())
+    if low < 0 or high > most:
+        raise ValueError(f"lengths go from {low} to {high}, rows have {most} positions")
 
 
 def _without_padding(embeds: Tensor, lengths: Tensor) -> Tensor:

@@ -280,6 +280,8 @@ class H3Model(H3PreTrainedModel):
         Args:
             input_ids: (B, L) token ids; or give `inputs_embeds`.
             attention_mask: (B, S) with zeros at padding, S counting what the cache has seen.
+                A model of attention alone takes (B, 1, L, S) too; behind a filled cache any
+                does, of which it says to attention which keys are there.
             position_ids: (B, L). Where they restart within a row (and no attention mask or
                 filled cache is given), documents are packed: none sees another's state or keys.
             past_key_values: Cache to continue; filled in place.
@@ -294,7 +296,8 @@ class H3Model(H3PreTrainedModel):
 
         Raises:
             ValueError: if both or neither of ids and embeddings are given, an id is out of range
-                (on the CPU), or a position exceeds the learned table.
+                (on the CPU), a position exceeds the learned table, or a mask or positions are not
+                of the inputs' shape.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, exactly one of them")
@@ -363,6 +366,7 @@ class H3Model(H3PreTrainedModel):
         if self.process_group is not None:
             return self._where_in_rows(embeds, attention_mask, position_ids, cache, cu_seqlens)
         seen = 0 if cache is None else cache.get_seq_length()
+        self._check_mask(mask, position_ids, B, L, seen)
         if cu_seqlens is not None:
             position_ids = _positions_in(cu_seqlens, L)
         elif position_ids is None:
@@ -444,6 +448,33 @@ class H3Model(H3PreTrainedModel):
             raise ValueError(
                 f"input_ids go from {low} to {high}, the model has ids 0 to {last}: "
                 "is this its tokenizer?"
+            )
+
+    def _check_mask(
+        self, mask: Tensor | None, position_ids: Tensor | None, B: int, L: int, seen: Any
+    ) -> None:
+        """Refuse what would be broadcast, cut or left aside without a word."""
+        if torch.compiler.is_compiling():
+            return
+        if position_ids is not None and position_ids.shape[-1] != L:
+            raise ValueError(
+                f"position_ids is {tuple(position_ids.shape)} for inputs of {L} positions"
+            )
+        if mask is None:
+            return
+        if mask.dim() == 4 and (seen or set(self.config.layer_types) == {"full_attention"}):
+            return  # behind a cache it tells attention which slots of keys are filled
+        if mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask is {tuple(mask.shape)}: give (B, S), zeros at padding; what one "
+                "position sees of others is attention's alone. position_ids that restart, or "
+                "cu_seq_lens_q, keep documents apart"
+            )
+        needed = (B, seen + L) if isinstance(seen, int) else (B, mask.shape[1])
+        if mask.shape != needed:
+            raise ValueError(
+                f"attention_mask is {tuple(mask.shape)}, these inputs need {needed}: a number for "
+                "each position of each row, with those that the cache has seen"
             )
 
     def _check_positions(self, position_ids: Tensor) -> Tensor:
@@ -600,6 +631,7 @@ class H3ForCausalLM(H3PreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """The library's loop, or ours where it gives the same tokens without work on the host."""
+        decoding.check_prompts(input_ids, model_kwargs)
         why_not = decoding.refusal(
             self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus,
             model_kwargs,

@@ -33,8 +33,9 @@ class RowSlice:
         group: The processes that share the rows, in the order of their slices.
         lengths: Positions of each slice.
         start: Position of this slice's first.
-        received: What others sent to H3 layers, which recomputed blocks do not ask for again; keys
-            and values of attention layers, which are large, they gather again.
+        received: What others sent to H3 layers, which recomputed blocks do not ask for again, and
+            how slowly the layers' states decay; keys and values of attention layers, which are
+            large, recomputed blocks gather again.
     """
 
     group: ProcessGroup
@@ -49,8 +50,8 @@ class RowSlice:
         Args:
             x: The slice.
             group: The processes.
-            layers: Blocks, whose H3 layers are told how slowly their states decay: the host waits
-                for the device once for all of them.
+            layers: Blocks; how slowly the states of their H3 layers decay is asked for here: the
+                host waits for the device once for all of them.
         """
         mixers = [m for m in (getattr(b, "mixer", None) for b in layers) if isinstance(m, H3)]
         asked = [gather_lengths(x.shape[1], group, x.device).double()]
@@ -58,10 +59,11 @@ class RowSlice:
             asked += [slowest_decay(m.diagonal_ssm.system()).double()[None] for m in mixers]
         told = torch.cat(asked).tolist()
         world = distributed.get_world_size(group)
+        received = Received()
         for mixer, slowest in zip(mixers, told[world:], strict=True):
-            mixer.slowest = slowest
+            received.of(mixer).slowest = slowest
         lengths = tuple(int(n) for n in told[:world])
-        return cls(group, lengths, sum(lengths[: distributed.get_rank(group)]))
+        return cls(group, lengths, sum(lengths[: distributed.get_rank(group)]), received)
 
     @property
     def stop(self) -> int:
@@ -203,9 +205,6 @@ def share_rows(model: "H3ForCausalLM", group: ProcessGroup | None) -> None:
     """
     if group is not None:
         check_mixers(model)
-    for layer in model.model.layers:
-        if isinstance(layer.mixer, H3):
-            layer.mixer.slowest = None  # known for one step only
     model.model.process_group = group
 
 

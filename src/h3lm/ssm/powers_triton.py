@@ -28,7 +28,7 @@ STAGES = tl.constexpr(4)  # of its loads, which go through the second cache
 
 
 @triton.jit
-def load_state(pointer, part, n, modes, MODES: tl.constexpr):
+def load_state(pointer, part, n, modes):
     """A complex vector as a real state, float64; 0 where there is no mode."""
     return tl.load(pointer + 2 * n + part, n < modes, 0.0).to(tl.float64)
 
@@ -125,10 +125,10 @@ def powers_kernel(
     right += h.to(tl.int64) * N << right_turns
     left += h.to(tl.int64) * (READOUTS * N) << left_turns
     powers += h.to(tl.int64) * (N * N) * slots
-    b = load_state(B + 2 * h * modes, part, n, modes, MODES)
+    b = load_state(B + 2 * h * modes, part, n, modes)
     tl.store(right + i, dt * tl.sum(M * b[None, :], 1))
     for k in tl.static_range(READOUTS):
-        c = load_state(C + 2 * (k * systems + h) * modes, part, n, modes, MODES)
+        c = load_state(C + 2 * (k * systems + h) * modes, part, n, modes)
         tl.store(left + k * N + i, tl.where(part == 0, 2.0 * c, -2.0 * c))
     one = (i[:, None] == i[None, :]) & (n < modes)[:, None]
     tl.store(powers + tile_at(N, N), 2.0 * M - tl.where(one, 1.0, 0.0))
@@ -308,7 +308,7 @@ def parameters_kernel(
     tl.store(second + tile_at(N, N), M)
     at = 2 * (h * modes + n) + part
     g = tl.load(dright + i)
-    b = load_state(B + 2 * h * modes, part, n, modes, MODES)
+    b = load_state(B + 2 * h * modes, part, n, modes)
     tl.store(dB + at, (dt * tl.sum(M * g[:, None], 0)).to(tl.float32), valid)
     along_dt = tl.sum(g * tl.sum(M * b[None, :], 1), 0)
     dM = 2.0 * tl.load(first + tile_at(N, N)) + dt * g[:, None] * b[None, :]
@@ -333,7 +333,7 @@ def parameters_kernel(
     to = dl + 2 * (h * modes + mode)
     tl.store(to, tl.sum(tl.reshape(along, (2, MODES)), 0).to(tl.float32), mode < modes)
     tl.store(to + 1, tl.sum(tl.reshape(across, (2, MODES)), 0).to(tl.float32), mode < modes)
-    p = load_state(P + 2 * h * modes, part, n, modes, MODES)
+    p = load_state(P + 2 * h * modes, part, n, modes)
     dp = tl.sum(dA * p[None, :], 1) + tl.sum(dA * p[:, None], 0)
     tl.store(dP + at, (-2.0 * dp).to(tl.float32), valid)
 

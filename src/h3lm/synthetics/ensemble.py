@@ -26,6 +26,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from h3lm.layers import Block, CausalAttention
+from h3lm.models.capture import capturing
 from h3lm.models.configuration_h3 import H3Config
 from h3lm.models.modeling_h3 import H3ForCausalLM
 from h3lm.ssm import SSMModule
@@ -739,7 +740,7 @@ def capture(
     if generator is not None:
         graph.register_generator_state(generator)
     # other threads wait for their own work meanwhile, which the strictest mode forbids
-    thread_local = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+    thread_local = capturing(graph, stream=stream, capture_error_mode="thread_local")
     with _GATE.alone():
         for _ in range(3):
             work()

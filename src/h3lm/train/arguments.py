@@ -6,7 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from h3lm.errors import UserError
-from h3lm.train.mesh import Mesh
+from h3lm.train.mesh import Mesh, check_same_recipe
 from h3lm.train.processes import world_size
 from h3lm.train.recipe import Recipe
 
@@ -23,7 +23,8 @@ def training_arguments(recipe: Recipe, before: str = "") -> TrainingArguments:
         before: What the run was trained in before, if it goes on; see `use_bf16`.
 
     Raises:
-        UserError: if a batch cannot be divided among the processes, or they do not fit the mesh.
+        UserError: if a batch cannot be divided among the processes, they do not fit the mesh, or
+            they have different recipes.
     """
     mesh = Mesh.of(recipe)
     processes = mesh.readers
@@ -63,12 +64,14 @@ def training_arguments(recipe: Recipe, before: str = "") -> TrainingArguments:
         # or each batch waits for the step before it
         accelerator_config={"non_blocking": torch.cuda.is_available()},
         remove_unused_columns=False,
+        use_cache=recipe.task == "language",  # as the saved model shall have it; no step makes one
         disable_tqdm=True,
         report_to=[],
     )
     set_checkpointing(arguments, bool(recipe.gradient_checkpointing))
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # or the library copies the model to all GPUs of one process
+    check_same_recipe(recipe)
     return arguments
 
 

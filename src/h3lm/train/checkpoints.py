@@ -10,7 +10,6 @@ that. (The library's trainer writes into the final folder, and resumes from the 
 """
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -40,7 +39,6 @@ NEEDED = (
     ("rng_state.pth", "rng_state_0.pth"),
     ("trainer_state.json",),
 )
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -263,15 +261,10 @@ def _reason(error: BaseException) -> str | None:
     first = str(error).partition("\n")[0]
     if isinstance(error, RuntimeError):
         # torch tells a failed write by a RuntimeError without an errno
-        told = ("Writer failed", "iostream error", "file write failed")
+        told = ("Writer failed", "iostream error", "file write failed", "unexpected pos")
         known = any(words in str(error) for words in told)
         return f"write error, as on a full disk: {first}" if known else None
     return first if isinstance(error, OSError | SafetensorError) else None
-
-
-def is_no_space(error: OSError) -> bool:
-    """Whether a write failed because of the disk, a quota, or a limit on file sizes."""
-    return error.errno in NO_SPACE
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

@@ -147,7 +147,7 @@ def train_classifier(recipe: Recipe, console: Console) -> Result:
             classification=recipe.classification | {"seeds": 1},
         )  # fmt: skip
         one.folder.mkdir(parents=True, exist_ok=True)
-        done = _finished(one, index)
+        done = _finished(one)
         if done is None:
             done = _train_one(one, replace(settings, seeds=1), index, console).summary
         else:
@@ -285,13 +285,12 @@ def _train_one(
         line.close()
     if stop.agreed:
         raise running.stopped(trainer, stop.agreed)
-    return _finish(trainer, splits, index, console)
+    return _finish(trainer, splits, console)
 
 
 def _finish(
     trainer: ClassificationTrainer,
     splits: dict[str, ExampleDataset],
-    index: LabelledIndex,
     console: Console,
 ) -> Result:
     """Score the last weights on the test split, or on what there is; save and draw."""
@@ -337,7 +336,7 @@ def _finish(
     return Result(folder, summary)
 
 
-def _finished(recipe: Recipe, index: LabelledIndex) -> dict[str, Any] | None:
+def _finished(recipe: Recipe) -> dict[str, Any] | None:
     """What an earlier run of the same recipe and data left, if it was finished."""
     path = recipe.folder / SUMMARY
     if not path.exists():

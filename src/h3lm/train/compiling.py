@@ -1,6 +1,8 @@
 """`torch.compile`, without a wrapper that would rename the weights."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -15,17 +17,28 @@ def compile_model(model: H3ForCausalLM, way: str) -> None:
     Args:
         model: The model.
         way: `blocks`, one after the other, of which equal ones are compiled once; or `model`, as
-            a whole, which takes longer to start and may fuse across blocks. By blocks, Dynamo's
-            `optimize_ddp` is off from then on, for the whole process.
+            a whole, which takes longer to start and may fuse across blocks.
     """
     if way == "model":
         model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
         return
-    # Else each block is cut where DDP's buckets would end in it, though its gradients come all at
-    # once, and what is passed between its parts is written in float32
-    torch._dynamo.config.optimize_ddp = False
     for layer in model.model.layers:
-        layer.compute = torch.compile(layer.compute)
+        layer.compute = _in_one_piece(torch.compile(layer.compute))
+
+
+def _in_one_piece(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled block that is not cut where DDP's buckets would end in it.
+
+    Its gradients come all at once all the same, and what is passed between its parts would be
+    written in float32. Dynamo's setting is its user's again behind each call.
+    """
+    whole = torch._dynamo.config.patch(optimize_ddp=False)
+
+    def compute(*given: Any) -> Any:
+        with whole:
+            return compiled(*given)
+
+    return compute
 
 
 def eagerly() -> AbstractContextManager[None]:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from h3lm.models.capture import capturing
+from h3lm.train.recipe import Recipe
+
 logger = logging.getLogger("h3lm.train")
 WARM_STEPS = 2  # of a form before it is captured: kernels compile, libraries take their memory
 MAX_FORMS = 128  # that are captured; others run as they are
@@ -22,6 +25,21 @@ MAX_GRADIENT_BYTES = 1 << 32  # of all forms: each leaves its gradients in memor
 
 Inputs = dict[str, Tensor]
 Step = Callable[[Inputs], Tensor]
+
+
+def wants_graphs(recipe: Recipe, recomputed: bool) -> bool:
+    """Whether one process with a GPU replays its steps, which is what the recipe leaves open.
+
+    Not where the host looks at numbers within a step: at positions, for documents that are kept
+    apart, and at the state of the random numbers, for blocks that are recomputed.
+
+    Args:
+        recipe: The run.
+        recomputed: Whether blocks are recomputed.
+    """
+    if recipe.graphs is not None:
+        return recipe.graphs
+    return not (recipe.reset_state_at_documents or recomputed) and recipe.profile_steps is None
 
 
 @dataclass(frozen=True)
@@ -127,7 +145,7 @@ def record(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, 
     before = generator.clone_state()
     try:
         # a thread that pins memory for the data loader may call CUDA meanwhile
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with capturing(graph, pool=pool, capture_error_mode="thread_local"):
             loss = run()
     except RuntimeError:
         generator.graphsafe_set_state(before)  # else it would wait for the graph for ever

@@ -8,16 +8,20 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from h3lm.errors import UserError
+from h3lm.evals.perplexity import windows_at_once
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.loss import CHUNK_LOGITS
 from h3lm.models.modeling_h3 import H3DecoderLayer, Where
+from h3lm.train.graphs import wants_graphs
 from h3lm.train.mesh import Mesh
+from h3lm.train.processes import world_size
 from h3lm.train.recipe import Recipe
 
 BYTES = {"weights": 4, "gradients": 4, "optimizer": 8}  # of a parameter: fp32, AdamW's two moments
@@ -58,9 +62,12 @@ class Estimate:
         tokens: Positions that a process takes through the model at once.
         parts: Among how many processes weights, gradients and optimiser are divided.
         total: What the device has, or None if that is not known.
-        accumulated: Whether gradients of several parts of a batch are summed.
+        accumulated: Whether gradients are there beside all that blocks keep: those of several parts
+            of a batch are summed, or DDP holds them in its buckets all along.
         half: Whether under bfloat16 autocast.
         share: Rows that a process takes of each batch; the whole batch if None.
+        evaluation: What an evaluation takes beside a step that is captured as a CUDA graph, and so
+            keeps its memory; 0 where steps are launched, which is where blocks are recomputed.
     """
 
     parameters: int
@@ -73,6 +80,7 @@ class Estimate:
     accumulated: bool = True
     half: bool = True
     share: int | None = None
+    evaluation: float = 0.0
 
     @classmethod
     def of(
@@ -93,22 +101,25 @@ class Estimate:
         rows = recipe.micro_batch_size or share
         # keys and values of the other slices of a row
         gathered = (4.0 if half else 8.0) * config.hidden_size * (mesh.seq - 1)
+        kept = tuple(
+            replace(kept, of_token=kept.of_token + gathered * (mixer == "attention"))
+            for mixer, kept in zip(config.mixers, kept_by_blocks(config, device, half), strict=True)
+        )
+        captured = device.type == "cuda" and world_size() == 1 and wants_graphs(recipe, False)
+        sharded = recipe.parallel == "fsdp"
+        in_buckets = mesh.shard * mesh.seq > 1 and not sharded
         return cls(
             parameters=parameters,
             width=config.hidden_size,
             vocab=config.vocab_size,
-            kept=tuple(
-                replace(kept, of_token=kept.of_token + gathered * (mixer == "attention"))
-                for mixer, kept in zip(
-                    config.mixers, kept_by_blocks(config, device, half), strict=True
-                )
-            ),
+            kept=kept,
             tokens=rows * -(-recipe.block_length // mesh.seq),
-            parts=mesh.shard * mesh.seq if recipe.parallel == "fsdp" else 1,
+            parts=mesh.shard * mesh.seq if sharded else 1,
             total=device_memory(),
-            accumulated=rows < share,
+            accumulated=rows < share or in_buckets,
             half=half,
             share=share,
+            evaluation=_of_evaluation(config, recipe, rows, kept) if captured else 0.0,
         )
 
     @property
@@ -118,7 +129,8 @@ class Estimate:
 
     def activations(self, recomputed: int, gathered: bool = False) -> float:
         """What comes on top of all that is held, at the worst moment of a step."""
-        return self.needs(recomputed, gathered) - self.held
+        beside = self._beside(self._count(recomputed))
+        return self.needs(recomputed, gathered) - self.held - beside
 
     def needs(self, recomputed: int, gathered: bool = False) -> float:
         """All together at the worst moment of a step.
@@ -146,7 +158,11 @@ class Estimate:
         early = self.held - gradients
         turns = self.held - part * gradients + inputs + again if part else 0.0
         ends = self.held + again
-        return max(early + begins, early + loss, turns, ends) + self._gathered(gathered)
+        worst = max(early + begins, early + loss, turns, ends) + self._gathered(gathered)
+        return worst + self._beside(count)
+
+    def _beside(self, recomputed: int) -> float:
+        return 0.0 if recomputed else self.evaluation
 
     def _count(self, recomputed: int) -> int:
         return len(self.kept) if recomputed is True else int(recomputed)
@@ -208,31 +224,58 @@ class Estimate:
         )
 
     def _remedy(self, recipe: Recipe, recomputed: bool) -> str:
+        """The nearest setting that fits: what changes least comes first."""
         assert self.total is not None
-        if not recomputed and self.needs(True) < self.total:
-            return "gradient_checkpointing=true fits"
+        if not recomputed:
+            if self.evaluation and replace(self, evaluation=0.0).needs(False) < self.total:
+                return "graphs=false fits"
+            if self.needs(True) < self.total:
+                return "gradient_checkpointing=true fits"
         share = self.share or recipe.batch_size
-        rows = recipe.micro_batch_size or share
-        for fewer in range(rows - 1, 0, -1):
-            smaller = replace(self, tokens=self.tokens // rows * fewer, accumulated=True)
-            if share % fewer == 0 and smaller.needs(True) < self.total:
-                more = "" if recomputed else " with gradient_checkpointing=true"
-                return f"micro_batch_size={fewer}{more} fits"
-        for parts in (self.parts * 2**n for n in range(1, 12)):
-            if replace(self, parts=parts).needs(True) < self.total:
-                return f"parallel=fsdp on {parts} processes of one copy divides it far enough"
-        return "no number of processes divides it far enough: shorten block_length, or use mesh.seq"
+        rows, length = recipe.micro_batch_size or share, recipe.block_length
+        fewer = [n for n in range(rows, 0, -1) if n == rows or share % n == 0]
+        lengths = [length >> n for n in range(length.bit_length())]
+        for shorter, parts, few in product(lengths, (self.parts << n for n in range(12)), fewer):
+            smaller = replace(
+                self, parts=parts, accumulated=self.accumulated or few < rows,
+                tokens=-(-self.tokens * few * shorter // (rows * length)),
+            )  # fmt: skip
+            if smaller.needs(True) >= self.total:
+                continue
+            changes = {
+                f"parallel=fsdp on {parts} processes of one copy": parts > self.parts,
+                f"block_length={shorter} (or rows shared by mesh.seq)": shorter < length,
+                f"micro_batch_size={few}": few < rows,
+                "gradient_checkpointing=true": not recomputed,
+            }
+            return " with ".join(words for words, change in changes.items() if change) + " fits"
+        return "no setting does: the model is too large for so little memory"
 
     def words(self, recomputed: int, gathered: bool = False) -> str:
         """The estimate for people; arguments as of `needs`."""
         shares = {name: size * self._own for name, size in BYTES.items()}
         shares["activations"] = self.activations(recomputed, gathered)
+        if beside := self._beside(self._count(recomputed)):
+            shares["evaluation"] = beside  # the graph of a step keeps its memory meanwhile
         words = "GB of a process: " + ", ".join(f"{n} {b / GB:.2f}" for n, b in shares.items())
         if self.total is None:
             return words
         free = (self.total - self.needs(recomputed, gathered)) / GB
         rest = f"leaves {free:.2f} free" if free > 0 else f"lacks {-free:.2f}"
         return f"{words}; of {self.total / GB:.2f} that {rest}"
+
+
+def _of_evaluation(config: H3Config, recipe: Recipe, rows: int, kept: tuple[Kept, ...]) -> float:
+    """Logits of an evaluation, three times in float32, and what passes through a block, in bytes.
+
+    Nothing is kept there for a backward pass: a block has less than what it would keep.
+    """
+    if recipe.eval_every is None:
+        return 0.0
+    stride = recipe.eval_stride or recipe.block_length
+    windows = windows_at_once(rows, stride, config.vocab_size)
+    tokens = windows * recipe.block_length
+    return 12.0 * windows * stride * config.vocab_size + max(block.bytes(tokens) for block in kept)
 
 
 def keep_activations(model: H3ForCausalLM, first: int) -> None:

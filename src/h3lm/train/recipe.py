@@ -421,10 +421,16 @@ def _read_override(override: str) -> tuple[str, Any]:
     name, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"{override!r}: write an override as key=value")
+    hint = get_type_hints(Recipe).get(name)
     try:
-        return name, yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
+        if hint is str:
+            return name, text
         raise UserError(f"{override!r}: cannot read the value") from None
+    if hint is str and not isinstance(value, str):
+        return name, text  # `sample=` is no sample, `name=2024` is no number
+    return name, value
 
 
 def _convert(name: str, value: Any) -> Any:

@@ -17,7 +17,7 @@ from transformers.utils import logging as library_logging
 
 from h3lm.data.joined import JoinedBlocks
 from h3lm.data.lock import only_writer
-from h3lm.errors import UserError
+from h3lm.errors import NO_SPACE, UserError
 from h3lm.models import H3Config, H3ForCausalLM
 from h3lm.models.folders import fit_tokenizer, load_config, load_model
 from h3lm.models.generation import load_tokenizer_of
@@ -37,7 +37,7 @@ from h3lm.train.corpus import (
 )
 from h3lm.train.interrupt import RunStopped, StopOnSignal
 from h3lm.train.memory import Estimate, short_of_memory
-from h3lm.train.mesh import Mesh, check_same_recipe
+from h3lm.train.mesh import Mesh
 from h3lm.train.outcome import Result, finish
 from h3lm.train.parallel import shard_model
 from h3lm.train.param_groups import describe_groups, parameter_groups
@@ -70,7 +70,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
                 return train_classifier(recipe, console)
             return _train(recipe, console)
     except OSError as error:
-        if not checkpoints.is_no_space(error):
+        if error.errno not in NO_SPACE:
             raise
         where = error.filename or recipe.folder
         raise UserError(f"{where}: cannot be written: {error.strerror}") from error
@@ -82,7 +82,6 @@ def _train(recipe: Recipe, console: Console) -> Result:
     checkpoint = find_checkpoint(recipe, console)
     before = checkpoint.point.precision if checkpoint else ""
     arguments = training_arguments(recipe, before)  # several processes find each other here
-    check_same_recipe(recipe)
     mesh = Mesh.of(recipe)
     library_logging.disable_progress_bar()
     blocks = _open_blocks(recipe)

@@ -86,8 +86,11 @@ def side_by_side(folders: list[Path]) -> list[Group]:
     """Runs by recipe, in the order in which the recipes are first met.
 
     Raises:
-        UserError: if a folder is no finished run.
+        UserError: if a folder is no finished run, or is named twice.
     """
+    for i, folder in enumerate(folders):
+        if folder.resolve() in (other.resolve() for other in folders[:i]):
+            raise UserError(f"{folder}: named twice; a run counts once")
     found: dict[str, list[Run]] = {}
     for folder in folders:
         run = read_run(folder)

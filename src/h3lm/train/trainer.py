@@ -32,7 +32,7 @@ from h3lm.train.checkpoints import RunPoint
 from h3lm.train.compiling import compile_model, eagerly
 from h3lm.train.corpus import BlockDataset, BlockOrder, HeldOut, order_of
 from h3lm.train.finite import FiniteWatch
-from h3lm.train.graphs import GraphedSteps
+from h3lm.train.graphs import GraphedSteps, wants_graphs
 from h3lm.train.memory import keep_activations
 from h3lm.train.mesh import Mesh
 from h3lm.train.optimizer_state import load_optimizer, save_optimizer
@@ -94,6 +94,9 @@ class H3Trainer(Trainer):
         super().__init__(**arguments)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        if self.accelerator.ddp_handler is not None:
+            # else DDP keeps all gradients once more, and copies them
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.finite = FiniteWatch(self.args.device)
         captured = self.args.device.type == "cuda" and world_size() == 1 and self.wants_graphs()
         self.graphs = GraphedSteps(self.model.parameters()) if captured else None
@@ -117,16 +120,8 @@ class H3Trainer(Trainer):
     # What is trained, how, and on what
 
     def wants_graphs(self) -> bool:
-        """Whether one process with a GPU replays its steps, which is what the recipe leaves open.
-
-        Not where the host looks at numbers within a step: at positions, for documents that are
-        kept apart, and at the state of the random numbers, for blocks that are recomputed.
-        """
-        recipe = self.recipe
-        if recipe.graphs is not None:
-            return recipe.graphs
-        looks = recipe.reset_state_at_documents or self.args.gradient_checkpointing
-        return not looks and recipe.profile_steps is None
+        """Whether one process with a GPU replays its steps; see `graphs.wants_graphs`."""
+        return wants_graphs(self.recipe, self.args.gradient_checkpointing)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         # Here the model is on its device with a checkpoint's weights, and has no optimiser yet
@@ -312,7 +307,8 @@ class H3Trainer(Trainer):
 
     def point(self, step: int) -> RunPoint:
         """Where the run is."""
-        model = {name: getattr(self.model.config, name) for name in H3Config.__annotations__}
+        names = H3Config.__annotations__.keys() - {"use_cache"}  # decides nothing here
+        model = {name: getattr(self.model.config, name) for name in names}
         return RunPoint(
             step=step,
             blocks_seen=step * self.recipe.batch_size,

@@ -43,6 +43,7 @@ from h3lm.flashconv.kernels.launch import (
 from h3lm.flashconv.kernels.tile import (
     T,
     add_conjugate_products,
+    add_product,
     chunk_of_column,
     group_starts,
     group_states,
@@ -133,10 +134,10 @@ def filter_inputs(
     """Short filter s = F_0 k_c + F_1 k_{c-1} + F_2 k_{c-2}, and k of the chunks before."""
     s = tl.dot(F0, tl.trans(k_tile), input_precision=PRECISION)
     last = load_before(k_at, 1, position, before, valid, length, EVEN)
-    s = tl.dot(F1, tl.trans(last), s, input_precision=PRECISION)
+    s = add_product(s, F1, tl.trans(last), PRECISION)
     if BLOCKS > 2:
         early = load_before(k_at, 2, position, before, valid, length, EVEN)
-        s = tl.dot(F2, tl.trans(early), s, input_precision=PRECISION)
+        s = add_product(s, F2, tl.trans(early), PRECISION)
     else:
         early = last
     return s, last, early
@@ -311,7 +312,7 @@ def forward_kernel(
                 k_tile = tl.load(k_at)
             if o is not None:
                 y = tl.dot(M_c, w, input_precision=PRECISION)
-                y = tl.dot(P_c, x.to(dtype), y, input_precision=PRECISION)
+                y = add_product(y, P_c, x.to(dtype), PRECISION)
                 if q is not None:
                     q_at = tile_at(
                         q, source, channel, q_row, q_channel, first, inner, row_in_tile, ROWS
@@ -505,7 +506,7 @@ def backward_kernel(
 
             if DATA and q is not None:
                 y = tl.dot(M_c, w, input_precision=PRECISION)
-                y = tl.dot(P_c, x, y, input_precision=PRECISION)
+                y = add_product(y, P_c, x, PRECISION)
                 store_tile(
                     tile_at(dq, source, channel, d_row, d_channel, first, inner, row_in_tile, ROWS),
                     tl.trans((y * do_tile.to(tl.float32)).to(dtype)),
@@ -513,11 +514,11 @@ def backward_kernel(
                     EVEN,
                 )
             dw = tl.dot(tl.trans(M_c), dy, input_precision=PRECISION)
-            dw = tl.dot(tl.trans(K_c), g, dw, input_precision=PRECISION)
+            dw = add_product(dw, tl.trans(K_c), g, PRECISION)
             if SYSTEM:
-                sum_M = tl.dot(dy, tl.trans(w), sum_M, input_precision=PRECISION)
-                sum_K = tl.dot(g, tl.trans(w), sum_K, input_precision=PRECISION)
-                sum_P = tl.dot(dy, tl.trans(x), sum_P, input_precision=PRECISION)
+                sum_M = add_product(sum_M, dy, tl.trans(w), PRECISION)
+                sum_K = add_product(sum_K, g, tl.trans(w), PRECISION)
+                sum_P = add_product(sum_P, dy, tl.trans(x), PRECISION)
             if v is not None:
                 if DATA:
                     store_tile(
@@ -544,18 +545,16 @@ def backward_kernel(
                     at_last = tl.dot(ds, last, input_precision=PRECISION)
                     sum_F += tl.where(lower, at_zero, at_last)
                     if BLOCKS > 2:
-                        sum_F1 = tl.dot(ds, k_before, sum_F1, input_precision=PRECISION)
+                        sum_F1 = add_product(sum_F1, ds, k_before, PRECISION)
                 if DATA:
                     next_ds, ds_carry = shift_left(dw, ds_carry, group_of_rows, C, ROWS, None, None)
                     d_k = tl.dot(tl.trans(F0), ds, input_precision=PRECISION)
-                    d_k = tl.dot(tl.trans(F1), next_ds.to(dtype), d_k, input_precision=PRECISION)
+                    d_k = add_product(d_k, tl.trans(F1), next_ds.to(dtype), PRECISION)
                     if BLOCKS > 2:
                         next_ds, ds_carry2 = shift_left(
                             next_ds, ds_carry2, group_of_rows, C, ROWS, None, None
                         )
-                        d_k = tl.dot(
-                            tl.trans(F2), next_ds.to(dtype), d_k, input_precision=PRECISION
-                        )
+                        d_k = add_product(d_k, tl.trans(F2), next_ds.to(dtype), PRECISION)
                     store_tile(
                         tile_at(
                             dk, source, channel, d_row, d_channel, first, inner, row_in_tile, ROWS

@@ -32,7 +32,7 @@ def spectrum_kernel(
     f, reverse, skip, f_channel, reverse_channel, taps, taps_reverse, period, halves,
     exponents, sums, packed, unscale, F_table, W_table, root, headroom,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Transform a filter, and keep its spectrum as `load_spectrum` reads it.
 
@@ -46,7 +46,7 @@ def spectrum_kernel(
     """
     K: tl.constexpr = N1 if REAL else 2 * N1
     channel = tl.program_id(0).to(tl.int64)
-    factors = load_factors(F_table, W_table, N1, N2, K, PRECISION)
+    factors = load_factors(F_table, W_table, N1, N2, K, PRECISION, APART)
     position = tl.arange(0, K)[:, None] * N2 + tl.arange(0, N2)[None, :]
     everywhere = position >= 0
     zero = tl.program_id(0) >> 31
@@ -98,12 +98,13 @@ def spectrum_kernel(
 def filter_gradient_kernel(
     sums, df, dback, dskip, F_table, W_table, channels, groups, halves, taps, taps_reverse, root,
     N1: tl.constexpr, N2: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `spectrum_kernel` for whole filters, of partial sums in groups.
 
     A loop, and be it over one channel: see the end of `fft_triton.backward_kernel`.
     """
-    factors = load_factors(F_table, W_table, N1, N2, N1, PRECISION)
+    factors = load_factors(F_table, W_table, N1, N2, N1, PRECISION, APART)
     points = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     every = halves * channels
     for i in tl.range(tl.program_id(0), every, tl.num_programs(0), num_stages=1):
@@ -282,7 +283,7 @@ def _transform(
     spectrum_kernel[(len(prepared.packed),)](
         *given, halves, exponents, sums, *prepared, *tables, math.sqrt(points), headroom(points),
         N0=outer, N1=size.N1, N2=size.N2, REAL=exponents is None, FAST=size.fast(prepared.packed),
-        PRECISION=size.precision, num_warps=size.warps,
+        PRECISION=size.precision, APART=size.apart, num_warps=size.warps,
     )  # fmt: skip
 
 
@@ -299,7 +300,7 @@ def gradients(
     filter_gradient_kernel[(min(D * halves, 2 * multiprocessors(sums.device)),)](
         sums, *made, *tables, D, groups, halves, made.f.shape[1], taps_reverse,
         math.sqrt(size.points), N1=size.N1, N2=size.N2, FAST=size.fast(sums),
-        PRECISION=size.precision, num_warps=size.warps,
+        PRECISION=size.precision, APART=size.apart, num_warps=size.warps,
     )  # fmt: skip
     return made if plain else filter.gradients(made.f, made.f_reverse)
 

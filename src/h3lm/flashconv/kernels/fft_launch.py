@@ -116,7 +116,7 @@ def _constants(size: Size, even: bool, fast: bool) -> dict[str, Any]:
     return {
         "N1": size.N1, "N2": size.N2, "REAL": True, "SCALED": size.precision != "tf32x3",
         "EVEN": even, "FAST": fast, "KEEP": size.keep and size.precision == "half",
-        "PRECISION": size.precision,
+        "PRECISION": size.precision, "APART": size.apart,
         "AHEAD": size.ahead, "num_warps": size.warps, "maxnreg": size.registers,
     }  # fmt: skip
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Size:
         keep: Whether programs keep the turns, in float16, instead of making them for each row.
         programs: Programs of a multiprocessor that the rows are divided for.
         precision: What its products are made of.
+        apart: Whether real and imaginary parts are tiles of their own, see `fft_triton`; of pairs.
     """
 
     N1: int
@@ -42,6 +43,7 @@ class Size:
     keep: bool = False
     programs: int = 2
     precision: Precision = "half"
+    apart: bool = False
 
     @property
     def points(self) -> int:
@@ -61,6 +63,12 @@ SIZES = {
     4096: Size(64, 64, 4, together=True),
     8192: Size(128, 64, 8, together=True),
 }
+# what is different for pairs
+_OF_PAIRS: dict[int, dict[str, Any]] = {
+    512: {"apart": True},
+    4096: {"apart": True, "together": False},
+    8192: {"apart": True, "together": False},
+}
 # operands take twice the shared memory as pairs, four times as tf32x3
 _PRECISION: dict[torch.dtype, Precision] = {
     torch.bfloat16: "half", torch.float16: "pairs", torch.float32: "tf32x3"
@@ -75,8 +83,12 @@ def precision_of(dtype: torch.dtype) -> Precision:
 
 def sizes(precision: Precision) -> dict[int, Size]:
     """Sizes of rows that one program holds, by their points."""
-    most = MOST_POINTS[precision]
-    return {n: replace(size, precision=precision) for n, size in SIZES.items() if n <= most}
+    most, changes = MOST_POINTS[precision], _OF_PAIRS if precision == "pairs" else {}
+    return {
+        n: replace(size, precision=precision, **changes.get(n, {}))
+        for n, size in SIZES.items()
+        if n <= most
+    }
 
 
 @cache
@@ -98,13 +110,17 @@ def factors(size: Size, device: torch.device, real: bool) -> tuple[Tensor, ...]:
     """The two unitary factors as real matrices, see `fft_triton`; made in float64.
 
     F has rows (part, k1). For real rows its columns are l1, else (part, l1). W is (2 N2, 2 N2) with
-    rows of l2 and columns of k2 in the kernels' order of parts. Each as `as_operands` makes it.
+    rows of l2 and columns of k2 in the kernels' order of parts, (2, N2, N2) if they are apart. Each
+    as `as_operands` makes it.
     """
     first = unitary_dft(size.N1, SHIFT if real else 0.0)
     F = torch.cat([first.real, first.imag])
     if not real:
         F = torch.cat([F, torch.cat([-first.imag, first.real])], 1)
     second = unitary_dft(size.N2)
+    if size.apart:
+        W = torch.stack([second.real, second.imag])
+        return tuple(as_operands(x, size.precision).to(device) for x in (F, W))
     parts = torch.stack(
         [
             torch.stack([second.real, second.imag], -1),

@@ -25,6 +25,11 @@ their transposes. The parts of a point alternate in groups of 8 columns
 
 so that the thread that holds one part in the layout of the matrix units holds the other one too.
 
+That way a table of W holds each number twice, and an operand of F both parts of a row. Where
+shared memory decides, parts stand APART: F and W are two matrices each, those of W symmetric, and
+a product of complex matrices is four real ones. A program of 8,192 points of pairs takes 192 KB,
+where it took 256, one of 4,096 80, of which a multiprocessor of Hopper holds two.
+
 For half inputs the operands are float16: a row is scaled by a power of two to a maximum in [1, 2),
 a spectrum's largest part to [2^h, 2^(h+1)). All transforms are unitary: no value inside exceeds
 |x|_2 max|H| <= 2 sqrt(n) sqrt(2) 2^(h+1), and h keeps that below 65504. Nothing overflows.
@@ -44,23 +49,23 @@ Source: Fu et al. 2023 (arXiv 2212.14052v3), section 4.1 (block FFT); Crandall a
 Discrete weighted transforms (the right-angle convolution).
 """
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.target_info import current_target
 
 
-def truncates() -> bool:
-    """Whether sums are truncated as they were where that was measured; the interpreter rounds."""
-    if triton.knobs.runtime.interpret or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability() == (9, 0)
+@triton.constexpr_function
+def shrinks(precision):
+    """The part of itself that a sum loses with each instruction of the matrix units.
 
-
-# the part of itself that a sum loses with each instruction of the matrix units, of float16 and of
-# tf32, fitted to errors of all sizes on an H200
-SHRINKS = tl.constexpr(2.65e-8 if truncates() else 0.0)
-SHRINKS_TF32 = tl.constexpr(2.85e-8 if truncates() else 0.0)
+    Fitted to errors of all sizes on an H200; of other GPUs, which were not measured, and in the
+    interpreter, which rounds, 0. Asked while a kernel is compiled, for the GPU that will run it.
+    """
+    target = None if triton.knobs.runtime.interpret else current_target()
+    if target is None or (target.backend, target.arch) != ("cuda", 90):
+        return 0.0
+    return 2.65e-8 if precision == "pairs" else 2.85e-8
 
 
 @triton.jit
@@ -177,6 +182,7 @@ def product(a, a_low, b, b_low, PRECISION: tl.constexpr, WHOLE: tl.constexpr = F
     take sqrt(1 / s) + .. + sqrt(s / s), some 2 s / 3 + 1 / 2, times as much as the last one.
     """
     DEPTH: tl.constexpr = a.shape[1]
+    SHRINKS: tl.constexpr = shrinks(PRECISION)
     if PRECISION == "pairs":
         out = tl.dot(a_low, b)
         if not WHOLE:
@@ -187,7 +193,21 @@ def product(a, a_low, b, b_low, PRECISION: tl.constexpr, WHOLE: tl.constexpr = F
         return tl.dot(a, b)
     else:
         out = tl.dot(a, b, input_precision=PRECISION)
-        return out + out * (SHRINKS_TF32 * (DEPTH / 12 + 0.5))
+        return out + out * (SHRINKS * (DEPTH / 12 + 0.5))
+
+
+@triton.jit
+def sum_of_products(a, a_low, b, b_low, c, c_low, d, d_low):
+    """Two products in one sum, a b + c d, of pairs; see `product`."""
+    DEPTH: tl.constexpr = a.shape[1] + c.shape[1]
+    SHRINKS: tl.constexpr = shrinks("pairs")
+    out = tl.dot(a_low, b)
+    out = tl.dot(a, b_low, out)
+    out = tl.dot(c_low, d, out)
+    out = tl.dot(c, d_low, out)
+    out = tl.dot(a, b, out * (1.0 / 2048.0))
+    out = tl.dot(c, d, out)
+    return out + out * (SHRINKS * (DEPTH / 24 + 0.5))
 
 
 @triton.jit
@@ -258,14 +278,36 @@ def to_spectrum(
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Transform a tile of a row, (part, l1) by l2; both parts of the spectrum, float32."""
-    F, F_low, W, W_low = factors
-    WHOLE: tl.constexpr = x.dtype == F.dtype
-    x, x_low = operand(x, F, PRECISION)
-    re, im = split_stacked(product(F, F_low, x, x_low, PRECISION, WHOLE), N1, N2)
-    cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
-    turned = join_columns(re * cos + im * sin, im * cos - re * sin, N1, N2)
-    turned, turned_low = operand(turned, W, PRECISION)
-    return split_columns(product(turned, turned_low, W, W_low, PRECISION), N1, N2)
+    WHOLE: tl.constexpr = x.dtype == factors[0].dtype
+    if len(factors) == 8:
+        F_re, F_re_low, F_im, F_im_low, W_re, W_re_low, W_im, W_im_low = factors
+        if REAL:
+            x, x_low = operand(x, F_re, PRECISION)
+            re = product(F_re, F_re_low, x, x_low, PRECISION, WHOLE)
+            im = product(F_im, F_im_low, x, x_low, PRECISION, WHOLE)
+        else:
+            x_re, x_im = split_stacked(x, N1, N2)
+            x_re, x_re_low = operand(x_re, F_re, PRECISION)
+            x_im, x_im_low = operand(x_im, F_re, PRECISION)
+            re = product(F_re, F_re_low, x_re, x_re_low, PRECISION)
+            re -= product(F_im, F_im_low, x_im, x_im_low, PRECISION)
+            im = sum_of_products(F_im, F_im_low, x_re, x_re_low, F_re, F_re_low, x_im, x_im_low)
+        cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
+        re, im = re * cos + im * sin, im * cos - re * sin
+        re, re_low = operand(re, W_re, PRECISION)
+        im, im_low = operand(im, W_re, PRECISION)
+        return (
+            sum_of_products(re, re_low, W_re, W_re_low, -im, -im_low, W_im, W_im_low),
+            sum_of_products(re, re_low, W_im, W_im_low, im, im_low, W_re, W_re_low),
+        )
+    else:
+        F, F_low, W, W_low = factors
+        x, x_low = operand(x, F, PRECISION)
+        re, im = split_stacked(product(F, F_low, x, x_low, PRECISION, WHOLE), N1, N2)
+        cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
+        turned = join_columns(re * cos + im * sin, im * cos - re * sin, N1, N2)
+        turned, turned_low = operand(turned, W, PRECISION)
+        return split_columns(product(turned, turned_low, W, W_low, PRECISION), N1, N2)
 
 
 @triton.jit
@@ -275,14 +317,35 @@ def from_spectrum(
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `to_spectrum`, float32."""
-    F, F_low, W, W_low = factors
-    columns, columns_low = operand(join_columns(re, im, N1, N2), W, PRECISION)
-    out = product(columns, columns_low, tl.trans(W), tl.trans(W_low), PRECISION)
-    re, im = split_columns(out, N1, N2)
-    cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
-    turned = join_stacked(re * cos - im * sin, re * sin + im * cos, N1, N2)
-    turned, turned_low = operand(turned, F, PRECISION)
-    return product(tl.trans(F), tl.trans(F_low), turned, turned_low, PRECISION)
+    if len(factors) == 8:
+        F_re, F_re_low, F_im, F_im_low, W_re, W_re_low, W_im, W_im_low = factors
+        re, re_low = operand(re, W_re, PRECISION)
+        im, im_low = operand(im, W_re, PRECISION)
+        # W is symmetric
+        out_re = sum_of_products(re, re_low, W_re, W_re_low, im, im_low, W_im, W_im_low)
+        out_im = sum_of_products(im, im_low, W_re, W_re_low, -re, -re_low, W_im, W_im_low)
+        cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
+        F_re, F_re_low = tl.trans(F_re), tl.trans(F_re_low)
+        F_im, F_im_low = tl.trans(F_im), tl.trans(F_im_low)
+        re, re_low = operand(out_re * cos - out_im * sin, F_re, PRECISION)
+        row = product(F_re, F_re_low, re, re_low, PRECISION)
+        im, im_low = operand(out_re * sin + out_im * cos, F_re, PRECISION)
+        row += product(F_im, F_im_low, im, im_low, PRECISION)
+        if REAL:
+            return row
+        else:
+            other = product(F_re, F_re_low, im, im_low, PRECISION)
+            other -= product(F_im, F_im_low, re, re_low, PRECISION)
+            return join_stacked(row, other, N1, N2)
+    else:
+        F, F_low, W, W_low = factors
+        columns, columns_low = operand(join_columns(re, im, N1, N2), W, PRECISION)
+        out = product(columns, columns_low, tl.trans(W), tl.trans(W_low), PRECISION)
+        re, im = split_columns(out, N1, N2)
+        cos, sin = turns(kept, zero, N1, N2, REAL, FAST, KEEP)
+        turned = join_stacked(re * cos - im * sin, re * sin + im * cos, N1, N2)
+        turned, turned_low = operand(turned, F, PRECISION)
+        return product(tl.trans(F), tl.trans(F_low), turned, turned_low, PRECISION)
 
 
 @triton.jit
@@ -335,17 +398,32 @@ def to_unit(exponent):
 
 @triton.jit
 def load_factors(
-    F_table, W_table, N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+    F_table, W_table, N1: tl.constexpr, N2: tl.constexpr, K: tl.constexpr,
+    PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """F and W, see above, each followed by the second halves of pairs; else by itself."""
-    part_k1, row, column = tl.arange(0, 2 * N1), tl.arange(0, K), tl.arange(0, 2 * N2)
-    of_F = F_table + part_k1[:, None] * K + row[None, :]
-    of_W = W_table + column[:, None] * (2 * N2) + column[None, :]
-    F, W = tl.load(of_F), tl.load(of_W)
-    if PRECISION == "pairs":
-        return F, tl.load(of_F + 2 * N1 * K), W, tl.load(of_W + 4 * N2 * N2)
+    """F and W, see above, each followed by the second halves of pairs; else by itself.
+
+    APART: their real and imaginary parts, each of pairs.
+    """
+    if APART:
+        k1, l2 = tl.arange(0, N1), tl.arange(0, N2)
+        of_F = F_table + k1[:, None] * K + k1[None, :]
+        of_W = W_table + l2[:, None] * N2 + l2[None, :]
+        return (
+            tl.load(of_F), tl.load(of_F + 2 * N1 * K),
+            tl.load(of_F + N1 * K), tl.load(of_F + 3 * N1 * K),
+            tl.load(of_W), tl.load(of_W + 2 * N2 * N2),
+            tl.load(of_W + N2 * N2), tl.load(of_W + 3 * N2 * N2),
+        )  # fmt: skip
     else:
-        return F, F, W, W
+        part_k1, row, column = tl.arange(0, 2 * N1), tl.arange(0, K), tl.arange(0, 2 * N2)
+        of_F = F_table + part_k1[:, None] * K + row[None, :]
+        of_W = W_table + column[:, None] * (2 * N2) + column[None, :]
+        F, W = tl.load(of_F), tl.load(of_W)
+        if PRECISION == "pairs":
+            return F, tl.load(of_F + 2 * N1 * K), W, tl.load(of_W + 4 * N2 * N2)
+        else:
+            return F, F, W, W
 
 
 @triton.jit(do_not_specialize=["B", "rows_per_program"])
@@ -355,7 +433,7 @@ def forward_kernel(
     by_row, by_channel, B, channels, L, rows_per_program, CONJUGATE: tl.constexpr,
     N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr,
     SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, APART: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Convolve one channel of some rows: y = post out, and other = by out if wanted.
 
@@ -368,7 +446,7 @@ def forward_kernel(
 
     if PRECISION == "half":
         first, second = load_spectrum(spectrum, channel, N1, N2, PRECISION)
-    factors = load_factors(F_table, W_table, N1, N2, K, PRECISION)
+    factors = load_factors(F_table, W_table, N1, N2, K, PRECISION, APART)
     kept = keep_turns(first_row >> 31, N1, N2, REAL, FAST, KEEP)
     position = tl.arange(0, K)[:, None] * N2 + tl.arange(0, N2)[None, :]
     inside = position < L
@@ -430,7 +508,7 @@ def backward_kernel(
     DATA: tl.constexpr, OUTER: tl.constexpr,
     N1: tl.constexpr, N2: tl.constexpr, REAL: tl.constexpr,
     SCALED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
-    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, APART: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the filter from one channel of some rows, a partial sum; DATA: others, too.
 
@@ -448,7 +526,7 @@ def backward_kernel(
     first_row = group * rows_per_program
     last_row = tl.minimum(first_row + rows_per_program, B)
 
-    factors = load_factors(F_table, W_table, N1, N2, K, PRECISION)
+    factors = load_factors(F_table, W_table, N1, N2, K, PRECISION, APART)
     kept = keep_turns(first_row >> 31, N1, N2, REAL, FAST, KEEP)
     position = tl.arange(0, K)[:, None] * N2 + tl.arange(0, N2)[None, :]
     inside = position < L

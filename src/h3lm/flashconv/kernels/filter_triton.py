@@ -21,7 +21,7 @@ from torch import Tensor
 
 from h3lm.flashconv.kernels.launch import CHUNK_LENGTH, multiprocessors, product_precision, strides
 from h3lm.flashconv.kernels.overlap import can_overlap, let_next_start
-from h3lm.flashconv.kernels.tile import T
+from h3lm.flashconv.kernels.tile import T, add_product
 
 C = tl.constexpr(64)
 # of a launch, the best on an H200
@@ -108,10 +108,10 @@ def filter_kernel(
         k_tile = load_chunks(k_base, position, length[:, None], EVEN)
         y = tl.dot(k_tile, F0, input_precision=PRECISION)
         before = load_chunks(k_base, position - T, length[:, None], False)
-        y = tl.dot(before, F1, y, input_precision=PRECISION)
+        y = add_product(y, before, F1, PRECISION)
         if BLOCKS > 2:
             before = load_chunks(k_base, position - 2 * T, length[:, None], False)
-            y = tl.dot(before, F2, y, input_precision=PRECISION)
+            y = add_product(y, before, F2, PRECISION)
         mask = (position >= 0) & (position < length[:, None])
         if carry is not None:
             carry_at = ((owner * D + channel) * ((BLOCKS - 1) * T))[:, None] + position
@@ -146,15 +146,15 @@ def filter_backward_kernel(
         turned = tl.trans(ds_tile)
         d_k = tl.dot(ds_tile, tl.load(F_at), input_precision=PRECISION)
         k_tile = load_chunks(k_base, position, inside, EVEN)
-        sum_0 = tl.dot(turned, k_tile, sum_0, input_precision=PRECISION)
+        sum_0 = add_product(sum_0, turned, k_tile, PRECISION)
         for m in tl.static_range(1, BLOCKS):
             after = load_chunks(ds_base, position + m * T, inside, False)
-            d_k = tl.dot(after, tl.load(F_at + m * T * T), d_k, input_precision=PRECISION)
+            d_k = add_product(d_k, after, tl.load(F_at + m * T * T), PRECISION)
         before = load_chunks(k_base, position - T, inside, False)
-        sum_1 = tl.dot(turned, before, sum_1, input_precision=PRECISION)
+        sum_1 = add_product(sum_1, turned, before, PRECISION)
         if BLOCKS > 2:
             before = load_chunks(k_base, position - 2 * T, inside, False)
-            sum_2 = tl.dot(turned, before, sum_2, input_precision=PRECISION)
+            sum_2 = add_product(sum_2, turned, before, PRECISION)
         dk_at = dk + ((row * D + channel) * total + begin)[:, None] + position
         tl.store(dk_at, d_k.to(dk.dtype.element_ty), mask)
         if dcarry is not None:

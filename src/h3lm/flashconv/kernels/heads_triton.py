@@ -44,7 +44,7 @@ from h3lm.flashconv.kernels.launch import (
     segment_length,
     strides,
 )
-from h3lm.flashconv.kernels.tile import T, mode_of_row, part_of_row, span_of
+from h3lm.flashconv.kernels.tile import T, add_product, mode_of_row, part_of_row, span_of
 
 PAIRS = tl.constexpr(64)  # rows of a product
 # of a launch, the best on an H200
@@ -199,11 +199,11 @@ def forward_kernel(
             w = products(s_tile, v_tile, HEAD_DIM)
             if o is not None:
                 y = tl.dot(M_h, w, input_precision=PRECISION)
-                y = tl.dot(P_h, x.to(dtype), y, input_precision=PRECISION)
+                y = add_product(y, P_h, x.to(dtype), PRECISION)
                 q_tile = tl.load(q_base + position, mask, 0.0)
                 tl.store(o_base + position, sum_over_keys(y, q_tile, HEAD_DIM).to(dtype), mask)
             after = times(x, decay_re, decay_im, N)
-            after = tl.dot(K_h, w, after, input_precision=PRECISION)
+            after = add_product(after, K_h, w, PRECISION)
             if WHOLE:
                 x = after
             else:
@@ -268,17 +268,17 @@ def left_to_right_kernel(
             dy = products(q_tile, do_tile, HEAD_DIM)
             half = x.to(dtype)
             y = tl.dot(M_h, w, input_precision=PRECISION)
-            y = tl.dot(P_h, half, y, input_precision=PRECISION)
+            y = add_product(y, P_h, half, PRECISION)
             d_q = sum_over_values(y, do_tile, HEAD_DIM).to(dtype)
             tl.store(dq_base + position, d_q, mask)
-            sum_P = tl.dot(dy, tl.trans(half), sum_P, input_precision=PRECISION)
+            sum_P = add_product(sum_P, dy, tl.trans(half), PRECISION)
             p = tl.dot(tl.trans(P_h), dy, input_precision=PRECISION)
             p_re, p_im = conjugate_products(p, tangent, N)
             sum_re += p_re
             sum_im += p_im
             next_tangent = times(tangent, decay_re, decay_im, N) + x
             after = times(x, decay_re, decay_im, N)
-            after = tl.dot(K_h, w, after, input_precision=PRECISION)
+            after = add_product(after, K_h, w, PRECISION)
             if WHOLE:
                 x = after
                 tangent = next_tangent
@@ -353,15 +353,15 @@ def right_to_left_kernel(
             dy = products(q_tile, do_tile, HEAD_DIM)
             half = g.to(dtype)
             dw = tl.dot(tl.trans(M_h), dy, input_precision=PRECISION)
-            dw = tl.dot(tl.trans(K_h), half, dw, input_precision=PRECISION)
-            sum_M = tl.dot(dy, tl.trans(w), sum_M, input_precision=PRECISION)
-            sum_K = tl.dot(half, tl.trans(w), sum_K, input_precision=PRECISION)
+            dw = add_product(dw, tl.trans(K_h), half, PRECISION)
+            sum_M = add_product(sum_M, dy, tl.trans(w), PRECISION)
+            sum_K = add_product(sum_K, half, tl.trans(w), PRECISION)
             d_s = sum_over_values(dw, v_tile, HEAD_DIM).to(dtype)
             tl.store((ds + out)[:, None] + position, d_s, mask)
             d_v = sum_over_keys(dw, s_tile, HEAD_DIM).to(dtype)
             tl.store((dv + out)[:, None] + position, d_v, mask)
             g = times(g, decay_re, -decay_im, N)
-            g = tl.dot(tl.trans(P_h), dy, g, input_precision=PRECISION)
+            g = add_product(g, tl.trans(P_h), dy, PRECISION)
             if dend is not None:
                 if not WHOLE:
                     g += tl.load(dend + state_at, here & (covered == c), 0.0)

@@ -50,6 +50,20 @@ def part_of_row(row):
 
 
 @triton.jit
+def add_product(sum_, a, b, PRECISION: tl.constexpr):
+    """sum_ + a b, of plain Triton.
+
+    In float32 ("ieee") the product is summed by itself: in one chain of additions behind what is
+    there, each rounds to the last place of the whole.
+    """
+    if PRECISION == "ieee":
+        # the last argument means nothing here, but that Triton leaves both sums apart
+        return sum_ + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, b, sum_, input_precision=PRECISION)
+
+
+@triton.jit
 def multiply_add(x_re, x_im, f_re, f_im, z_re, z_im):
     """Complex f x + z."""
     return (
