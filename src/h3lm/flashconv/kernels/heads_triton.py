@@ -424,9 +424,9 @@ def forward(
     groups, programs = _walk(B, H, head_dim, 8 * multiprocessors(k.device))
     o = k.new_empty(k.shape if with_output else (0,))
     end = k.new_empty((B, D * head_dim, N // 2, 2) if with_end else (0,), dtype=torch.float32)
-    rounded = operators.rounded(k.dtype)
+    _, M, K, P, decay = operators._replace(F=None).rounded(k.dtype)
     forward_kernel[(H * programs,)](
-        q, s, v, o if with_output else None, rounded.M, rounded.K, rounded.P, rounded.decay,
+        q, s, v, o if with_output else None, M, K, P, decay,
         start, end if with_end else None, bounds,
         *strides(q), *strides(s), *strides(v), B, H, L, groups, total, segments,
         N=N, HEAD_DIM=head_dim, WHOLE=is_whole(L, total, segments, bounds),
@@ -461,7 +461,7 @@ def backward(
     s = k if operators.F is None else filter_triton.forward(k, operators.F, carry, bounds)
     B, L = rows_of_walk(k, segments, bounds), segment_length(total, segments)
     groups, programs = _walk(B, H, head_dim, 2 * multiprocessors(k.device))
-    _, M, K, P, decay = operators.rounded(k.dtype)
+    _, M, K, P, decay = operators._replace(F=None).rounded(k.dtype)
 
     def partial(x: Tensor) -> Tensor:
         return k.new_empty((programs, *x.shape), dtype=torch.float32)
