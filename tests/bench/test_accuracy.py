@@ -32,7 +32,7 @@ def test_rows_of_the_table_hold_both_ratios(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(accuracy, "SHAPES", ((1, 4, 70, None), (1, 4, 70, accuracy.HARDLY)))
     monkeypatch.setattr(accuracy, "DRAWS", 1)
     rows = list(accuracy.errors("triton", 1, torch.float16, DEVICE))
-    assert [row["B×D×L"] for row in rows] == ["1×4×70", "1×4×70, |a| = 0.9999, b = 1"]
+    assert [row["B×D×L"] for row in rows] == ["1×4×70", "1×4×70, a = 0.9999 in size, b = 1"]
     for row in rows:
         for name in ("o", "dk", "end x", "dx", "dskip"):
             ratio, strict = re.fullmatch(r"([\d.]+) \(([\d.]+)\)", str(row[name])).groups()

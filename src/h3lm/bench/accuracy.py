@@ -201,7 +201,7 @@ def errors(
         row: report.Row = {
             "path": f"{backend}, head_dim {head_dim}",
             "dtype": str(dtype).removeprefix("torch."),
-            "B×D×L": f"{B}×{D}×{L}" + (f", |a| = {decay}, b = 1" if decay else ""),
+            "B×D×L": f"{B}×{D}×{L}" + (f", a = {decay} in size, b = 1" if decay else ""),
         }
         for name, (size, *squares) in sums.items():
             if name == "end shift":  # copied

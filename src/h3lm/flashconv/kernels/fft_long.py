@@ -90,8 +90,8 @@ class LongSize:
 INNER = {1 << 16: Size(64, 32, 4), MAX_LONG_LENGTH: Size(64, 64, 4)}
 SMALL_INNER = {MAX_LONG_LENGTH_SMALL: Size(64, 16, 4)}
 INNER_OF_PAIRS = {
-    1 << 20: Size(64, 32, 4, precision="pairs"),
-    MAX_LONG_LENGTH: Size(64, 64, 4, precision="pairs"),
+    1 << 18: Size(64, 32, 4, precision="pairs"),
+    MAX_LONG_LENGTH: Size(64, 64, 4, precision="pairs", apart=True),
 }
 SMALL_INNER_OF_PAIRS = {MAX_LONG_LENGTH_SMALL: Size(32, 16, 2, precision="pairs")}
 
