@@ -1,6 +1,7 @@
 """The command line as a person meets it: real processes, one line for a mistake."""
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -116,6 +117,14 @@ def test_generate_streams_reproducible_text(folder):
     assert greedy == "".join(again) + "\n"
     sampled = [h3lm(*options, "--seed", seed, "--top-k", "40").stdout for seed in (1, 2)]
     assert sampled[0] != sampled[1]
+
+
+def test_a_file_that_a_command_trips_over_is_one_line(tmp_path, monkeypatch):
+    def trip():
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "x"))
+
+    monkeypatch.setattr("h3lm.train.recipe.shipped_recipes", trip)
+    assert mistake("recipes") == f"error: {tmp_path / 'x'}: Permission denied"
 
 
 def test_ctrl_c_ends_a_text_without_a_crash(folder):

@@ -89,6 +89,7 @@ def test_what_cannot_be_scored_is_one_line(place, tmp_path):
         ((model, tmp_path / "latin.txt"), {}, "byte 3, 0xe9, is not UTF-8"),
         ((model, place / "bytes"), {"split": "test"}, "no split 'test' here"),
         ((model, place / "characters"), {"split": "train"}, "prepared with another tokenizer"),
+        ((model, place / "characters"), {"limit": 1}, "a prepared folder is scored whole"),
         ((model, place / "times.txt"), {"context": 8, "stride": 9}, "stride=9 must be"),
         ((model, place / "times.txt"), {"precision": "fp8"}, "not one of fp32, bf16"),
         ((str(learned), place / "times.txt"), {"context": 9}, "exceeds the model's 8 learned"),

@@ -227,3 +227,22 @@ def test_what_the_step_kernel_takes():
     assert chosen(complex64=False).backend == "torch"
     with pytest.raises(ValueError, match="the Hopper kernel is for h3_core"):
         choose("h3_step", cuda, bf16, "gluon", Problem(1, has_triton=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(2, 4, 1)}, r"q must be \(B, D\), got \(2, 4, 1\)"),
+        ({"v": torch.zeros(2, 3)}, r"v is \(2, 3\) .* q is \(2, 4\)"),
+        ({"taps": torch.zeros(4, 5)}, r"initial_state has shift \(2, 4, 6\) .* needs \(2, 4, 4\)"),
+        ({"state": None}, "zero_state makes the one before anything was seen"),
+        ({"state": (1, 2)}, "must be an H3State, not tuple"),
+        ({"head_dim": 3}, "head_dim=3 times 4 systems must be the 4 channels"),
+    ],
+)
+def test_mistakes_of_a_step_are_one_clear_line(changes, message):
+    taps, system, state, qkv = problem(2, 4, 1, 4, 7, torch.float32, 1)
+    q, k, v = qkv[0].chunk(3, 1)
+    arguments = {"q": q, "k": k, "v": v, "taps": taps, "system": system, "state": state} | changes
+    with pytest.raises(ValueError, match=message):
+        h3_step(**arguments)

@@ -131,6 +131,19 @@ def test_masked_positions_are_as_if_they_were_not_there(layer, u, pattern):
             assert_close(after[row], layer(tail[row, None], alone_state)[0][0])
 
 
+def test_a_mistaken_mask_is_refused(layer, u):
+    for mask in (torch.ones(len(u), u.shape[1] - 1), torch.ones(len(u) + 1, u.shape[1])):
+        with pytest.raises(ValueError, match=r"mask is .*, the input has"):
+            layer(u, mask=mask.int())
+
+
+def test_no_positions(layer, u):
+    y, _ = layer(u[:, :0])
+    assert y.shape == u[:, :0].shape
+    y, _ = layer(u[:0])
+    assert y.shape == u[:0].shape
+
+
 def test_a_masked_single_step_moves_nothing(layer, u):
     _, state = layer(u)
     mask = torch.tensor([[1], [0]])

@@ -407,3 +407,28 @@ def test_attention_kernel_equals_plain_attention(rotary, rows):
             results.append((y, *slots))
     for found, expected in zip(*reversed(results), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class QuantisedHead(torch.nn.Module):
+    """As PyTorch's own: `weight` is a method."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.inside, self.out_features = head, head.out_features
+
+    def weight(self):
+        return self.inside.weight
+
+    def forward(self, x):
+        return self.inside(x)
+
+
+def test_a_quantised_head_goes_through_the_librarys_loop(hybrid, ids):
+    expected = hybrid.generate(ids, max_new_tokens=3, do_sample=False)
+    head = hybrid.lm_head
+    hybrid.lm_head = QuantisedHead(head)
+    try:
+        found = hybrid.generate(ids, max_new_tokens=3, do_sample=False)
+    finally:
+        hybrid.lm_head = head
+    assert torch.equal(found, expected)

@@ -162,6 +162,8 @@ def test_mistakes_are_named():
         DiagonalSSM(4, discretization="euler")
     with pytest.raises(ValueError, match="dt_min"):
         DiagonalSSM(4, dt_min=1.0, dt_max=0.1)
+    with pytest.raises(ValueError, match="num_systems=0 must be positive"):
+        DiagonalSSM(0)
     one = torch.ones(2, 2, dtype=torch.complex64)
     with pytest.raises(ValueError, match="share one shape"):
         DiagonalSystem(one, one, one[:1], torch.zeros(2))

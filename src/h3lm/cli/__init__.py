@@ -78,12 +78,14 @@ def main() -> None:
     except BrokenPipeError:  # `h3lm recipes | head`
         _close_stdout()
         status = 0
-    except OSError as error:  # a disk may be full wherever a command writes
-        if error.errno not in NO_SPACE or os.environ.get("H3LM_TRACEBACK"):
+    except OSError as error:  # a disk may be full, or closed to us, wherever a command writes
+        full = error.errno in NO_SPACE
+        if not (full or error.filename) or os.environ.get("H3LM_TRACEBACK"):
             raise
         _close_stdout()
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}no space left ({error.strerror}): make room and run the same again", 1)
+        what = f"no space left ({error.strerror}): make room and run the same again"
+        _fail(where + (what if full else error.strerror or str(error)), 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 

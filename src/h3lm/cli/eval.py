@@ -47,7 +47,11 @@ def evaluate(
         Option(help="Folder of local files of tasks and named texts; else from the hub."),
     ] = None,
     limit: Annotated[
-        int | None, Option(min=1, help="The first documents of each task or text only.")
+        int | None,
+        Option(
+            min=1,
+            help="First documents of each task or text only; not of prepared folders.",
+        ),
     ] = None,
     max_length: Annotated[
         int | None, Option(min=1, help="Tasks: longest input; longer are cut from the left.")

@@ -23,7 +23,9 @@ def synthetics(
         bool, Option("--search", help="Also four learning rates, at twice the steps.")
     ] = False,
     learning_rate: Annotated[float | None, Option(help="In place of the recipe's.")] = None,
-    max_steps: Annotated[int | None, Option(help="In place of the recipe's.")] = None,
+    max_steps: Annotated[
+        int | None, Option(help="In place of the recipe's; whole passes over the training rows.")
+    ] = None,
     early_stop: Annotated[
         bool, Option(help="A model that has solved its task lowers its rate and stops.")
     ] = True,

@@ -308,6 +308,8 @@ class _Stream:
 
 def _open(path: Path, split: str, limit: int | None) -> Text | TokenStream:
     if (path / "index.json").is_file():
+        if limit is not None:
+            raise UserError(f"{path}: a limit is for texts; a prepared folder is scored whole")
         return TokenStream(path, split)
     if not path.exists():
         raise UserError(f"{path}: no such text file or prepared folder")

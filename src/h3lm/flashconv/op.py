@@ -5,7 +5,6 @@ share: direction, the empty sequence, chunk operators made from a system.
 """
 
 from itertools import pairwise
-from typing import overload
 
 import torch
 from jaxtyping import Complex, Float, Integer
@@ -13,6 +12,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from h3lm.flashconv import chunked, fft, fft_chunks, fft_library, library, reference
+from h3lm.flashconv.checks import (
+    AnySystem,
+    check_complex,
+    check_h3_state,
+    check_heads,
+    check_like,
+    check_sequences,
+    check_slice,
+    check_system,
+    check_taps,
+    check_tensor,
+    system_of,
+)
 from h3lm.flashconv.dispatch import (
     KERNELS,
     Choice,
@@ -27,11 +39,7 @@ from h3lm.flashconv.fft_chunks import FFTOperators
 from h3lm.flashconv.fft_library import KeptFilter
 from h3lm.flashconv.state import H3State, diagonal_shape
 from h3lm.ssm.dplr import DPLRSystem
-from h3lm.ssm.hints import SSMModule
 from h3lm.ssm.operators import DEFAULT_CHUNK_LENGTH, ChunkOperators, DiagonalSystem
-
-AnySystem = DiagonalSystem | ChunkOperators | DPLRSystem | FFTOperators
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def h3_core(
@@ -133,8 +141,8 @@ def h3_core_qkv(
     Raises:
         ValueError: as there, or if the channels of qkv are no three times those of the taps.
     """
-    _check_like("qkv", qkv)
-    _check_taps(taps, qkv)
+    check_like("qkv", qkv, {})
+    check_taps(taps, qkv)
     if qkv.shape[1] != 3 * len(taps):
         raise ValueError(
             f"qkv has {qkv.shape[1]} channels, not 3 times the {len(taps)} of the taps"
@@ -163,19 +171,19 @@ def _h3_core(
     process_group: ProcessGroup | None = None,
     qkv: Tensor | None = None,
 ) -> tuple[Tensor, H3State | None]:
-    _check_like("q", q, k=k, v=v)
-    _check_heads(k, taps, system, head_dim)
+    check_like("q", q, {"k": k, "v": v})
+    check_heads(k, taps, system, head_dim)
     if process_group is not None:
         from h3lm.flashconv import sequence_parallel  # it runs this op on each slice
 
-        _check_slice(reverse)
+        check_slice(reverse)
         return sequence_parallel.h3_core(
             q, k, v, taps, system, process_group=process_group, head_dim=head_dim,
             initial_state=initial_state, cu_seqlens=cu_seqlens, backend=backend,
             with_state=return_final_state, qkv=qkv,
         )  # fmt: skip
-    sequences = _check_sequences(q, cu_seqlens)
-    _check_h3_state(initial_state, sequences, k, taps, system, head_dim)
+    sequences = check_sequences(q, cu_seqlens)
+    check_h3_state(initial_state, sequences, k, taps, system, head_dim)
     problem = _problem(system, taps.shape[1], head_dim, cu_seqlens, q, k, v)
     choice = choose("h3_core", q.device, q.dtype, backend, problem)
     announce("h3_core", choice)
@@ -187,7 +195,7 @@ def _h3_core(
     state: H3State | None
     if choice.backend == "reference":
         o, state = _reference_h3_core(
-            q, k, v, taps, _system(system), head_dim, initial_state, cu_seqlens
+            q, k, v, taps, system_of(system), head_dim, initial_state, cu_seqlens
         )
     elif choice.backend in KERNELS:
         o, state = library.h3_core(
@@ -225,10 +233,10 @@ def h3_end_state(
     Returns:
         The state after the last position of each row, or of each sequence of `cu_seqlens`.
     """
-    _check_like("k", k, v=v)
-    _check_heads(k, taps, system, head_dim)
-    sequences = _check_sequences(k, cu_seqlens)
-    _check_h3_state(initial_state, sequences, k, taps, system, head_dim)
+    check_like("k", k, {"v": v})
+    check_heads(k, taps, system, head_dim)
+    sequences = check_sequences(k, cu_seqlens)
+    check_h3_state(initial_state, sequences, k, taps, system, head_dim)
     problem = _problem(system, taps.shape[1], head_dim, cu_seqlens, k, v)
     choice = choose("h3_end_state", k.device, k.dtype, backend, problem)
     announce("h3_end_state", choice)
@@ -236,7 +244,7 @@ def h3_end_state(
         return initial_state or zero_state(sequences, k, taps, system, head_dim)
     if choice.backend == "reference":
         return _reference_h3_core(
-            torch.zeros_like(k), k, v, taps, _system(system), head_dim, initial_state, cu_seqlens
+            torch.zeros_like(k), k, v, taps, system_of(system), head_dim, initial_state, cu_seqlens
         )[1]
     if choice.backend in KERNELS:
         return library.h3_end_state(
@@ -295,21 +303,21 @@ def ssm_conv(
     if process_group is not None:
         from h3lm.flashconv import sequence_parallel  # it runs this op on each slice
 
-        _check_slice(reverse)
+        check_slice(reverse)
         y, end = sequence_parallel.ssm_conv(
             u, system, process_group=process_group, pre_gate=pre_gate, post_gate=post_gate,
             initial_state=initial_state, cu_seqlens=cu_seqlens, method=method, backend=backend,
         )  # fmt: skip
         return y, end if return_final_state else None
     gates = {"pre_gate": pre_gate, "post_gate": post_gate}
-    _check_like("u", u, **{name: gate for name, gate in gates.items() if gate is not None})
-    _check_system(system, u)
-    whole = _system(system)
+    check_like("u", u, {name: gate for name, gate in gates.items() if gate is not None})
+    check_system(system, u)
+    whole = system_of(system)
     if whole.num_systems != u.shape[1]:
         raise ValueError(f"system has {whole.num_systems} systems, u has {u.shape[1]} channels")
-    sequences = _check_sequences(u, cu_seqlens)
+    sequences = check_sequences(u, cu_seqlens)
     shape = (sequences, u.shape[1], whole.num_modes)
-    _check_complex("initial_state", initial_state, u)
+    check_complex("initial_state", initial_state, u)
     if initial_state is not None and initial_state.shape != shape:
         raise ValueError(f"initial_state is {tuple(initial_state.shape)}, this call needs {shape}")
     present = [x for x in (u, pre_gate, post_gate) if x is not None]
@@ -410,7 +418,7 @@ def fft_conv(
     """
     names = {"pre_gate": pre_gate, "post_gate": post_gate}
     gates = {name: gate for name, gate in names.items() if gate is not None}
-    _check_like("u", u, **gates)
+    check_like("u", u, gates)
     kept = None
     if isinstance(f, KeptFilter):
         if skip is not None or f_reverse is not None or mode != "causal":
@@ -447,7 +455,7 @@ def _fft_choice(
     for name, given in (("f", f), ("f_reverse", f_reverse), ("skip", skip)):
         if given is None:
             continue
-        _check_tensor(name, given)
+        check_tensor(name, given)
         if not (given.dtype.is_floating_point and given.device == u.device):
             raise ValueError(
                 f"{name} is {given.dtype} on {given.device}; u, on {u.device}, needs float32 there"
@@ -485,17 +493,9 @@ def zero_state(
     head_dim: int = 1,
 ) -> H3State:
     """The state before anything was seen, for inputs like `k`."""
-    diagonal = _system(system)
+    diagonal = system_of(system)
     shape = diagonal_shape(rows, k.shape[1] // head_dim, head_dim, diagonal.num_modes)
     return H3State(k.new_zeros(rows, k.shape[1], taps.shape[1] - 1), diagonal.a.new_zeros(shape))
-
-
-@overload
-def _system(system: DiagonalSystem | ChunkOperators) -> DiagonalSystem: ...
-@overload
-def _system(system: AnySystem) -> DiagonalSystem | DPLRSystem: ...
-def _system(system: AnySystem) -> DiagonalSystem | DPLRSystem:
-    return system.system if isinstance(system, ChunkOperators | FFTOperators) else system
 
 
 def _scannable(system: AnySystem) -> DiagonalSystem | ChunkOperators:
@@ -506,7 +506,7 @@ def _scannable(system: AnySystem) -> DiagonalSystem | ChunkOperators:
 
 def _method(method: str, system: AnySystem, u: Tensor, problem: Problem) -> Choice:
     """The algorithm; what was made for one of them asks for it."""
-    diagonal = isinstance(_system(system), DiagonalSystem)
+    diagonal = isinstance(system_of(system), DiagonalSystem)
     if method == "auto" and isinstance(system, FFTOperators):
         return Choice("fft_chunks", "the operators are for it")
     if method == "auto" and isinstance(system, ChunkOperators):
@@ -531,7 +531,7 @@ def _fft_chunks(
     if isinstance(system, FFTOperators):
         operators = system
     else:
-        operators = fft_chunks.fft_operators(_system(system), longest)
+        operators = fft_chunks.fft_operators(system_of(system), longest)
     done = []
     for i, span in enumerate(spans):
         pre, post = (None if x is None else x[..., span] for x in (pre_gate, post_gate))
@@ -561,7 +561,7 @@ def _problem(
     backward: bool = False,
 ) -> Problem:
     """What `choose` needs to know of a call."""
-    diagonal = _system(system)
+    diagonal = system_of(system)
     T = system.chunk_length if isinstance(system, ChunkOperators) else DEFAULT_CHUNK_LENGTH
     return Problem(
         length=tensors[0].shape[2],
@@ -676,133 +676,3 @@ def _reversed_sequences(
 
 def _reversed_state(state: H3State, cu_seqlens: Tensor | None) -> H3State:
     return state if cu_seqlens is None else H3State(*(x.flip(0) for x in state))
-
-
-def _check_slice(reverse: bool) -> None:
-    if reverse:
-        raise ValueError("reverse with a process_group is not supported: states go left to right")
-
-
-def _refuse_module(name: str, x: object) -> None:
-    if isinstance(x, SSMModule):
-        raise ValueError(
-            f"{name} is the module {type(x).__name__}; give what its parameters make, its {name}()"
-        )
-
-
-def _check_tensor(name: str, x: object) -> None:
-    _refuse_module(name, x)
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name} must be a tensor, not {type(x).__name__}")
-
-
-def _check_taps(taps: Tensor, x: Tensor) -> None:
-    _check_tensor("taps", taps)
-    if taps.dim() != 2 or taps.shape[1] < 1:
-        raise ValueError(f"taps is {tuple(taps.shape)}: need (D, n_taps)")
-    if taps.dtype not in (torch.float32, torch.float64) or taps.device != x.device:
-        raise ValueError(
-            f"taps is {taps.dtype} on {taps.device}; the inputs, on {x.device}, need float32 there"
-        )
-
-
-def _check_system(system: AnySystem, x: Tensor) -> None:
-    _refuse_module("system", system)
-    if not isinstance(system, AnySystem):
-        raise ValueError(
-            f"system must be a DiagonalSystem or the like, not {type(system).__name__}"
-        )
-    skip = _system(system).skip
-    if skip.device != x.device:
-        raise ValueError(f"system is on {skip.device}, the inputs are on {x.device}")
-
-
-def _check_complex(name: str, state: Tensor | None, x: Tensor) -> None:
-    if state is None:
-        return
-    _check_tensor(name, state)
-    if not state.is_complex() or state.device != x.device:
-        raise ValueError(
-            f"{name} is {state.dtype} on {state.device}; the inputs, on {x.device}, need complex "
-            "numbers there"
-        )
-
-
-def _check_like(name: str, x: Tensor, **others: Tensor) -> None:
-    _check_tensor(name, x)
-    if x.dim() != 3:
-        raise ValueError(f"{name} must be (B, D, L), got {tuple(x.shape)}")
-    if x.dtype not in FLOATS:
-        raise ValueError(f"{name} is {x.dtype}; use float32, bfloat16, float16 or float64")
-    for other, y in others.items():
-        _check_tensor(other, y)
-        if y.shape != x.shape or y.dtype != x.dtype or y.device != x.device:
-            raise ValueError(
-                f"{other} is {tuple(y.shape)} {y.dtype} on {y.device}, "
-                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}: they must agree"
-            )
-
-
-def _check_heads(
-    k: Tensor, taps: Tensor, system: DiagonalSystem | ChunkOperators, head_dim: int
-) -> None:
-    _check_taps(taps, k)
-    _check_system(system, k)
-    if not isinstance(_system(system), DiagonalSystem):
-        raise ValueError(f"an H3 core has diagonal systems, not a {type(system).__name__}")
-    D, H = k.shape[1], _system(system).num_systems
-    if taps.shape[0] != D:
-        raise ValueError(f"taps is {tuple(taps.shape)}, k has {D} channels: need ({D}, n_taps)")
-    if head_dim < 1 or head_dim * H != D:
-        raise ValueError(
-            f"head_dim={head_dim} times {H} systems must be the {D} channels of q, k, v"
-        )
-
-
-def _check_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Number of sequences with a state of their own."""
-    if cu_seqlens is None:
-        return x.shape[0]
-    _check_tensor("cu_seqlens", cu_seqlens)
-    if x.shape[0] != 1:
-        raise ValueError(f"cu_seqlens packs sequences in one row, the batch has {x.shape[0]}")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype.is_floating_point:
-        raise ValueError(
-            f"cu_seqlens must be at least two integers, got {tuple(cu_seqlens.shape)} "
-            f"{cu_seqlens.dtype}"
-        )
-    if not (torch.compiler.is_compiling() or _is_capturing(cu_seqlens)):
-        bounds = cu_seqlens.tolist()
-        increasing = all(b > a for a, b in pairwise(bounds))
-        if bounds[0] != 0 or bounds[-1] != x.shape[-1] or not increasing:
-            raise ValueError(
-                f"cu_seqlens must increase from 0 to the length {x.shape[-1]}, got {bounds}"
-            )
-    return len(cu_seqlens) - 1
-
-
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _check_h3_state(
-    state: H3State | None,
-    rows: int,
-    k: Tensor,
-    taps: Tensor,
-    system: DiagonalSystem | ChunkOperators,
-    head_dim: int,
-) -> None:
-    if state is None:
-        return
-    if not isinstance(state, H3State):
-        raise ValueError(f"initial_state must be an H3State, not {type(state).__name__}")
-    _check_tensor("initial_state.shift", state.shift)
-    _check_complex("initial_state.diagonal", state.diagonal, k)
-    shift = (rows, k.shape[1], taps.shape[1] - 1)
-    diagonal = diagonal_shape(rows, k.shape[1] // head_dim, head_dim, _system(system).num_modes)
-    if state.shift.shape != shift or state.diagonal.shape != diagonal:
-        raise ValueError(
-            f"initial_state has shift {tuple(state.shift.shape)} and diagonal "
-            f"{tuple(state.diagonal.shape)}; this call needs {shift} and {diagonal}"
-        )

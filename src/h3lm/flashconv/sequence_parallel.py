@@ -28,6 +28,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from h3lm.flashconv import op
+from h3lm.flashconv.checks import AnySystem
 from h3lm.flashconv.state import H3State
 from h3lm.ssm.dplr import DPLRSystem
 from h3lm.ssm.operators import ChunkOperators, DiagonalSystem
@@ -110,7 +111,7 @@ def h3_core(
 @torch.compiler.disable
 def ssm_conv(
     u: Tensor,
-    system: "op.AnySystem",
+    system: AnySystem,
     *,
     process_group: ProcessGroup,
     pre_gate: Tensor | None,
@@ -120,7 +121,11 @@ def ssm_conv(
     method: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """`flashconv.ssm_conv` of this process's slice; see there. The state is always made."""
+    """`flashconv.ssm_conv` of this process's slice; see there. The state is always made.
+
+    Raises:
+        ValueError: if the system is not diagonal.
+    """
     slice_ = _Slice.of(u.shape[-1], cu_seqlens, process_group)
     slice_.check_start(initial_state)
     modes = system if isinstance(system, DiagonalSystem | DPLRSystem) else system.system

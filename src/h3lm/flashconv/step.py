@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from h3lm.flashconv import lagging, library
+from h3lm.flashconv.checks import check_h3_state, check_heads, check_like
 from h3lm.flashconv.dispatch import KERNELS, Problem, announce, capability, choose
 from h3lm.flashconv.state import H3State, as_real_pairs, from_real_pairs
 from h3lm.ssm.operators import DiagonalSystem
@@ -135,7 +136,7 @@ def h3_step_in_place(
     old = H3State(unrolled(state.ring, state.position), from_real_pairs(state.diagonal))
     a, b, c = (from_real_pairs(z) for z in (operators.a, operators.b, operators.c))
     system = DiagonalSystem(a, b, c, operators.skip)
-    o, new = h3_step(q, k, v, operators.taps, system, old, head_dim=head_dim)
+    o, new = _step(q, k, v, operators.taps, system, old, head_dim)
     slot = (state.position % state.ring.shape[2])[:, None, None].expand(*k.shape, 1)
     state.ring.scatter_(2, slot, k[..., None].to(state.ring.dtype))
     state.diagonal.copy_(as_real_pairs(new.diagonal))
@@ -189,7 +190,28 @@ def h3_step(
 
     Returns:
         `o`, (B, D) in the dtype of q, and the state after this position.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not belong together, or there is no state
+            (`zero_state` makes the first).
     """
+    check_like("q", q, {"k": k, "v": v}, "(B, D)")
+    check_heads(k, taps, system, head_dim)
+    if state is None:
+        raise ValueError("a step needs a state; zero_state makes the one before anything was seen")
+    check_h3_state(state, len(k), k, taps, system, head_dim)
+    return _step(q, k, v, taps, system, state, head_dim)
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    taps: Tensor,
+    system: DiagonalSystem,
+    state: H3State,
+    head_dim: int,
+) -> tuple[Tensor, H3State]:
     with torch.autocast(q.device.type, enabled=False):
         wide = system.skip.dtype
         B, D = q.shape

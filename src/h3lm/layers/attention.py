@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from h3lm.layers.step import attend_step, has_kernels
+from h3lm.layers.unpad import check_mask
 
 ROTARY_BASE = 10000.0
 Rotation = tuple[Tensor, Tensor]  # cosine and sine, (B, 1, L, rotary_dim / 2)
@@ -78,9 +79,13 @@ class CausalAttention(nn.Module):
         """Mix positions; arguments as in `H3.forward`.
 
         Rotary positions count unmasked positions, and start anew in each packed sequence.
-        A state in front of packed sequences is not supported.
+
+        Raises:
+            ValueError: if packed sequences come with a state or a mask, or a mask is not (B, L).
         """
         B, L, _ = u.shape
+        if mask is not None:
+            check_mask(mask.shape, B, L)
         valid = u.new_ones(B, L, dtype=torch.bool) if mask is None else mask.bool()
         bias: Tensor | None = None
         if cu_seqlens is not None:

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from h3lm.layers.unpad import check_mask
+
 EPSILON = 1e-6
 CHUNK_LENGTH = 64
 Form = Literal["chunks", "sums", "recurrence"]
@@ -66,10 +68,12 @@ class LinearAttention(nn.Module):
         """Mix positions; arguments as in `H3.forward`.
 
         Raises:
-            ValueError: if both `mask` and `cu_seqlens` are given.
+            ValueError: if both `mask` and `cu_seqlens` are given, or a mask is not (B, L).
         """
         if mask is not None and cu_seqlens is not None:
             raise ValueError("give mask or cu_seqlens, not both")
+        if mask is not None:
+            check_mask(mask.shape, *u.shape[:2])
         with torch.autocast(u.device.type, enabled=False):
             q, k, v = (
                 x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)

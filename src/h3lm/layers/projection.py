@@ -36,7 +36,7 @@ def project_channel_first(linear: nn.Module, u: Tensor) -> Tensor:
     y = weight @ rows.T
     if bias is not None:
         y = y + bias.to(y.dtype)[:, None]
-    return y.view(-1, B, L).transpose(0, 1)
+    return y.view(len(y), B, L).transpose(0, 1)
 
 
 def bias_as_input(

@@ -10,6 +10,16 @@ from torch.nn import functional as F
 State = TypeVar("State", bound=tuple[Tensor, ...])
 
 
+def check_mask(shape: torch.Size, rows: int, length: int) -> None:
+    """Refuse a mask of another shape.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    if shape != (rows, length):
+        raise ValueError(f"mask is {tuple(shape)}, the input has {rows} rows of {length} positions")
+
+
 class Unpadded:
     """The unmasked positions of a batch as sequences packed in one row.
 
@@ -44,7 +54,12 @@ class Unpadded:
 
         Returns:
             The output (B, D, L), zero at masked positions, and the new state.
+
+        Raises:
+            ValueError: if the mask is not of these inputs.
         """
+        for x in inputs:
+            check_mask(self.shape, x.shape[0], x.shape[2])
         if not len(self._rows):
             return torch.zeros_like(inputs[0]), state
         output, new = op(

@@ -94,6 +94,12 @@ class H3Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_sizes(self) -> None:
+        for name in ("vocab_size", "hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("num_hidden_layers", "intermediate_size", "num_learned_positions"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.num_attention_heads < 1:
             raise ValueError(f"num_attention_heads={self.num_attention_heads} must be positive")
         if self.hidden_size % self.num_attention_heads and "attention" in self.mixers:

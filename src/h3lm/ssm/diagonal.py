@@ -38,13 +38,34 @@ def discretize(
     Raises:
         ValueError: if `rule` is unknown.
     """
+    check_rule(rule)
     z = dt[:, None] * A
     if rule == "bilinear":
         denominator = 1 - z / 2
         return (1 + z / 2) / denominator, dt[:, None] * B / denominator
-    if rule == "zoh":
-        return torch.exp(z), B * torch.expm1(z) / A
-    raise ValueError(f"discretization={rule!r} is not one of {', '.join(DISCRETIZATIONS)}")
+    return torch.exp(z), B * torch.expm1(z) / A
+
+
+def check_rule(rule: str) -> None:
+    """Refuse an unknown discretisation.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if rule not in DISCRETIZATIONS:
+        raise ValueError(f"discretization={rule!r} is not one of {', '.join(DISCRETIZATIONS)}")
+
+
+def check_start(num_systems: int, dt_min: float, dt_max: float) -> None:
+    """Refuse what no systems can be drawn with.
+
+    Raises:
+        ValueError: if there are no systems, or step sizes have no range.
+    """
+    if num_systems < 1:
+        raise ValueError(f"num_systems={num_systems} must be positive")
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(f"need 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
 
 
 def _discretized(
@@ -104,12 +125,8 @@ class DiagonalSSM(SSMModule):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if discretization not in DISCRETIZATIONS:
-            raise ValueError(
-                f"discretization={discretization!r} is not one of {', '.join(DISCRETIZATIONS)}"
-            )
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"need 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
+        check_rule(discretization)
+        check_start(num_systems, dt_min, dt_max)
         self.num_systems, self.d_state = num_systems, d_state
         self.init = init
         self.discretization = discretization

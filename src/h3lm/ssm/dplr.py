@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from h3lm.ssm.diagonal import check_start
 from h3lm.ssm.fused_filters import can_fuse, fused_filters
 from h3lm.ssm.hints import SSM_HINT, ParameterHint, SSMModule
 from h3lm.ssm.hippo import legs_normal_plus_low_rank
@@ -337,8 +338,7 @@ class DPLRSSM(SSMModule):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"need 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
+        check_start(num_systems, dt_min, dt_max)
         self.num_systems, self.d_state = num_systems, d_state
         self.dt_min, self.dt_max = dt_min, dt_max
         half = len(legs_normal_plus_low_rank(d_state).B)

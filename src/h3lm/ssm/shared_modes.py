@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from h3lm.ssm import real_modes
-from h3lm.ssm.diagonal import DISCRETIZATIONS, discretize
+from h3lm.ssm.diagonal import check_rule, check_start, discretize
 from h3lm.ssm.hints import SSM_HINT, ParameterHint, SSMModule
 from h3lm.ssm.hippo import diagonal_eigenvalues
 from h3lm.ssm.operators import DiagonalSystem
@@ -58,12 +58,8 @@ class TiedDiagonalSSM(SSMModule):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if discretization not in DISCRETIZATIONS:
-            raise ValueError(
-                f"discretization={discretization!r} is not one of {', '.join(DISCRETIZATIONS)}"
-            )
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"need 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
+        check_rule(discretization)
+        check_start(num_systems, dt_min, dt_max)
         self.num_systems, self.d_state = num_systems, d_state
         self.init = init
         self.discretization = discretization

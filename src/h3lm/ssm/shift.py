@@ -47,8 +47,8 @@ class ShiftSSM(SSMModule):
         self, d_model: int, d_state: int = 64, *, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        if d_state < 1:
-            raise ValueError(f"d_state={d_state} must be positive")
+        if d_model < 1 or d_state < 1:
+            raise ValueError(f"d_model={d_model} and d_state={d_state} must be positive")
         self.d_model, self.d_state = d_model, d_state
 
         def empty(*shape: int) -> nn.Parameter:
