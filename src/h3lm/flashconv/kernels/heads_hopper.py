@@ -9,8 +9,8 @@ the whole walk:
 A thread makes the w that it multiplies, and the state that a product leaves is a left operand as it
 lies. Columns are ordered so that a thread has 16 times side by side, and rows so that of the sum
 over i two lie in a thread and the rest in the lanes beside it. While the new state is made, y is
-read out: of bfloat16 inputs, products and sums of two in bfloat16, as y leaves plain PyTorch that
-rounds each step; the sum of these in float32. Inputs arrive two chunks at a time: a span.
+read out: of bfloat16 inputs in bfloat16, as y leaves plain PyTorch that rounds each step, two times
+to an instruction. Inputs arrive two chunks at a time: a span.
 
 Whole chunks of rows only; the rest, and the backward pass, are plain Triton's.
 """
@@ -158,11 +158,31 @@ def read_out(y, q_tile, HALF: gl.constexpr):
         y_0, y_1 = halves_of_keys(y)
         gate_0, gate_1 = halves_of_keys(gate)
         y = rounded_products(y_0, y_1, gate_0, gate_1)
-        y = widened(gl.convert_layout(y, SPREAD))
+        y = rounded_sum(gl.convert_layout(y, SPREAD))
     else:
         y = gl.sum(gl.reshape(y * gate.to(gl.float32), [HEAD_DIM, 2, 4, T]), 1)
-        y = gl.convert_layout(y, SPREAD)
-    return gl.sum(y, 1).to(dtype)
+        y = gl.sum(gl.convert_layout(y, SPREAD), 1).to(dtype)
+    return y
+
+
+@gluon.jit
+def rounded_sum(y):
+    """The sum over four i in bfloat16, [j, time]."""
+    y_01, y_23 = gl.split(gl.permute(gl.reshape(y, [HEAD_DIM, 2, 2, T]), (0, 2, 3, 1)))
+    y_0, y_1 = gl.split(gl.permute(y_01, (0, 2, 1)))
+    y_2, y_3 = gl.split(gl.permute(y_23, (0, 2, 1)))
+    y = gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, b;
+        add.rn.bf16x2 a, $1, $2;
+        add.rn.bf16x2 b, $3, $4;
+        add.rn.bf16x2 $0, a, b;
+        }
+        """,
+        "=r,r,r,r,r", [y_0, y_1, y_2, y_3], gl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+    return place(y, OUTPUT)
 
 
 @gluon.jit
@@ -188,15 +208,6 @@ def rounded_products(y_0, y_1, gate_0, gate_1):
         }
         """,
         "=r,r,r,r,r,r,r", [y_0, y_1, gate_0, gate_1], gl.bfloat16, is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@gluon.jit
-def widened(x):
-    """Bfloat16 as float32, with one operation for each of the two that lie in a word."""
-    return gl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-        "=r,=r,r", [x], gl.float32, is_pure=True, pack=2,
     )  # fmt: skip
 
 
