@@ -152,6 +152,21 @@ def test_triton_kernels_with_heads_of_several_channels(
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("decay", [None, HARDLY], ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "L"),
+    [(1, 2048), (8, 2048)]
+    + [pytest.param(*case, marks=pytest.mark.gpu) for case in ((1, 8192), (2, 8192), (8, 8192))],
+)
+def test_float32_states_of_long_rows(head_dim: int, L: int, decay: float | None) -> None:
+    # one rounding of the decay would count once for each chunk
+    D = 16 if GPU else 1
+    leaves = _leaves(1, D * head_dim, L, 32, 64, torch.float32, True, head_dim, decay=decay)
+    _check(by_kernel("triton", True, head_dim), leaves, True, head_dim)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 @pytest.mark.parametrize(("L", "modes", "n_taps"), [(128, 8, 17), (200, 32, 64)])
 def test_triton_kernels_in_half_precision(L: int, modes: int, n_taps: int) -> None:
     leaves = _leaves(2, 1, L, modes, n_taps, torch.float16, True)

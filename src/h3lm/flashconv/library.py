@@ -134,7 +134,7 @@ def _run(
         if state is not None:
             start = as_real_pairs(state.diagonal.to(torch.complex64)).contiguous()
             start = start.flatten(1, -3)
-        matrices = _kernel_matrices(operators, start)
+        matrices = _kernel_matrices(operators, start, k.dtype)
         bounds = None if cu_seqlens is None else cu_seqlens.int().contiguous()
         others = (filters, *matrices[:4], carry, matrices[4], bounds)
         inputs = (q, k, v, *others)
@@ -149,8 +149,8 @@ def _run(
 
 
 def kernel_operators(operators: ChunkOperators) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """F, M, K, P and decay as `h3_core_fwd` takes them."""
-    M, K, P, decay, _ = _kernel_matrices(operators, None)
+    """F, M, K, P and decay as `h3_core_fwd` takes them for half inputs."""
+    M, K, P, decay, _ = _kernel_matrices(operators, None, torch.bfloat16)
     return _filter_blocks(operators), M, K, P, decay
 
 
@@ -180,12 +180,19 @@ def _filter_carry(history: Tensor, filters: Tensor) -> Tensor:
 
 
 def _kernel_matrices(
-    operators: ChunkOperators, start: Tensor | None
+    operators: ChunkOperators, start: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """M, K, P, decay and the start state, with modes filled up to a power of two."""
+    """M, K, P, decay and the start state, with modes filled up to a power of two.
+
+    For float32 inputs the decay is float64: rounded, it would be wrong by as much in every chunk.
+    """
     modes = operators.num_modes
     M, K, P = (x.contiguous() for x in (operators.M, operators.K, operators.P))
-    decay = as_real_pairs(operators.decay.to(torch.complex64)).contiguous()
+    if dtype == torch.float32:
+        chunk = torch.full((1,), operators.chunk_length, device=M.device)
+        decay = as_real_pairs(operators.system.powers(chunk)[..., 0]).contiguous()
+    else:
+        decay = as_real_pairs(operators.decay.to(torch.complex64)).contiguous()
     target = max(MIN_STATES, 1 << (2 * modes - 1).bit_length()) // 2
     if missing := target - modes:
         K = F.pad(K.unflatten(1, (2, modes)), (0, 0, 0, missing)).flatten(1, 2)

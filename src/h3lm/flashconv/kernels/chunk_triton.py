@@ -197,8 +197,8 @@ def forward_kernel(
     modes = tl.arange(0, N // 2)
     decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
-    chunk_re = decay_re[:, None]
-    chunk_im = decay_im[:, None]
+    chunk_re = decay_re.to(tl.float32)[:, None]
+    chunk_im = decay_im.to(tl.float32)[:, None]
     if EARLY:
         source, _, begin, _, _ = span_of(first_row, B, L, total, segments, bounds, SEGMENTED)
         k_tile = tl.load(
@@ -370,8 +370,8 @@ def backward_kernel(
     modes = tl.arange(0, N // 2)
     decay_re, decay_im = load_complex(decay + channel * N, modes, None)
     group_re, group_im = power8(decay_re, decay_im)
-    chunk_re = decay_re[:, None]
-    chunk_im = decay_im[:, None]
+    chunk_re = decay_re.to(tl.float32)[:, None]
+    chunk_im = decay_im.to(tl.float32)[:, None]
     sum_M = tl.zeros([T, T], tl.float32)
     sum_K = tl.zeros([N, T], tl.float32)
     sum_P = tl.zeros([T, N], tl.float32)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from h3lm.flashconv.kernels.launch import CHUNK_LENGTH, multiprocessors, product_precision, strides
+from h3lm.flashconv.kernels.overlap import can_overlap, let_next_start
 from h3lm.flashconv.kernels.tile import T, add_product
 
 C = tl.constexpr(64)
@@ -78,19 +79,27 @@ def load_chunks(base, position, length, EVEN: tl.constexpr):
         return tl.load(base + position, (position >= 0) & (position < length), 0.0)
 
 
+@triton.jit
+def load_toeplitz(F, lag, dtype: tl.constexpr):
+    """A Toeplitz block [T, T], or its transpose, from its first and last row: 512 bytes of 16 K."""
+    return tl.load(F + tl.where(lag < 0, -lag, T * T - 1 - lag)).to(dtype)
+
+
 @triton.jit(do_not_specialize=["tiles", "count", "per_row"])
 def filter_kernel(
     k, s, F, carry, bounds, sequence, k_row, k_channel, D, total, tiles, count, per_row,
-    BLOCKS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """S for some tiles of a channel; `carry` is added to the first chunks of each sequence."""
+    let_next_start(EARLY)
     channel = tl.program_id(0) % D
+    dtype: tl.constexpr = k.dtype.element_ty
     i = tl.arange(0, T)
-    square = i[:, None] * T + i[None, :]
-    F_at = F + channel * (BLOCKS * T * T) + square
-    F0 = tl.trans(tl.load(F_at))
-    F1 = tl.trans(tl.load(F_at + T * T))
-    F2 = tl.trans(tl.load(F_at + 2 * T * T)) if BLOCKS > 2 else F1
+    lag = i[None, :] - i[:, None]  # of transposed blocks
+    F += channel * (BLOCKS * T * T)
+    F0 = load_toeplitz(F, lag, dtype)
+    F1 = load_toeplitz(F + T * T, lag, dtype)
+    F2 = load_toeplitz(F + 2 * T * T, lag, dtype) if BLOCKS > 2 else F1
     for tile in range(tl.program_id(0) // D * tiles, (tl.program_id(0) // D + 1) * tiles):
         number = tile * C + tl.arange(0, C)
         row, owner, chunk, begin, length = spans_of(number, bounds, sequence, total, count, per_row)
@@ -179,7 +188,7 @@ def forward(
 
     Args:
         k: (B, D, L), positions contiguous.
-        filters: F, (D, 2 or 3, T, T).
+        filters: F, (D, 2 or 3, T, T), Toeplitz matrices; they are rounded to the dtype of k.
         carry: What earlier inputs add to the first chunks, (B or sequences, D, (blocks - 1) T).
         bounds: Where packed sequences begin and end, (sequences + 1,), int32; then B is 1.
     """
@@ -188,10 +197,10 @@ def forward(
     chunks = Chunks.of(B, L, bounds)
     each, programs = _tiles(chunks, D, 8 * multiprocessors(k.device))
     filter_kernel[(D * programs,)](
-        k, s, filters.to(k.dtype), carry, bounds, chunks.sequence, *strides(k),
+        k, s, filters, carry, bounds, chunks.sequence, *strides(k),
         D, L, each, chunks.count, chunks.per_row,
         BLOCKS=filters.shape[1], EVEN=_is_even(chunks, L, each, programs),
-        PRECISION=product_precision(k.dtype), **FORWARD,
+        PRECISION=product_precision(k.dtype), EARLY=can_overlap(k.device), **FORWARD,
     )  # fmt: skip
     return s
 

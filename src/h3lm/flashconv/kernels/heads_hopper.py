@@ -9,7 +9,8 @@ the whole walk:
 A thread makes the w that it multiplies, and the state that a product leaves is a left operand as it
 lies. Columns are ordered so that a thread has 16 times side by side, and rows so that of the sum
 over i two lie in a thread and the rest in the lanes beside it. While the new state is made, y is
-read out. Inputs arrive two chunks at a time: a span.
+read out: of bfloat16 inputs, products and sums of two in bfloat16, as y leaves plain PyTorch that
+rounds each step; the sum of these in float32. Inputs arrive two chunks at a time: a span.
 
 Whole chunks of rows only; the rest, and the backward pass, are plain Triton's.
 """
@@ -28,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from h3lm.flashconv.kernels import filter_triton, heads_triton
 from h3lm.flashconv.kernels.chunk_hopper import unknown
 from h3lm.flashconv.kernels.launch import Operators, multiprocessors, strides
+from h3lm.flashconv.kernels.overlap import can_overlap, wait_for_inputs
 from h3lm.flashconv.kernels.tile import T, place
 
 HEAD_DIM = gl.constexpr(8)
@@ -44,7 +46,6 @@ PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT, k_width=2))
 # channels of a head [8, time]: what a warp reads at once lies in different banks
 CHANNELS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0]))
-CHANNEL_WORDS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, order=[1, 0]))
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 # [j, i, time] of a product, in the order of its registers and lanes
 PAIRED = gl.constexpr(
@@ -58,16 +59,6 @@ PAIRED = gl.constexpr(
 )
 KEYS = gl.constexpr(gl.SliceLayout(0, PAIRED))
 VALUES = gl.constexpr(gl.SliceLayout(1, PAIRED))
-# KEYS, two times to a word
-KEY_WORDS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[4, 0], [0, 1], [0, 2], [0, 4]],
-        [[0, 8], [0, 16], [1, 0], [2, 0], [0, 0]],
-        [[0, 0], [0, 0]],
-        [],
-        [8, 32],
-    )
-)
 # [j, i % 4, time]: what is left of the sum over i lies in a thread, times go to the lanes
 SPREAD = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -156,56 +147,97 @@ def form_products(s_tile, v_tile, HALF: gl.constexpr):
 
 
 @gluon.jit
-def load_gate(q_tile, HALF: gl.constexpr):
-    """Q [i, time] of a chunk of a span in float32, where a product of its pairs lies."""
-    if q_tile.dtype == gl.bfloat16:  # one operation for each of the two that lie in a word
-        words = q_tile._reinterpret(gl.uint32, [HEAD_DIM, SPAN // 2], CHANNEL_WORDS)
-        words = words.slice(HALF * (T // 2), T // 2, 1).load(KEY_WORDS)
-        first = (words << 16).to(gl.float32, bitcast=True)
-        second = (words & 0xFFFF0000).to(gl.float32, bitcast=True)
-        return place(gl.reshape(gl.join(first, second), [HEAD_DIM, T]), KEYS)
-    else:
-        return q_tile.slice(HALF * T, T, 1).load(KEYS).to(gl.float32)
-
-
-@gluon.jit
-def read_out(y, gate):
-    """The sum over i of q_i y_ij, [j, time], of y [pairs, T] and q [i, time]."""
+def read_out(y, q_tile, HALF: gl.constexpr):
+    """The sum over i of q_i y_ij, [j, time], of y [pairs, T] and a chunk of a span of q."""
+    dtype: gl.constexpr = q_tile.dtype
     y = gl.permute(gl.reshape(y, [4, 2, 2, 4, 8, 4, 2]), (0, 2, 1, 3, 5, 4, 6))
-    y = place(gl.reshape(y, [HEAD_DIM, HEAD_DIM, T]), PAIRED) * gl.expand_dims(gate, 0)
-    y = gl.sum(gl.reshape(y, [HEAD_DIM, 2, 4, T]), 1)
-    return gl.sum(gl.convert_layout(y, SPREAD), 1)
+    y = place(gl.reshape(y, [HEAD_DIM, HEAD_DIM, T]), PAIRED)
+    gate = gl.expand_dims(q_tile.slice(HALF * T, T, 1).load(KEYS), 0)
+    if dtype == gl.bfloat16:  # float16 has not the range for y
+        gate, _ = gl.broadcast(gate, y)
+        y_0, y_1 = halves_of_keys(y)
+        gate_0, gate_1 = halves_of_keys(gate)
+        y = rounded_products(y_0, y_1, gate_0, gate_1)
+        y = widened(gl.convert_layout(y, SPREAD))
+    else:
+        y = gl.sum(gl.reshape(y * gate.to(gl.float32), [HEAD_DIM, 2, 4, T]), 1)
+        y = gl.convert_layout(y, SPREAD)
+    return gl.sum(y, 1).to(dtype)
 
 
 @gluon.jit
-def copy_span(
-    tile, pointer, row, head, span, L, row_stride, channel_stride, EVEN: gl.constexpr
-):  # fmt: skip
-    """Start the copy of a span of a head, [channel, time]; what lies behind the row becomes 0."""
+def halves_of_keys(x):
+    """[j, i, time] with i below 4, and the rest."""
+    return gl.split(gl.permute(gl.reshape(x, [HEAD_DIM, 2, 4, T]), (0, 2, 3, 1)))
+
+
+@gluon.jit
+def rounded_products(y_0, y_1, gate_0, gate_1):
+    """Sums of two products in bfloat16, two times to an instruction.
+
+    y is rounded, as it is where each step leaves bfloat16.
+    """
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, b;
+        cvt.rn.bf16x2.f32 a, $2, $1;
+        cvt.rn.bf16x2.f32 b, $4, $3;
+        mul.rn.bf16x2 a, a, $5;
+        fma.rn.bf16x2 $0, b, $6, a;
+        }
+        """,
+        "=r,r,r,r,r,r,r", [y_0, y_1, gate_0, gate_1], gl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def widened(x):
+    """Bfloat16 as float32, with one operation for each of the two that lie in a word."""
+    return gl.inline_asm_elementwise(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+        "=r,=r,r", [x], gl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def span_pointers(pointer, row, head, row_stride, channel_stride):
+    """The first span of a row of a head, [channel, time]."""
     channel = gl.arange(0, HEAD_DIM, gl.SliceLayout(1, COPY))[:, None]
     time = gl.arange(0, SPAN, gl.SliceLayout(0, COPY))[None, :]
     base = row.to(gl.int64) * row_stride + (head * HEAD_DIM).to(gl.int64) * channel_stride
-    at = pointer + (base + span * SPAN) + (channel * channel_stride + time)
+    return pointer + base + (channel * channel_stride + time)
+
+
+@gluon.jit
+def copy_span(tile, at, left, EVEN: gl.constexpr):
+    """Start the copy of a span [channel, time]; what lies behind the row becomes 0."""
     if EVEN:
         async_copy.async_copy_global_to_shared(tile, at)
     else:
-        mask = (time < L - span * SPAN) & (channel >= 0)
-        async_copy.async_copy_global_to_shared(tile, at, mask=mask)
+        channel = gl.arange(0, HEAD_DIM, gl.SliceLayout(1, COPY))[:, None]
+        time = gl.arange(0, SPAN, gl.SliceLayout(0, COPY))[None, :]
+        async_copy.async_copy_global_to_shared(tile, at, mask=(time < left) & (channel >= 0))
 
 
 @gluon.jit
 def copy_next(
-    q, s, v, q_tile, s_tile, v_tile, row, behind, head, span, spans, L,
-    q_row, q_channel, s_row, s_channel, v_row, v_channel, EVEN: gl.constexpr,
+    q_at, s_at, v_at, q_tile, s_tile, v_tile, here, span, spans, L, q_row, s_row, v_row,
+    EVEN: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of a span, if there is one; returns row and number of the one behind it."""
-    if row < behind:
-        copy_span(s_tile, s, row, head, span, L, s_row, s_channel, EVEN)
-        copy_span(v_tile, v, row, head, span, L, v_row, v_channel, EVEN)
-        copy_span(q_tile, q, row, head, span, L, q_row, q_channel, EVEN)
+    """Start the copies of a span, if it is here; returns the place and number of the next one."""
+    if here:
+        left = L - span * SPAN
+        copy_span(s_tile, s_at, left, EVEN)
+        copy_span(v_tile, v_at, left, EVEN)
+        copy_span(q_tile, q_at, left, EVEN)
     async_copy.commit_group()
     last = span + 1 == spans
-    return gl.where(last, row + 1, row), gl.where(last, 0, span + 1)
+    back = span * SPAN
+    q_at += gl.where(last, q_row - back, SPAN)
+    s_at += gl.where(last, s_row - back, SPAN)
+    v_at += gl.where(last, v_row - back, SPAN)
+    return q_at, s_at, v_at, gl.where(last, 0, span + 1)
 
 
 @gluon.jit
@@ -222,18 +254,19 @@ def next_chunk(
     w = form_products(s_tile, v_tile, HALF)
     x_left = as_left(x, dtype)
     if not EVEN and HALF == 1:
-        decay_re = gl.where(here, decay_re, 1.0)
-        decay_im = gl.where(here, decay_im, 0.0)
-    x = turned(x, decay_re, decay_im)
+        if here:
+            x = turned(x, decay_re, decay_im)
+    else:
+        x = turned(x, decay_re, decay_im)
     y = warpgroup_mma(w, M_h.permute((1, 0)), zero, use_acc=False, is_async=True)
     y = warpgroup_mma(x_left, P_h.permute((1, 0)), y, is_async=True)
     x = warpgroup_mma(w, K_h.permute((1, 0)), x, is_async=True)
     y, x_left = warpgroup_mma_wait(1, deps=[y, x_left])
-    out = read_out(y, load_gate(q_tile, HALF))
+    out = read_out(y, q_tile, HALF)
     if EVEN:
-        gl.store(o_span + HALF * T, out.to(dtype))
+        gl.store(o_span + HALF * T, out)
     else:
-        gl.store(o_span + HALF * T, out.to(dtype), here)
+        gl.store(o_span + HALF * T, out, here)
     x, w = warpgroup_mma_wait(0, deps=[x, w])
     return x
 
@@ -242,26 +275,19 @@ def next_chunk(
 def forward_kernel(
     q, s, v, o, M, K, P, decay, start, end,
     q_row, q_channel, s_row, s_channel, v_row, v_channel, B, H, L, rows,
-    EVEN: gl.constexpr,
+    EVEN: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """Outputs of `rows` rows of a head; o is contiguous."""
+    """Outputs of `rows` rows of a head; o is contiguous. EARLY: s may still be in the making."""
     dtype: gl.constexpr = s.dtype.element_ty
     head = gl.program_id(0) % H
     first_row = gl.program_id(0) // H * rows
     behind = gl.minimum(first_row + rows, B)
     chunks = L // T
     spans = (chunks + 1) // 2
+    total = (behind - first_row) * spans
     q_tiles = gl.allocate_shared_memory(dtype, [STAGES, HEAD_DIM, SPAN], CHANNELS)
     s_tiles = gl.allocate_shared_memory(dtype, [STAGES, HEAD_DIM, SPAN], CHANNELS)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, HEAD_DIM, SPAN], CHANNELS)
-    next_row = first_row
-    next_span = 0
-    for n in gl.static_range(STAGES - 1):
-        next_row, next_span = copy_next(
-            q, s, v, q_tiles.index(n), s_tiles.index(n), v_tiles.index(n),
-            next_row, behind, head, next_span, spans, L,
-            q_row, q_channel, s_row, s_channel, v_row, v_channel, EVEN,
-        )  # fmt: skip
     # operators, columns and rows in the order of their products
     M_h = gl.allocate_shared_memory(dtype, [T, T], SQUARE)
     P_h = gl.allocate_shared_memory(dtype, [T, N], SQUARE)
@@ -282,6 +308,16 @@ def forward_kernel(
     fence_async_shared()
     gl.thread_barrier()
 
+    wait_for_inputs(0, EARLY)
+    q_at = span_pointers(q, first_row, head, q_row, q_channel)
+    s_at = span_pointers(s, first_row, head, s_row, s_channel)
+    v_at = span_pointers(v, first_row, head, v_row, v_channel)
+    ahead = 0
+    for n in gl.static_range(STAGES - 1):
+        q_at, s_at, v_at, ahead = copy_next(
+            q_at, s_at, v_at, q_tiles.index(n), s_tiles.index(n), v_tiles.index(n),
+            n < total, ahead, spans, L, q_row, s_row, v_row, EVEN,
+        )  # fmt: skip
     step = 0
     for n in range(behind - first_row):
         member = (first_row + n).to(gl.int64) * H + head
@@ -292,17 +328,17 @@ def forward_kernel(
         for span in range(spans):
             async_copy.wait_group(STAGES - 2)
             gl.thread_barrier()  # all have read what is overwritten
-            free = (step + STAGES - 1) % STAGES
-            next_row, next_span = copy_next(
-                q, s, v, q_tiles.index(free), s_tiles.index(free), v_tiles.index(free),
-                next_row, behind, head, next_span, spans, L,
-                q_row, q_channel, s_row, s_channel, v_row, v_channel, EVEN,
-            )  # fmt: skip
             stage = step % STAGES
             o_span = o + (member * HEAD_DIM * L + span * SPAN) + o_at
             x = next_chunk(
                 x, q_tiles.index(stage), s_tiles.index(stage), v_tiles.index(stage), o_span,
                 M_h, P_h, K_h, decay_re, decay_im, True, 0, EVEN,
+            )  # fmt: skip
+            # here, and not before the first chunk, it takes no registers from that
+            free = (step + STAGES - 1) % STAGES
+            q_at, s_at, v_at, ahead = copy_next(
+                q_at, s_at, v_at, q_tiles.index(free), s_tiles.index(free), v_tiles.index(free),
+                step + (STAGES - 1) < total, ahead, spans, L, q_row, s_row, v_row, EVEN,
             )  # fmt: skip
             x = next_chunk(
                 x, q_tiles.index(stage), s_tiles.index(stage), v_tiles.index(stage), o_span,
@@ -348,10 +384,11 @@ def forward(
         (B, D * HEAD_DIM.value, N.value // 2, 2) if with_end else (0,), dtype=torch.float32
     )
     _, M, K, P, decay = operators
+    early = operators.F is not None and can_overlap(k.device)  # operators are older than s
     forward_kernel[(H * -(-B // rows),)](
         q, s, v, o, M, K, P, decay, start, end if with_end else None,
         *strides(q), *strides(s), *strides(v), B, H, L, rows, EVEN=L % SPAN.value == 0,
-        **FORWARD,
+        EARLY=early, **FORWARD, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return o, end, k.new_empty(0, dtype=torch.float32)
 

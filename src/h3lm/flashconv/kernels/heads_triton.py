@@ -8,8 +8,8 @@ head. For chunk c, with s = taps * k from `filter_triton` and operators M, K, P 
 
 Here the pairs are the columns of a matrix product, [time or state, 64 pairs]: one head of 8
 channels, or heads of 4 or 2 of as many rows of the batch as fill it. The state is an accumulator
-that never leaves the registers; the decay multiplies it between two products. States lie in the
-order of `tile`.
+that never leaves the registers; the decay multiplies it between two products. It is in the dtype
+of the decay, float64 for float32 inputs: every chunk rounds it. States lie in the order of `tile`.
 
 Backwards there are two sweeps, and no state is kept for them. From left to right, with states made
 again, what the read-out needs, dy_ij = q_i do_j being the gradient of y:
@@ -157,6 +157,7 @@ def forward_kernel(
     """
     ROWS: tl.constexpr = PAIRS // (HEAD_DIM * HEAD_DIM)
     dtype: tl.constexpr = s.dtype.element_ty
+    state_type: tl.constexpr = decay.dtype.element_ty
     head = tl.program_id(0) % H
     i = tl.arange(0, T)[None, :]
     member = tl.arange(0, ROWS * HEAD_DIM)
@@ -185,9 +186,9 @@ def forward_kernel(
             covered = (pair_length + T - 1) // T if REVERSED else pair_length // T
         state_at, here = state_offsets(first, head, H, B, N, HEAD_DIM)
         if start is not None:
-            x = tl.load(start + state_at, here, 0.0)
+            x = tl.load(start + state_at, here, 0.0).to(state_type)
         else:
-            x = tl.zeros([N, PAIRS], tl.float32)
+            x = tl.zeros([N, PAIRS], state_type)
         for c in tl.range(0, last, num_stages=STAGES):
             if REVERSED:
                 position = (chunks - 1 - c)[:, None] * T + i
@@ -223,6 +224,7 @@ def left_to_right_kernel(
     """Gradients of q, P and the decay; each program writes its own sums of the latter two."""
     ROWS: tl.constexpr = PAIRS // (HEAD_DIM * HEAD_DIM)
     dtype: tl.constexpr = s.dtype.element_ty
+    state_type: tl.constexpr = decay.dtype.element_ty
     program = tl.program_id(0)
     head = program % H
     i = tl.arange(0, T)[None, :]
@@ -232,8 +234,8 @@ def left_to_right_kernel(
     K_h, P_h = load_state_operators(K, P, head, N)
     decay_re, decay_im = load_decay(decay, head, N)
     sum_P = tl.zeros([T, N], tl.float32)
-    sum_re = tl.zeros([N // 16, 8], tl.float32)
-    sum_im = tl.zeros([N // 16, 8], tl.float32)
+    sum_re = tl.zeros([N // 16, 8], state_type)
+    sum_im = tl.zeros([N // 16, 8], state_type)
 
     for group in range(groups):
         first = (program // H * groups + group) * ROWS
@@ -253,10 +255,10 @@ def left_to_right_kernel(
             covered = pair_length // T
         state_at, here = state_offsets(first, head, H, B, N, HEAD_DIM)
         if start is not None:
-            x = tl.load(start + state_at, here, 0.0)
+            x = tl.load(start + state_at, here, 0.0).to(state_type)
         else:
-            x = tl.zeros([N, PAIRS], tl.float32)
-        tangent = tl.zeros([N, PAIRS], tl.float32)
+            x = tl.zeros([N, PAIRS], state_type)
+        tangent = tl.zeros([N, PAIRS], state_type)
         for c in tl.range(0, last, num_stages=STAGES):
             position = c * T + i
             mask = where_inside(position, inside, WHOLE)
@@ -310,6 +312,7 @@ def right_to_left_kernel(
     """Gradients of s, v, M, K and the start; each program writes its own sums of dM and dK."""
     ROWS: tl.constexpr = PAIRS // (HEAD_DIM * HEAD_DIM)
     dtype: tl.constexpr = s.dtype.element_ty
+    state_type: tl.constexpr = decay.dtype.element_ty
     program = tl.program_id(0)
     head = program % H
     i = tl.arange(0, T)[None, :]
@@ -338,9 +341,9 @@ def right_to_left_kernel(
         _, _, pair_length = spans_of(of_pair, B, L, total, segments, bounds, SEGMENTED)
         covered = (pair_length // T)[None, :]
         # a row's end state lies behind its last full chunk: there its gradient comes in
-        g = tl.zeros([N, PAIRS], tl.float32)
+        g = tl.zeros([N, PAIRS], state_type)
         if dend is not None:
-            g = tl.load(dend + state_at, here & (covered == last), 0.0)
+            g = tl.load(dend + state_at, here & (covered == last), 0.0).to(state_type)
         for step in tl.range(0, last, num_stages=STAGES):
             c = last - 1 - step
             position = c * T + i
@@ -421,9 +424,9 @@ def forward(
     groups, programs = _walk(B, H, head_dim, 8 * multiprocessors(k.device))
     o = k.new_empty(k.shape if with_output else (0,))
     end = k.new_empty((B, D * head_dim, N // 2, 2) if with_end else (0,), dtype=torch.float32)
-    rounded = operators.rounded(k.dtype)
+    _, M, K, P, decay = operators._replace(F=None).rounded(k.dtype)
     forward_kernel[(H * programs,)](
-        q, s, v, o if with_output else None, rounded.M, rounded.K, rounded.P, rounded.decay,
+        q, s, v, o if with_output else None, M, K, P, decay,
         start, end if with_end else None, bounds,
         *strides(q), *strides(s), *strides(v), B, H, L, groups, total, segments,
         N=N, HEAD_DIM=head_dim, WHOLE=is_whole(L, total, segments, bounds),
@@ -458,7 +461,7 @@ def backward(
     s = k if operators.F is None else filter_triton.forward(k, operators.F, carry, bounds)
     B, L = rows_of_walk(k, segments, bounds), segment_length(total, segments)
     groups, programs = _walk(B, H, head_dim, 2 * multiprocessors(k.device))
-    _, M, K, P, decay = operators.rounded(k.dtype)
+    _, M, K, P, decay = operators._replace(F=None).rounded(k.dtype)
 
     def partial(x: Tensor) -> Tensor:
         return k.new_empty((programs, *x.shape), dtype=torch.float32)

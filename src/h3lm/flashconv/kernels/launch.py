@@ -25,7 +25,7 @@ class Operators(NamedTuple):
             several channels.
         K: (H, N, T), N a power of two from 16 to 128.
         P: (H, T, N).
-        decay: (H, N/2, 2), float32.
+        decay: (H, N/2, 2), float32; float64 for float32 inputs, of which its rest is used too.
     """
 
     F: Tensor | None
@@ -35,7 +35,7 @@ class Operators(NamedTuple):
     decay: Tensor
 
     def rounded(self, dtype: torch.dtype) -> "Operators":
-        """The matrices in the dtype of the inputs; the decay stays float32."""
+        """The matrices in the dtype of the inputs; the decay stays as it is."""
         F = None if self.F is None else self.F.to(dtype)
         return Operators(F, self.M.to(dtype), self.K.to(dtype), self.P.to(dtype), self.decay)
 

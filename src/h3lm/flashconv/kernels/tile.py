@@ -257,7 +257,8 @@ def group_starts(
     Args:
         total_re, total_im: What each group leaves, tuples of GROUPS vectors [N/2].
         first_re, first_im: State before each row of the tile, tuples of ROWS vectors.
-        decay_re, decay_im: Decay over a group, [N/2].
+        decay_re, decay_im: Decay over a group, [N/2]. If it is float64, what rounding leaves of it
+            counts too: it would be missing from every group of a row.
         group: Group of each column of the result, [1, groups].
         zero: Zeros of the result's shape and layout, [N/2, groups].
     """
@@ -275,10 +276,15 @@ def group_starts(
         here = group == (GROUPS - 1 - n if REVERSE else n)
         start_re = tl.where(here, re[:, None], start_re)
         start_im = tl.where(here, im[:, None], start_im)
+        left_re = total_re[GROUPS - 1 - n if REVERSE else n]
+        left_im = total_im[GROUPS - 1 - n if REVERSE else n]
+        if decay_re.dtype == tl.float64:
+            rest_re = (decay_re - decay_re.to(tl.float32)).to(tl.float32)
+            rest_im = (decay_im - decay_im.to(tl.float32)).to(tl.float32)
+            left_re, left_im = multiply_add(re, im, rest_re, rest_im, left_re, left_im)
         re, im = multiply_add(
-            re, im, decay_re, decay_im,
-            total_re[GROUPS - 1 - n if REVERSE else n], total_im[GROUPS - 1 - n if REVERSE else n],
-        )  # fmt: skip
+            re, im, decay_re.to(tl.float32), decay_im.to(tl.float32), left_re, left_im
+        )
         if n % per_row == per_row - 1:
             if REVERSE:
                 last_re = (re,) + last_re
