@@ -568,9 +568,9 @@ def test_a_folder_of_other_settings_is_refused_with_what_differs(novels, tmp_pat
     before = contents(out)
     with pytest.raises(UserError, match="shard_tokens is 4194304 there and 99 now: take"):
         prepare(novels, out, shard_tokens=99)
-    with pytest.raises(UserError, match=r"valid_fraction is None there and 0\.5 now"):
+    with pytest.raises(UserError, match=r"valid_fraction is not set there and 0\.5 now"):
         prepare(novels, out, valid_fraction=0.5)
-    with pytest.raises(UserError, match="tokenizer name is None there and characters now"):
+    with pytest.raises(UserError, match="tokenizer name is not set there and characters now"):
         prepare(novels, out, tokenizer="characters")
     novels.write_bytes(novels.read_bytes() + json_lines(["one more"]))
     with pytest.raises(UserError, match="source train documents is 12 there and 13 now"):

@@ -213,3 +213,23 @@ def test_data_in_place_of_sources_takes_their_weights_along(tmp_path):
     )
     recipe = load_recipe(str(tmp_path / "mix.yaml"), ["data=z"])
     assert (recipe.data, recipe.sources, recipe.mixing) == ("z", {}, {})
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("hidden_size=x", "model.hidden_size='x' must be int"),
+        ("hidden_size=32.5", r"model.hidden_size=32\.5 must be int"),
+        ("vocab_size=null", "model.vocab_size=None must be int"),
+        ("layer_norm_eps=abc", "model.layer_norm_eps='abc' must be float"),
+        ("mixers=h3", "mixers: they are a key of the recipe, beside model"),
+    ],
+)
+def test_fields_of_the_model_have_types(field, message):
+    with pytest.raises(UserError, match=message):
+        build_config(load_recipe("demo", [f"model.{field}"]), 64)
+
+
+def test_fields_of_the_model_are_read_as_keys_are():
+    config = build_config(load_recipe("demo", ["model.layer_norm_eps=1e-6"]), 64)
+    assert config.layer_norm_eps == 1e-6  # of which YAML makes a string

@@ -347,6 +347,7 @@ def _differences(found: dict, wanted: dict, name: str = "") -> Iterator[str]:
         if isinstance(there, dict) and isinstance(now, dict):
             yield from _differences(there, now, f"{name}{key} ")
         elif there != now:
+            there, now = ("not set" if value is None else value for value in (there, now))
             yield f"{name}{key} is {there} there and {now} now"
 
 

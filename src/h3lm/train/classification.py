@@ -38,7 +38,7 @@ from h3lm.train.memory import short_of_memory
 from h3lm.train.outcome import Result
 from h3lm.train.processes import is_first, rank, wait_for_all, world_size
 from h3lm.train.progress import Clock, ProgressLine, Speed
-from h3lm.train.recipe import Recipe
+from h3lm.train.recipe import Recipe, model_fields
 from h3lm.train.trainer import H3Trainer
 
 SUMMARY = "summary.json"
@@ -171,7 +171,7 @@ def build_config(recipe: Recipe, index: LabelledIndex) -> H3ClassificationConfig
     }
     if kind.vocab_size is not None:
         chosen["vocab_size"] = kind.vocab_size
-    chosen |= recipe.model
+    chosen |= model_fields(recipe.model, H3ClassificationConfig, H3Config)
     if recipe.preset is not None:
         raise UserError("presets are language models: a classifier is described by `model`")
     try:

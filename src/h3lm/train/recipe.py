@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 import yaml
@@ -382,7 +383,8 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     for name in values:
         if name not in known:
             raise UserError(f"unknown recipe key {name!r}{_nearest(name, known)}")
-    return Recipe(**{name: _convert(name, value) for name, value in values.items()})
+    hints = get_type_hints(Recipe)
+    return Recipe(**{name: _convert(name, value, hints[name]) for name, value in values.items()})
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -433,9 +435,29 @@ def _read_override(override: str) -> tuple[str, Any]:
     return name, value
 
 
-def _convert(name: str, value: Any) -> Any:
-    hint = get_type_hints(Recipe)[name]
-    allowed = get_args(hint) if type(None) in get_args(hint) or name == "mixers" else (hint,)
+def model_fields(given: Mapping[str, Any], *configs: type) -> dict[str, Any]:
+    """A recipe's fields of the model, in the types of the configuration.
+
+    Args:
+        given: The recipe's `model`.
+        configs: The configuration's class, and those that it inherits fields from.
+
+    Raises:
+        UserError: if a value is of another type, or mixers are among the fields.
+    """
+    if "mixers" in given:
+        raise UserError("the recipe's model has mixers: they are a key of the recipe, beside model")
+    hints: dict[str, Any] = {}
+    for config in reversed(configs):
+        hints |= config.__annotations__
+    return {
+        name: _convert(f"model.{name}", value, hints[name]) if name in hints else value
+        for name, value in given.items()
+    }
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if value is None and type(None) in allowed:
         return None
     if isinstance(value, str) and (float in allowed or int in allowed):

@@ -44,7 +44,7 @@ from h3lm.train.param_groups import describe_groups, parameter_groups
 from h3lm.train.processes import is_first, largest, rank, wait_for_all, world_size
 from h3lm.train.profiling import Profiler
 from h3lm.train.progress import Clock, LogFile, ProgressLine, Speed
-from h3lm.train.recipe import Recipe
+from h3lm.train.recipe import Recipe, model_fields
 from h3lm.train.throughput import FORMULA, flops_per_token, peak_flops
 from h3lm.train.trainer import H3Trainer
 
@@ -151,7 +151,7 @@ def build_config(recipe: Recipe, vocab_size: int) -> H3Config:
     Raises:
         UserError: if its fields are unknown or do not fit together.
     """
-    chosen = {"vocab_size": -8 * (-vocab_size // 8)} | dict(recipe.model)
+    chosen = {"vocab_size": -8 * (-vocab_size // 8)} | model_fields(recipe.model, H3Config)
     try:
         if recipe.preset is not None:
             return H3Config.from_preset(recipe.preset, recipe.mixers, **chosen)
