@@ -17,6 +17,7 @@ from h3lm.flashconv import (
     stepwise,
     zero_state,
 )
+from h3lm.flashconv.fft_chunks import fft_operators
 from h3lm.ssm import DPLRSSM, DiagonalSSM, DiagonalSystem, ShiftSSM
 
 
@@ -358,6 +359,20 @@ MISTAKES = {
     "a real state": (
         {"initial_state": H3State(torch.zeros(2, 4, 19), torch.zeros(2, 4, 4))},
         "initial_state.diagonal is torch.float32 .* need complex",
+    ),
+    "boundaries elsewhere": (
+        {"q": torch.zeros(1, 4, 10), "k": torch.zeros(1, 4, 10), "v": torch.zeros(1, 4, 10),
+         "cu_seqlens": torch.zeros(3, dtype=torch.int32, device="meta")},
+        "cu_seqlens is on meta, the inputs are on cpu",
+    ),
+    "a shift state elsewhere": (
+        {"initial_state": H3State(torch.zeros(2, 4, 19, device="meta"),
+                                  torch.zeros(2, 4, 4).cfloat())},
+        "initial_state.shift is on meta",
+    ),
+    "operators of Algorithm 2": (
+        {"system": fft_operators(DiagonalSSM(4, 8).system(), 16)},
+        "has diagonal systems, not a FFTOperators",
     ),
     "a list of boundaries": ({"cu_seqlens": [0, 10]}, "cu_seqlens must be a tensor, not list"),
 }  # fmt: skip

@@ -49,7 +49,9 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 
-DRAWS = 24  # of numbers, at most: what is a few sums has an error by luck
+# of numbers, at most: what is a few sums has an error by luck. With luck a few draws would pass,
+# too: before all are taken, an error must be within EARLY times plain PyTorch's, and then within 2
+DRAWS, EARLY = 12, 1.5
 OF_ROWS = ("o", "dq", "dk", "dv", "end x", "dx", "dshift")  # by row of the batch
 
 _system = partial(random_system, device=DEVICE, decay=None)
@@ -82,7 +84,8 @@ def _check(
         found, allowed = (
             {n: sum(x[n] for x in side) for n in exact} for side in zip(*draws, strict=True)
         )
-        too_wrong = [name for name in exact if not (found[name] <= 4 * allowed[name]).all()]
+        limit = 2 if len(draws) == DRAWS else EARLY
+        too_wrong = [n for n in exact if not (found[n] <= limit**2 * allowed[n]).all()]
         assert all(x.isfinite().all() for x in (*found.values(), *allowed.values()))
         if not too_wrong:
             return
@@ -152,11 +155,14 @@ def test_triton_kernels_with_heads_of_several_channels(
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-@pytest.mark.parametrize("decay", [None, HARDLY], ids=str)
 @pytest.mark.parametrize(
-    ("head_dim", "L"),
-    [(1, 2048), (8, 2048)]
-    + [pytest.param(*case, marks=pytest.mark.gpu) for case in ((1, 8192), (2, 8192), (8, 8192))],
+    ("head_dim", "L", "decay"),
+    [(1, 2048, None), (8, 2048, None), (8, 2048, HARDLY), (1, 32768, 0.999999)]
+    + [
+        pytest.param(head_dim, 8192, decay, marks=pytest.mark.gpu)
+        for head_dim in (1, 2, 8)
+        for decay in (None, HARDLY)
+    ],
 )
 def test_float32_states_of_long_rows(head_dim: int, L: int, decay: float | None) -> None:
     # one rounding of the decay would count once for each chunk
@@ -581,7 +587,9 @@ def test_opcheck_in_the_interpreter(cut: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(dispatch, "segments", lambda *problem: cut)
     leaves = _leaves(1, 1, 70 if cut == 1 else 4160, 8, 3, torch.float32, False)
     system = DiagonalSystem(*(leaves[name] for name in ("a", "b", "c", "skip")))
-    matrices = library.kernel_operators(system.chunk_operators(leaves["taps"]))
+    operators = system.chunk_operators(leaves["taps"])
+    M, K, P, decay, _ = library._kernel_matrices(operators, None, torch.float32)
+    matrices = (library._filter_blocks(operators), M, K, P, decay)
     given = [x.detach().requires_grad_() for x in (*(leaves[n] for n in "qkv"), *matrices)]
     inputs = (*given, None, None, None, True, True, True, "triton")
     torch.library.opcheck(torch.ops.h3lm.h3_core_fwd.default, inputs)

@@ -14,6 +14,7 @@ from h3lm.flashconv import RingState, StepOperators, h3_step, h3_step_in_place, 
 from h3lm.flashconv.dispatch import Choice, Problem, choose
 from h3lm.flashconv.state import H3State, as_real_pairs, diagonal_shape, from_real_pairs
 from h3lm.flashconv.step import roll_in_place, unrolled
+from h3lm.ssm import DiagonalSSM
 from h3lm.ssm.operators import DiagonalSystem
 
 GPU = torch.cuda.is_available()
@@ -238,6 +239,7 @@ def test_what_the_step_kernel_takes():
         ({"state": None}, "zero_state makes the one before anything was seen"),
         ({"state": (1, 2)}, "must be an H3State, not tuple"),
         ({"head_dim": 3}, "head_dim=3 times 4 systems must be the 4 channels"),
+        ({"system": DiagonalSSM(4, 8).system().chunk_operators()}, "not a ChunkOperators"),
     ],
 )
 def test_mistakes_of_a_step_are_one_clear_line(changes, message):

@@ -132,6 +132,10 @@ def test_mistakes_are_one_clear_line(fields, message):
         H3Config(**fields)
 
 
+def test_a_folder_may_say_null_for_no_learned_positions():
+    assert not H3Config(num_learned_positions=None).num_learned_positions
+
+
 def test_a_causal_model_refuses_a_classifiers_bidirectional_layers():
     config = H3ClassificationConfig(bidirectional=True, num_hidden_layers=2, mixers="s4d")
     with pytest.raises(ValueError, match="does not fit a causal model"):

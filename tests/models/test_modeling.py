@@ -71,6 +71,9 @@ def test_padding_changes_nothing(model, ids, side, rows):
         ({"attention_mask": torch.ones(1, 37)}, r"is \(1, 37\), these inputs need \(2, 37\)"),
         ({"attention_mask": torch.ones(37)}, r"attention_mask is \(37,\): give \(B, S\)"),
         ({"position_ids": torch.arange(36)[None]}, r"position_ids is \(1, 36\) .* of 37 positions"),
+        ({"position_ids": torch.arange(37)}, r"position_ids is \(37,\) for 2 rows"),
+        ({"position_ids": torch.arange(37).expand(3, 37)}, r"\(3, 37\) for 2 rows"),
+        ({"attention_mask": [[1] * 37] * 2}, "attention_mask must be a tensor, not list"),
     ],
 )
 def test_masks_and_positions_of_other_shapes_are_refused(model, ids, options, message):

@@ -75,6 +75,11 @@ def test_overrides_replace_values_and_fields_of_the_model(tmp_path):
     assert (text.sample, text.name, text.output_dir, text.task) == ("", "2024", "no", "language")
     assert load_recipe(str(path), ["sample=Tell me: why"]).sample == "Tell me: why"
     assert load_recipe(str(path), ['sample="\\n"']).sample == "\n"
+    assert load_recipe(str(path), ["sample=Item #1: "]).sample == "Item #1: "
+    assert load_recipe(str(path), ["sample=&a hi"]).sample == "&a hi"
+    path.write_text("steps: 10\n")
+    assert load_recipe(str(path), ["init_from=2024"]).init_from == "2024"
+    assert load_recipe(str(path), ["init_from=null"]).init_from is None
     assert load_recipe(str(path), ["steps=1e5"]).steps == 100_000
     with pytest.raises(UserError, match="it has steps and epochs"):
         load_recipe(str(path), ["epochs=2", "steps=3"])

@@ -64,9 +64,13 @@ def check_system(system: AnySystem, x: Tensor) -> None:
         raise ValueError(
             f"system must be a DiagonalSystem or the like, not {type(system).__name__}"
         )
-    skip = system_of(system).skip
-    if skip.device != x.device:
-        raise ValueError(f"system is on {skip.device}, the inputs are on {x.device}")
+    check_device("system", system_of(system).skip, x)
+
+
+def check_device(name: str, y: Tensor, x: Tensor) -> None:
+    """Check that a tensor is where the inputs are."""
+    if y.device != x.device:
+        raise ValueError(f"{name} is on {y.device}, the inputs are on {x.device}")
 
 
 def check_complex(name: str, state: Tensor | None, x: Tensor) -> None:
@@ -103,7 +107,7 @@ def check_heads(
     """Check that taps, system and heads are those of the channels of k."""
     check_taps(taps, k)
     check_system(system, k)
-    if not isinstance(system_of(system), DiagonalSystem):
+    if not isinstance(system, DiagonalSystem | ChunkOperators):
         raise ValueError(f"an H3 core has diagonal systems, not a {type(system).__name__}")
     D, H = k.shape[1], system_of(system).num_systems
     if taps.shape[0] != D:
@@ -119,6 +123,7 @@ def check_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
     if cu_seqlens is None:
         return x.shape[0]
     check_tensor("cu_seqlens", cu_seqlens)
+    check_device("cu_seqlens", cu_seqlens, x)
     if x.shape[0] != 1:
         raise ValueError(f"cu_seqlens packs sequences in one row, the batch has {x.shape[0]}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype.is_floating_point:
@@ -154,6 +159,7 @@ def check_h3_state(
     if not isinstance(state, H3State):
         raise ValueError(f"initial_state must be an H3State, not {type(state).__name__}")
     check_tensor("initial_state.shift", state.shift)
+    check_device("initial_state.shift", state.shift, k)
     check_complex("initial_state.diagonal", state.diagonal, k)
     shift = (rows, k.shape[1], taps.shape[1] - 1)
     diagonal = diagonal_shape(rows, k.shape[1] // head_dim, head_dim, system_of(system).num_modes)

@@ -197,6 +197,8 @@ def h3_step(
     """
     check_like("q", q, {"k": k, "v": v}, "(B, D)")
     check_heads(k, taps, system, head_dim)
+    if not isinstance(system, DiagonalSystem):
+        raise ValueError(f"a step needs the system itself, not a {type(system).__name__}")
     if state is None:
         raise ValueError("a step needs a state; zero_state makes the one before anything was seen")
     check_h3_state(state, len(k), k, taps, system, head_dim)

@@ -98,7 +98,7 @@ class H3Config(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         for name in ("num_hidden_layers", "intermediate_size", "num_learned_positions"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.num_attention_heads < 1:
             raise ValueError(f"num_attention_heads={self.num_attention_heads} must be positive")

@@ -77,7 +77,7 @@ def refusal(
         return f"the model is given {', '.join(unknown)}"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "the model is spread over devices"
-    head = model.lm_head.weight
+    head = getattr(model.lm_head, "weight", None)
     if not (isinstance(head, Tensor) and head.is_floating_point()) or head.is_meta:
         return "the head's weights are quantised or elsewhere"
     if ids.shape[1] == 0 or _steps(criteria, ids) < 1:

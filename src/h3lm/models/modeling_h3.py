@@ -357,6 +357,10 @@ class H3Model(H3PreTrainedModel):
     ) -> tuple[Where, Tensor]:
         """Resolve masks, positions and packing into what the layers need."""
         B, L, _ = embeds.shape
+        if not isinstance(attention_mask, Tensor | dict | None):
+            raise ValueError(
+                f"attention_mask must be a tensor, not {type(attention_mask).__name__}"
+            )
         masks = attention_mask if isinstance(attention_mask, dict) else None
         mask = attention_mask if isinstance(attention_mask, Tensor) else None
         rows = mask if mask is not None and mask.dim() == 2 else None
@@ -456,9 +460,13 @@ class H3Model(H3PreTrainedModel):
         """Refuse what would be broadcast, cut or left aside without a word."""
         if torch.compiler.is_compiling():
             return
-        if position_ids is not None and position_ids.shape[-1] != L:
+        if position_ids is not None and (
+            position_ids.dim() < 2
+            or position_ids.shape[-2] not in (1, B)
+            or position_ids.shape[-1] != L
+        ):
             raise ValueError(
-                f"position_ids is {tuple(position_ids.shape)} for inputs of {L} positions"
+                f"position_ids is {tuple(position_ids.shape)} for {B} rows of {L} positions"
             )
         if mask is None:
             return

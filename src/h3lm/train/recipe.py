@@ -424,14 +424,19 @@ def _read_override(override: str) -> tuple[str, Any]:
     if not equals:
         raise UserError(f"{override!r}: write an override as key=value")
     hint = get_type_hints(Recipe).get(name)
+    is_text = hint == str | None
+    if hint is str:
+        if not text.startswith(('"', "'")):
+            return name, text  # `sample=` is no sample, `name=2024` no number
+        is_text = True
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        if hint is str:
+        if is_text:
             return name, text
         raise UserError(f"{override!r}: cannot read the value") from None
-    if hint is str and not isinstance(value, str):
-        return name, text  # `sample=` is no sample, `name=2024` is no number
+    if is_text and not isinstance(value, str | None):
+        return name, text
     return name, value
 
 

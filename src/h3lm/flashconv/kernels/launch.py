@@ -20,7 +20,7 @@ class Operators(NamedTuple):
     Attributes:
         F: (D, 2 or 3, T, T), or None without a short filter. F_0 is lower triangular, of two
             blocks F_1 is zero on and below the diagonal. Each block is a Toeplitz matrix, of which
-            the Hopper kernels read eight rows.
+            the Hopper kernels read eight rows, the short filter's the first and the last.
         M: (H, T, T), lower triangular, Toeplitz too; H is D, or D / 2, D / 4, D / 8 for heads of
             several channels.
         K: (H, N, T), N a power of two from 16 to 128.

@@ -1,4 +1,4 @@
-"""Kernels of a decoding step that start while the one before them still runs.
+"""Kernels that start while the one before them still runs, of a decoding step above all.
 
 A step is a chain of kernels of 3 to 10 microseconds. With programmatic dependent launch (Hopper
 and later) programs of the next kernel start in multiprocessors that are free already, and may
@@ -41,7 +41,7 @@ def launch_options(early: bool, first: bool) -> dict[str, Any]:
 
 @triton.jit
 def let_next_start(EARLY: tl.constexpr):
-    """Let the next kernel start: of one that waits at its end alone."""
+    """Let the next kernel start: of one that waits at its end, or was itself launched plainly."""
     if EARLY:
         cuda.gdc_launch_dependents()
 
