@@ -39,7 +39,8 @@ NOTES = (
     "allowed); in brackets as a multiple of the plain path's, which computes in float32 and rounds "
     "once, or of one rounding to the dtype where that is more, as with states and gradients of "
     "parameters, which it leaves in float32. In float32 as a multiple of the plain path's alone. "
-    "64 taps, 32 modes, an initial state, gradients of output and final state."
+    "64 taps, 32 modes, an initial state, gradients of output and final state. A gradient of a "
+    "skip is one number for each head and draw: 6 for two heads."
 )
 # of random numbers, once; float32 has one yardstick, whose rounding is that of sums
 ROUNDING = {torch.bfloat16: 1.66e-3, torch.float16: 2.07e-4, torch.float32: 0.0}

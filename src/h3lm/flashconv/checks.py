@@ -1,4 +1,7 @@
-"""What the ops check of their arguments: one line that names the argument and what it must be."""
+"""What the ops check of their arguments.
+
+Each raises a ValueError of one line, which names the argument, what it is and what it must be.
+"""
 
 from collections.abc import Mapping
 from itertools import pairwise

@@ -66,7 +66,12 @@ def ssm_conv(
     post_gate: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`flashconv.ssm_conv`, left to right, in steps that round."""
+    """`flashconv.ssm_conv`, left to right, in steps that round; the final state is always made.
+
+    w = pre_gate u;   y = filter * w + what the initial state brings;   out = post_gate y
+
+    Shapes and dtypes as there. Memory grows with L N.
+    """
     with torch.autocast(u.device.type, enabled=False):
         w = u if pre_gate is None else pre_gate * u
         y, end = _diagonal(w[:, :, None, None], system, initial_state)
@@ -82,7 +87,10 @@ def fft_conv(
     pre_gate: Tensor | None = None,
     post_gate: Tensor | None = None,
 ) -> Tensor:
-    """`flashconv.fft_conv`, causal, in steps that round."""
+    """`flashconv.fft_conv`, causal, in steps that round; shapes and dtypes as there.
+
+    x = pre_gate u;   y = f * x + skip x;   out = post_gate y
+    """
     y = fft.fft_conv(u if pre_gate is None else pre_gate * u, f, skip=skip)
     return y if post_gate is None else post_gate * y
 
